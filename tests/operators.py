@@ -1,0 +1,64 @@
+"""Operators under test and their dense matrices."""
+
+from collections.abc import Callable
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+
+from ud2m.physics import (
+    CircularBlur,
+    CircularDownsampling,
+    GaussianBlur,
+    Inpainting,
+    OperatorFamily,
+    PixelMask,
+    SuperResolution,
+)
+
+BATCH = 2
+Shape = tuple[int, int, int]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kernel(*shape: int) -> Tensor:
+    """Return a positive kernel without any symmetry, of sum 1, whose spectrum has no small values."""
+    values = torch.rand(shape, generator=generator(5), dtype=torch.float64)
+    values[..., shape[-2] // 2, shape[-1] // 2] += 0.6 * values.flatten(-2).sum(-1)
+    return values / values.sum((-2, -1), keepdim=True)
+
+
+def drawn(family: OperatorFamily, shape: Shape) -> tuple[LinearPhysics, Shape]:
+    return family.draw(BATCH, shape, generator(1)), shape
+
+
+def made(
+    operator: Callable[..., LinearPhysics], values: Tensor, shape: Shape, *args: int
+) -> tuple[LinearPhysics, Shape]:
+    return operator(values, shape, *args), shape
+
+
+# Heights and widths differ, and odd widths occur: half spectra treat the last axis in a special way.
+CASES: dict[str, Callable[[], tuple[LinearPhysics, Shape]]] = {
+    "blur": lambda: drawn(GaussianBlur(0.8), (2, 8, 11)),
+    "wide blur": lambda: drawn(GaussianBlur(1.6), (1, 13, 16)),
+    "blur per sample": lambda: made(CircularBlur, kernel(BATCH, 1, 5, 4), (2, 7, 8)),
+    "blur per channel": lambda: made(CircularBlur, kernel(1, 2, 3, 5), (2, 8, 7)),
+    "sr 2": lambda: drawn(SuperResolution(2), (2, 8, 10)),
+    "sr 3": lambda: drawn(SuperResolution(3), (1, 12, 15)),
+    "sr 4": lambda: drawn(SuperResolution(4), (1, 16, 20)),
+    "sr 4 box": lambda: drawn(SuperResolution(4, "box"), (3, 8, 4)),
+    "sr per sample": lambda: made(CircularDownsampling, kernel(BATCH, 2, 4, 6), (2, 6, 8), 2),
+    "inpainting": lambda: drawn(Inpainting(0.7), (3, 6, 7)),
+    "inpainting per channel": lambda: (PixelMask(1 - torch.eye(6).expand(1, 2, 6, 6), (2, 6, 6)), (2, 6, 6)),
+}
+
+
+def dense(apply: Callable[[Tensor], Tensor], shape: Shape) -> Tensor:
+    """Return the matrices [B, m, n] of a linear map on batches, column by column, in float64."""
+    size = torch.Size(shape).numel()
+    basis = torch.eye(size, dtype=torch.float64).view(size, 1, *shape).expand(size, BATCH, *shape)
+    return torch.stack([apply(e).flatten(1) for e in basis], dim=-1)

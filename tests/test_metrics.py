@@ -1,0 +1,186 @@
+import shutil
+import socket
+from urllib.error import URLError
+
+import lpips
+import numpy as np
+import pytest
+import skimage.metrics
+import torch
+
+from ud2m.metrics import BACKBONES, LPIPSDistance, available_lpips, calibration_ratio, psnr, ssim
+
+
+@pytest.fixture
+def cache(shared, monkeypatch):
+    """Torch cache with the three real backbones; any download fails the test."""
+    monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("download"))
+    return shared / "torch_home" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Empty torch cache on a machine without network; lists the time limits that downloads ran under."""
+    limits = []
+
+    def refuse(*args, **kwargs):
+        limits.append(socket.getdefaulttimeout())
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    return limits
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_and_ssim_equal_scikit_image_per_image():
+    x, reference = images(2, 3, 24, 32), images(2, 3, 24, 32, seed=1)
+    x = 0.7 * reference + 0.3 * x
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(x, reference, strict=True)]
+    expected = [skimage.metrics.peak_signal_noise_ratio(b, a, data_range=1) for a, b in pairs]
+    np.testing.assert_allclose(psnr(x, reference), expected, rtol=1e-5)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [skimage.metrics.structural_similarity(a, b, channel_axis=0, data_range=1, **options) for a, b in pairs]
+    np.testing.assert_allclose(ssim(x, reference), expected, rtol=1e-3)
+
+
+def test_psnr_of_a_known_error():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    torch.testing.assert_close(psnr(x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1), x), torch.tensor([20.0, 40.0]))
+    assert psnr(x, x).tolist() == [float("inf")] * 2
+    assert ssim(images(1, 1, 16, 16), images(1, 1, 16, 16)).tolist() == [1.0]
+
+
+def test_metrics_refuse_shapes():
+    for metric in (psnr, ssim):
+        with pytest.raises(ValueError, match="got"):
+            metric(torch.rand(2, 3, 16, 16), torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="at least 11"):
+        ssim(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_calibration_ratio_of_a_gaussian_posterior(count, scale, generator):
+    # Posterior N(m, s^2) with s different per pixel; the sampler's standard deviation is scale * s. Then
+    # E (mean - x0)^2 = s^2 (1 + scale^2 / S), so r = scale sqrt((1 + 1/S) / (1 + scale^2 / S)), 1 for scale 1.
+    mean, std = torch.rand(2, 4, 1, 3, 100, 100, generator=generator)
+    reference = (mean + std * torch.randn(mean.shape, generator=generator)).squeeze(1)
+    samples = mean + scale * std * torch.randn(4, count, 3, 100, 100, generator=generator)
+    expected = scale * ((1 + 1 / count) / (1 + scale**2 / count)) ** 0.5
+    assert calibration_ratio(samples, reference).item() == pytest.approx(expected, rel=0.015)
+
+
+def test_halved_spread_is_seen(generator):
+    reference = torch.randn(2, 3, 64, 64, generator=generator)
+    samples = 0.5 * torch.randn(2, 32, 3, 64, 64, generator=generator)
+    assert calibration_ratio(samples, reference).item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_calibration_needs_two_samples():
+    with pytest.raises(ValueError, match="S >= 2"):
+        calibration_ratio(torch.rand(1, 1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="got"):
+        calibration_ratio(torch.rand(1, 2, 3, 8, 8), torch.rand(1, 1, 8, 8))
+
+
+def test_squeeze_equals_the_values_printed_by_torchmetrics(cache):
+    # The example in the docstring of torchmetrics' learned_perceptual_image_patch_similarity.
+    generator = torch.Generator().manual_seed(42)
+    first, second = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
+    distance = LPIPSDistance("squeeze")
+    torch.testing.assert_close(distance(first, second), torch.tensor([0.1024, 0.0938]), atol=5e-5, rtol=0)
+    assert distance.name == "lpips-squeeze (lpips 0.1.4)"
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_equals_the_lpips_package(cache, net, monkeypatch):
+    first, second = images(2, 3, 40, 48), images(2, 3, 40, 48, seed=1)
+    distance = LPIPSDistance(net)
+    monkeypatch.undo()  # the package loads with torch.hub itself
+    monkeypatch.setenv("TORCH_HOME", str(cache.parents[1]))
+    package = lpips.LPIPS(net=net, verbose=False)
+    torch.testing.assert_close(distance(first, second), package(first, second, normalize=True).flatten())
+
+
+def test_lpips_is_frozen_and_differentiable_and_leaves_the_global_stream(cache):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    distance = LPIPSDistance("squeeze").train()
+    torch.testing.assert_close(torch.rand(2), expected)
+    assert not any(p.requires_grad for p in distance.parameters())
+    assert not any(m.training for m in distance.modules())
+    x = images(2, 1, 32, 32).requires_grad_()
+    assert distance(x, x.detach()).tolist() == [0, 0]
+    grey = distance(x, images(2, 1, 32, 32, seed=1))
+    grey.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad.abs().max() > 0
+    torch.testing.assert_close(grey, distance(x.repeat(1, 3, 1, 1), images(2, 1, 32, 32, seed=1).repeat(1, 3, 1, 1)))
+
+
+def test_gradient_is_finite_where_a_layer_is_dark(cache):
+    distance = LPIPSDistance("squeeze")
+    with torch.no_grad():
+        for parameter in distance.network.net.parameters():
+            parameter.zero_()  # every feature is exactly 0: lpips.LPIPS gives nan here
+    x = images(1, 3, 32, 32).requires_grad_()
+    distance(x, images(1, 3, 32, 32, seed=1)).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze", "vgg"])
+def test_smallest_image_of_each_net(cache, net):
+    distance, smallest = LPIPSDistance(net), BACKBONES[net][1]
+    assert torch.isfinite(distance(images(1, 3, smallest, smallest), images(1, 3, smallest, smallest, seed=1))).all()
+    with pytest.raises(ValueError, match=f"at least {smallest} pixels"):
+        distance(images(1, 3, smallest - 1, 64), images(1, 3, smallest - 1, 64))
+    with pytest.raises(ValueError, match="grey or RGB"):
+        distance(images(1, 2, 64, 64), images(1, 2, 64, 64))
+
+
+def test_weights_by_path_and_in_the_cache(cache, offline, tmp_path):
+    source, file = cache / BACKBONES["squeeze"][0], tmp_path / "mine.pth"
+    assert not available_lpips("squeeze")
+    shutil.copy(source, file)
+    by_path = LPIPSDistance("squeeze", weights=str(file))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    shutil.copy(source, tmp_path / "hub" / "checkpoints")
+    assert available_lpips("squeeze")
+    cached = LPIPSDistance("squeeze")
+    x, reference = images(1, 3, 32, 32), images(1, 3, 32, 32, seed=1)
+    torch.testing.assert_close(by_path(x, reference), cached(x, reference))
+    assert offline == []  # no download was tried
+    with pytest.raises(ValueError, match=r"mine\.pth does not hold .* net vgg"):
+        LPIPSDistance("vgg", weights=file)
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze", "vgg"])
+def test_missing_weights_name_file_and_place(offline, tmp_path, net):
+    before = socket.getdefaulttimeout()
+    assert not available_lpips(net)
+    with pytest.raises(FileNotFoundError) as caught:
+        LPIPSDistance(net)
+    message, file = str(caught.value), BACKBONES[net][0]
+    assert str(tmp_path / "hub" / "checkpoints" / file) in message
+    assert f"https://download.pytorch.org/models/{file}" in message
+    assert "no network" in message
+    assert offline == [10.0]  # one attempt, which cannot hang
+    assert socket.getdefaulttimeout() == before
+
+
+def test_bad_weights_and_nets(offline, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth do not exist"):
+        LPIPSDistance("alex", weights=tmp_path / "absent.pth")
+    assert offline == []  # a path that was given is not replaced by a download
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"cannot read .*broken\.pth"):
+        LPIPSDistance("alex", weights=tmp_path / "broken.pth")
+    for call in (LPIPSDistance, available_lpips):
+        with pytest.raises(ValueError, match="unknown LPIPS net 'resnet'; allowed: alex, vgg, squeeze"):
+            call("resnet")

@@ -1,0 +1,184 @@
+"""Cut training crops and test tiles out of whole images."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+
+from ud2m.data.store import ImageStore
+
+SCALES = (1.0, 0.71, 0.5, 0.35, 0.25)
+PROBABILITIES = (0.5, 0.15, 0.15, 0.1, 0.1)
+
+
+class RandomCrops(Dataset[Tensor]):
+    """Endless random crops: item i >= 0 is a pure function of (images, settings, seed, i).
+
+    Workers, ranks and resumed runs therefore see the same crops whenever they ask for the same numbers. An
+    item is: an image (by weight), a level of its pyramid (by probability), a place, and a left-right flip in
+    half of the cases; up and down stay, as they differ in photographs.
+
+    Args:
+        images: the images to cut from.
+        crop_size: side of the crops in pixels.
+        seed: every seed is another endless sequence.
+        scales: pyramid levels as factors in (0, 1] of the image size; an image skips the levels that are
+            smaller than the crop.
+        probabilities: the share of each level.
+        weights: relative share of each image; equal by default.
+        cache_bytes: memory for decoded images and levels, kept while recently used; None keeps everything.
+
+    Returns (per item):
+        float32 [C, crop_size, crop_size] in [0, 1].
+
+    Raises:
+        ValueError: for images smaller than the crop (listed), for no images, and for impossible settings.
+    """
+
+    def __init__(
+        self,
+        images: ImageStore,
+        crop_size: int,
+        seed: int = 0,
+        scales: Sequence[float] = SCALES,
+        probabilities: Sequence[float] = PROBABILITIES,
+        weights: Sequence[float] | None = None,
+        cache_bytes: int | None = None,
+    ):
+        check_levels(scales, probabilities)
+        check_sizes(images, crop_size)
+        self.pyramid = Pyramid(images, cache_bytes)
+        self.crop_size, self.seed = crop_size, seed
+        self.choices, self.cumulative = choices(images.sizes, crop_size, scales, probabilities, weights)
+        if cache_bytes is None:  # once here rather than once per worker
+            for image, scale in self.choices:
+                self.pyramid.level(image, scale)
+
+    def __getitem__(self, index: int) -> Tensor:
+        which, down, right, flip = np.random.default_rng([self.seed, index]).random(4)
+        image, scale = self.choices[int(np.searchsorted(self.cumulative, which, side="right"))]
+        level = self.pyramid.level(image, scale)
+        top = int(down * (level.shape[1] - self.crop_size + 1))
+        left = int(right * (level.shape[2] - self.crop_size + 1))
+        crop = level[:, top : top + self.crop_size, left : left + self.crop_size]
+        return crop.flip(2) if flip < 0.5 else crop.clone()  # never a view of the kept image
+
+
+class Tiles(Dataset[Tensor]):
+    """All non-overlapping tiles of all images, row by row from the top left, without remainders at the edges.
+
+    ``names[i]`` is like ``chelsea-r0-c3``. Items are float32 [C, tile_size, tile_size] in [0, 1].
+
+    Raises:
+        ValueError: when there are no images or some are smaller than a tile.
+    """
+
+    def __init__(self, images: ImageStore, tile_size: int, cache_bytes: int | None = None):
+        check_sizes(images, tile_size)
+        self.pyramid, self.tile_size = Pyramid(images, cache_bytes), tile_size
+        self.places = [
+            (image, row, column)
+            for image, (height, width) in enumerate(images.sizes)
+            for row in range(height // tile_size)
+            for column in range(width // tile_size)
+        ]
+        self.names = [f"{images.names[image]}-r{row}-c{column}" for image, row, column in self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image, row, column = self.places[index]
+        top, left = row * self.tile_size, column * self.tile_size
+        whole = self.pyramid.level(image, 1.0)
+        return whole[:, top : top + self.tile_size, left : left + self.tile_size].clone()
+
+
+class Pyramid:
+    """Images at reduced sizes, resized when first asked for and then kept."""
+
+    def __init__(self, images: ImageStore, cache_bytes: int | None = None):
+        self.images, self.cache_bytes = images, cache_bytes
+        self.kept: OrderedDict[tuple[int, float], Tensor] = OrderedDict()
+        self.kept_bytes = 0
+
+    def level(self, image: int, scale: float) -> Tensor:
+        """Return image number ``image`` at ``scale``, float32 [C, H, W] in [0, 1]."""
+        key = (image, scale)
+        if key not in self.kept:
+            whole_size = scale == 1
+            self._keep(key, self.images.load(image) if whole_size else downscale(self.level(image, 1.0), scale))
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+    def _keep(self, key: tuple[int, float], value: Tensor) -> None:
+        self.kept[key] = value
+        self.kept_bytes += value.nbytes
+        while self.cache_bytes is not None and self.kept_bytes > self.cache_bytes and len(self.kept) > 1:
+            self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
+
+
+def downscale(image: Tensor, scale: float) -> Tensor:
+    """Return [C, H, W] at ``scale``: antialiased bicubic, clamped to [0, 1] as bicubic overshoots."""
+    size = scaled_size(image.shape[1:], scale)
+    return interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """Return height and width of a level in pixels."""
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def choices(
+    sizes: Sequence[tuple[int, int]],
+    crop_size: int,
+    scales: Sequence[float],
+    probabilities: Sequence[float],
+    weights: Sequence[float] | None = None,
+) -> tuple[list[tuple[int, float]], np.ndarray]:
+    """Return all (image, scale) with room for a crop, and the cumulative distribution over them.
+
+    P(image) is proportional to its weight, P(scale | image) to the probabilities of the levels with room.
+    """
+    pairs, masses = [], []
+    for image, size in enumerate(sizes):
+        room = [k for k, scale in enumerate(scales) if min(scaled_size(size, scale)) >= crop_size]
+        share = (1.0 if weights is None else weights[image]) / sum(probabilities[k] for k in room)
+        pairs += [(image, float(scales[k])) for k in room]
+        masses += [share * probabilities[k] for k in room]
+    cumulative = np.cumsum(masses) / np.sum(masses)
+    cumulative[-1] = 1.0
+    return pairs, cumulative
+
+
+def check_levels(scales: Sequence[float], probabilities: Sequence[float]) -> None:
+    """Raise ValueError unless scales lie in (0, 1], 1 among them, each with a positive probability."""
+    if 1.0 not in scales or min(scales) <= 0 or max(scales) > 1:
+        raise ValueError(f"scales must lie in (0, 1] and contain 1.0, got {list(scales)}")
+    if len(probabilities) != len(scales) or min(probabilities) <= 0:
+        raise ValueError(
+            f"probabilities must be positive, one per scale ({len(scales)}), got {list(probabilities)}; "
+            "to leave a level out, remove it from both lists"
+        )
+
+
+def check_sizes(images: ImageStore, side: int) -> None:
+    """Raise ValueError when there are no images or some are smaller than ``side`` pixels."""
+    if side < 1:
+        raise ValueError(f"crops and tiles must be at least 1 pixel wide, got {side}")
+    if not images.names:
+        raise ValueError("there are no images to cut crops or tiles from")
+    small = [
+        f"{name} ({width}x{height})"
+        for name, (height, width) in zip(images.names, images.sizes, strict=True)
+        if min(height, width) < side
+    ]
+    if small:
+        more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+        raise ValueError(
+            f"images smaller than {side}x{side} pixels ({len(small)}): {', '.join(small[:10])}{more}; "
+            "remove them or choose a smaller crop_size or tile_size"
+        )

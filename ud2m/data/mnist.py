@@ -1,0 +1,107 @@
+"""MNIST, padded with black to the size of the training images."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+from torchvision.datasets import MNIST
+
+from ud2m.data.module import ImageDataModule, NamedImages, Split
+
+SIDE = 28
+VALIDATION = 1000  # the last of the 60000 training digits
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+class MnistData(ImageDataModule):
+    """``data=mnist``: trains on 59000 digits, validates on the 1000 after them, tests on 10000 others.
+
+    Args:
+        root: folder that holds ``MNIST/raw`` with the four files; what is missing is downloaded into it.
+        common: the arguments of ``ImageDataModule``; ``channels`` must be 1, ``tile_size`` that of the crops,
+            and ``crop_size`` 28 or a larger even number.
+    """
+
+    def __init__(self, root: str | Path, **common: Any):
+        super().__init__(**common)
+        if self.channels != 1:
+            raise ValueError(f"data=mnist is grey: channels must be 1, got {self.channels}")
+        if self.crop_size < SIDE or self.crop_size % 2 or self.tile_size != self.crop_size:
+            raise ValueError(
+                f"digits are padded from {SIDE}x{SIDE}: crop_size must be an even number from {SIDE} on and "
+                f"tile_size equal to it, got {self.crop_size} and {self.tile_size}"
+            )
+        self.root = Path(root).expanduser()
+
+    def prepare_data(self) -> None:
+        """Download in one process, before the others look for the files."""
+        read_mnist(self.root, train=True)
+
+    def train_set(self) -> Dataset[Tensor]:
+        """Return the first 59000 training digits."""
+        return Digits(read_mnist(self.root, train=True)[:-VALIDATION], self.crop_size, "train")
+
+    def all_images(self, split: Split) -> NamedImages:
+        """Return the last 1000 training digits or the test digits."""
+        if split == "test":
+            return Digits(read_mnist(self.root, train=False), self.crop_size, "test")
+        return Digits(read_mnist(self.root, train=True)[-VALIDATION:], self.crop_size, "val")
+
+
+class Digits(Dataset[Tensor]):
+    """Digits uint8 [N, 28, 28] as float32 [1, side, side] in [0, 1], centred on black."""
+
+    def __init__(self, digits: Tensor, side: int, split: Split):
+        self.digits, self.margin = digits, (side - SIDE) // 2
+        self.names = [f"{split}-{k:05d}" for k in range(len(digits))]
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return pad(self.digits[index][None].float() / 255, (self.margin,) * 4)
+
+
+def read_mnist(root: Path, train: bool) -> Tensor:
+    """Return the training or test digits, uint8 [N, 28, 28], from ``root/MNIST/raw``, downloaded if missing.
+
+    Raises:
+        FileNotFoundError: when the files are missing and cannot be downloaded.
+        ValueError: when a file is damaged.
+    """
+    folder = root / "MNIST" / "raw"
+    if not all((folder / name).is_file() for name in FILES):
+        download_mnist(root)
+    try:
+        return MNIST(str(root), train=train).data
+    except (OSError, RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"a file in {folder} is damaged ({one_line(error)}): delete the folder or copy the files anew"
+        ) from error
+
+
+def download_mnist(root: Path) -> None:
+    """Download MNIST into ``root/MNIST/raw``.
+
+    Raises:
+        FileNotFoundError: when this fails; the message says which files to put where.
+    """
+    try:
+        MNIST(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"MNIST is not in {root / 'MNIST' / 'raw'} and cannot be downloaded ({one_line(error)}); "
+            f"put {', '.join(FILES)} there, or set data.root to the folder that contains MNIST/raw"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

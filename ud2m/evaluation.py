@@ -1,0 +1,128 @@
+"""Score methods on the same images, operators and noise."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+
+from ud2m.metrics import LPIPSDistance, available_lpips, psnr, ssim
+from ud2m.physics import OperatorFamily, observe, residual
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class Method(Protocol):
+    """Anything that draws ``num_samples`` images [B, S, C, H, W] for observations y, e.g. ``PosteriorSampler``."""
+
+    def __call__(
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: float | Tensor | None = None,
+        num_samples: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw the samples."""
+        ...
+
+
+@cache
+def lpips_if_available(net: str) -> dict[str, Distance]:
+    """Return ``{"lpips": distance}`` where the weights of the backbone are in the torch cache, else nothing."""
+    return {"lpips": LPIPSDistance(net)} if available_lpips(net) else {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operator family with its noise level; image i always gets the operator and the noise of stream (seed, i)."""
+
+    operator: OperatorFamily
+    sigma_y: float
+    seed: int = 0
+
+    def observe(self, x0: Tensor, first: int = 0) -> tuple[Tensor, LinearPhysics]:
+        """Return y and the operator for images x0 [B, C, H, W], which are numbers ``first``... of their set."""
+        streams = [torch.Generator(x0.device).manual_seed(1_000_003 * self.seed + first + i) for i in range(len(x0))]
+        physics = self.operator.draw(len(x0), tuple(x0.shape[1:]), streams, x0.device)
+        return observe(physics, x0, self.sigma_y, streams), physics
+
+
+class Evaluation:
+    """Scores of one method, gathered batch by batch.
+
+    Args:
+        method: draws samples. problem: how clean images are observed. num_samples: S per observation.
+        distances: further distances (samples, reference) -> [B], by the name they get in the row, e.g. ``lpips``.
+        options: passed on to the method, e.g. ``num_steps``.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        problem: Problem,
+        num_samples: int = 8,
+        distances: Mapping[str, Distance] | None = None,
+        **options: Any,
+    ):
+        self.method, self.problem, self.num_samples = method, problem, num_samples
+        self.distances, self.options = dict(distances or {}), options
+        self.count, self.seconds = 0, 0.0
+        self.sums: dict[str, float] = {}
+
+    @torch.no_grad()
+    def add(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Observe clean images x0 [B, C, H, W], draw and score samples; return y and the samples [B, S, C, H, W]."""
+        y, physics = self.problem.observe(x0, self.count)
+        generator = torch.Generator(x0.device).manual_seed(1_000_003 * self.problem.seed + self.count)
+        start = time.perf_counter()
+        samples = self.method(y, physics, self.problem.sigma_y, self.num_samples, generator=generator, **self.options)
+        self.seconds += time.perf_counter() - start
+        self.count += len(x0)
+        for name, value in self._scores(x0, samples, y, physics).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double().sum().item()
+        return y, samples
+
+    def row(self) -> dict[str, Any]:
+        """Return the means over images: ``psnr_mean`` (of the mean of the samples), ``psnr``, ``ssim`` and distances
+        (of single samples), ``residual`` (about 1 when A x explains y), ``r`` and ``seconds_per_image`` (one sample).
+
+        r = sqrt((1 + 1/S) variance / |mean - x0|^2) over all pixels is 1 for a calibrated sampler
+        (``metrics.calibration_ratio``).
+        """
+        means: dict[str, Any] = {name: value / self.count for name, value in self.sums.items()}
+        variance, error = means.pop("_variance", None), means.pop("_error")
+        means["r"] = None if variance is None or not error else ((1 + 1 / self.num_samples) * variance / error) ** 0.5
+        means |= {f"{k}_backend": d.name for k, d in self.distances.items() if isinstance(d, LPIPSDistance)}
+        means["seconds_per_image"] = self.seconds / (self.count * self.num_samples)
+        return means
+
+    def _scores(self, x0: Tensor, samples: Tensor, y: Tensor, physics: LinearPhysics) -> dict[str, Tensor]:
+        mean = samples.mean(1)
+
+        def single(score: Distance) -> Tensor:
+            return torch.stack([score(sample, x0) for sample in samples.unbind(1)]).mean(0)
+
+        def fit(sample: Tensor, _: Tensor) -> Tensor:
+            return residual(physics, sample, y, self.problem.sigma_y)
+
+        scores = {"psnr_mean": psnr(mean, x0), "psnr": single(psnr), "ssim": single(ssim)}
+        scores |= {name: single(distance) for name, distance in self.distances.items()}
+        scores |= {"residual": single(fit), "_error": (mean - x0).square().flatten(1).mean(1)}
+        if self.num_samples > 1:
+            scores["_variance"] = samples.var(1).flatten(1).mean(1)
+        return scores
+
+
+def evaluate(method: Method, batches: Iterable[Tensor], problem: Problem, **options: Any) -> dict[str, Any]:
+    """Return the scores of a method over batches of clean images; options as for ``Evaluation``."""
+    evaluation = Evaluation(method, problem, **options)
+    for x0 in batches:
+        evaluation.add(x0)
+    return evaluation.row()

@@ -1,0 +1,241 @@
+"""Image files in and out, as float tensors [C, H, W] in [0, 1]."""
+
+import io
+import math
+from pathlib import Path
+from tokenize import TokenError
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import decode_png
+
+from ud2m.output import write_bytes
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PNG and JPEG tools call grey
+_NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
+_PNG_DEPTH = 24  # offset of the bit depth in a PNG's header
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """Return the image files that ``path`` names: itself, or those in a folder, sorted by name.
+
+    In a folder, subfolders, hidden files and files whose suffix is not in `SUFFIXES` are passed over.
+
+    Raises:
+        FileNotFoundError: when the path does not exist.
+        ValueError: when the folder holds no image.
+    """
+    path = _existing(path)
+    if path.is_file():
+        return [path]
+    found = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and p.name[0] != "."]
+    if not found:
+        raise ValueError(
+            f"no image in the folder {path} (subfolders are not searched); expected files that end in "
+            + ", ".join(SUFFIXES)
+        )
+    return sorted(found)
+
+
+def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
+    """Read an image file: float32 [C, H, W] in [0, 1].
+
+    PNG (8 and 16 bit, grey, palette or colour), JPEG, WebP and BMP are understood by content, not by name,
+    and turned upright by their EXIF orientation. An alpha channel is dropped where it is opaque and refused
+    where it is not: no background would be right for every use. Colour profiles are not applied.
+
+    ``.npy`` files hold floats [H, W], [H, W, C] or [C, H, W] in [0, 1]; they keep noise that an 8-bit file
+    would clip, hence values a little outside pass (down to -0.5 and up to 1.5).
+
+    Args:
+        path: the file.
+        channels: 3 repeats grey; 1 takes the luma 0.299 R + 0.587 G + 0.114 B of colour; None keeps what the
+            file has.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        IsADirectoryError: when it is a folder.
+        ValueError: when it is no image, is damaged, has transparent pixels or values outside the range.
+    """
+    if channels not in (1, 3, None):
+        raise ValueError(f"channels must be 1, 3 or None (as in the file), got {channels}")
+    path = _existing(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not an image file; name one file in it")
+    image = _read_npy(path) if path.suffix.lower() == ".npy" else _read_encoded(path)
+    return _with_channels(image, channels)
+
+
+def write_image(image: Tensor, path: str | Path) -> None:
+    """Write [C, H, W] (C = 1 or 3) as an 8-bit PNG, atomically; values are clamped to [0, 1].
+
+    Raises:
+        ValueError: when the name does not end in ``.png``, the shape is no image or a value is not finite.
+        OSError: when the place cannot be written or the disk is full.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"images are written as PNG, got the name {path}; let it end in .png")
+    write_bytes(path, to_png_bytes(image))
+
+
+def to_png_bytes(image: Tensor) -> bytes:
+    """Encode [C, H, W] (C = 1 or 3) as an 8-bit PNG; values are clamped to [0, 1] and rounded to k / 255.
+
+    Raises:
+        ValueError: when the shape is no image or a value is not finite.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"an image to be written has shape [1 or 3, H, W], got {list(image.shape)}")
+    values = image.detach().float().cpu()
+    if not values.isfinite().all():
+        raise ValueError("an image to be written holds NaN or infinite values; see what made it")
+    levels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
+    array = levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def std_scale(std: Tensor) -> float:
+    """Return a readable upper end for a map of standard deviations [C, H, W], in image units.
+
+    The 99.5 % quantile over pixels of the mean over channels, rounded up to two digits: a single wild pixel
+    does not darken the rest. At least one grey level (1 / 255): rounding noise must not look like structure.
+
+    Raises:
+        ValueError: when a value is not finite.
+    """
+    value = max(float(np.quantile(_channel_mean(std).numpy(), 0.995)), 1 / 255)
+    digit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / digit - 1e-9) * digit:.2g}")
+
+
+def std_image(std: Tensor, scale: float | None = None) -> tuple[Tensor, float]:
+    """Colour a map of standard deviations [C, H, W] for viewing.
+
+    The mean over channels, divided by ``scale`` and clamped to [0, 1], goes through matplotlib's ``inferno``:
+    black is 0, the pale yellow at its end is ``scale`` or more.
+
+    Args:
+        std: standard deviations in image units.
+        scale: what the end of the colours means; by default `std_scale` of the map itself.
+
+    Returns:
+        The picture [3, H, W] and the scale, which belongs in the caption.
+
+    Raises:
+        ValueError: when ``scale`` is not positive or a value of the map is not finite.
+    """
+    scale = std_scale(std) if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"the scale of a map of standard deviations must be positive, got {scale}")
+    values = (_channel_mean(std) / scale).clamp(0, 1)
+    colours = matplotlib.colormaps["inferno"](values.numpy())[..., :3]
+    return torch.from_numpy(colours).permute(2, 0, 1).float(), scale
+
+
+def _channel_mean(std: Tensor) -> Tensor:
+    if not std.isfinite().all():
+        raise ValueError("the standard deviations hold NaN or infinite values (a single sample has none)")
+    return std.detach().float().mean(0).cpu()
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path} (looked in {Path.cwd()})")
+    return path
+
+
+def _read_encoded(path: Path) -> Tensor:
+    data = path.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    try:
+        _refuse_transparency(image, path)
+        is_deep = image.format == "PNG" and data[_PNG_DEPTH] == 16
+        return _decode_deep(data) if is_deep else _decode(image)
+    except (OSError, SyntaxError, RuntimeError, EOFError) as error:  # from Pillow and torchvision, midway
+        raise ValueError(f"{path} is a truncated or damaged {image.format} file: {error}") from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{path} has too many pixels: {error}; cut it into pieces"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"{path} is truncated or damaged: {error}"
+    return f"{path} is not an image that can be read; expected {', '.join(FORMATS)} or floats in a .npy file"
+
+
+def _refuse_transparency(image: Image.Image, path: Path) -> None:
+    if not image.has_transparency_data:
+        return
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    if lowest != 255:
+        raise ValueError(f"{path} has transparent pixels; flatten it onto the background that it should have")
+
+
+def _decode(image: Image.Image) -> Tensor:
+    upright = ImageOps.exif_transpose(image)
+    is_grey = upright.mode in ("1", "L", "LA")
+    array = np.array(upright.convert("L" if is_grey else "RGB"), dtype=np.float32)
+    planes = array[None] if is_grey else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(planes)) / 255
+
+
+def _decode_deep(data: bytes) -> Tensor:
+    # Pillow keeps 8 of the 16 bits of colour PNGs; torchvision keeps all, but dies of a segmentation fault on
+    # damaged files, hence the checksums first
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.verify()
+    levels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
+    colours = levels[:1] if len(levels) <= 2 else levels[:3]
+    return colours.float() / 65535
+
+
+def _read_npy(path: Path) -> Tensor:
+    try:
+        with path.open("rb") as file:  # np.load would also open zip archives and pickles
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, TypeError, SyntaxError, TokenError) as error:  # header or data
+        raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{path} holds {array.dtype} values; expected floats in [0, 1] (8 bit: divide by 255)")
+    values = _planes(array.astype(np.float32), path)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} holds NaN or infinite values; replace them (a mask says what is missing)")
+    low, high = float(values.min()), float(values.max())
+    if low < _NPY_RANGE[0] or high > _NPY_RANGE[1]:
+        raise ValueError(
+            f"{path} holds values from {low:g} to {high:g}; expected about [0, 1]: "
+            "divide 8-bit values by 255, map [-1, 1] to [0, 1]"
+        )
+    return torch.from_numpy(values)
+
+
+def _planes(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.ndim == 2:
+        planes = array[None]
+    elif array.ndim == 3 and array.shape[2] in (1, 3):
+        planes = array.transpose(2, 0, 1)
+    else:
+        planes = array
+    if planes.ndim != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(f"{path} has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W), C = 1 or 3")
+    return np.ascontiguousarray(planes)
+
+
+def _with_channels(image: Tensor, channels: int | None) -> Tensor:
+    if channels is None or channels == len(image):
+        return image
+    if channels == 3:
+        return image.expand(3, -1, -1).contiguous()
+    return torch.einsum("chw,c->hw", image, torch.tensor(_LUMA))[None]

@@ -1,0 +1,204 @@
+"""Image metrics, one number per image, and LPIPS with its backbone named; images [B, C, H, W] in [0, 1]."""
+
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+
+import lpips
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+# torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
+BACKBONES = {
+    "alex": ("alexnet-owt-7be5be79.pth", 31),
+    "vgg": ("vgg16-397923af.pth", 16),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
+}
+DOWNLOAD_URL = "https://download.pytorch.org/models/"
+CONNECT_SECONDS = 10.0
+SSIM_WINDOW = 11
+
+
+def psnr(x: Tensor, reference: Tensor) -> Tensor:
+    """Return -10 log10(mean square error) in dB per image [B], for a data range of 1; inf for equal images.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    _check_shapes(x, reference)
+    return -10 * (x - reference).square().flatten(1).mean(1).log10()
+
+
+def ssim(x: Tensor, reference: Tensor) -> Tensor:
+    """Return the structural similarity per image [B] (Wang et al., 2004; Gaussian window of 11, std 1.5,
+    range 1).
+
+    Raises:
+        ValueError: when the shapes differ or the image is smaller than the window.
+    """
+    _check_shapes(x, reference)
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(x.shape[2:])}")
+    values = structural_similarity_index_measure(x, reference, data_range=1.0, reduction="none")
+    return torch.as_tensor(values).reshape(len(x))
+
+
+def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
+    """Return r = sqrt((1 + 1/S) mean(V)) / sqrt(mean((m - reference)^2)), a scalar that is 1 for a calibrated
+    sampler.
+
+    m and V are the mean and the unbiased variance of the S samples per pixel; both averages run over all
+    pixels, channels and images. If reference and samples are S + 1 independent draws of the posterior, E(m -
+    reference)^2 = (1 + 1/S) Var: the first factor removes the error that m has because S is finite. r < 1:
+    too little spread.
+
+    Args:
+        samples: [B, S, C, H, W], S >= 2. reference: [B, C, H, W].
+
+    Raises:
+        ValueError: when the shapes do not fit or S < 2.
+    """
+    if samples.ndim != 5 or samples.shape[1] < 2:
+        raise ValueError(f"calibration needs samples [B, S, C, H, W] with S >= 2, got shape {tuple(samples.shape)}")
+    mean, count = samples.mean(1), samples.shape[1]
+    _check_shapes(mean, reference)
+    return ((1 + 1 / count) * samples.var(1).mean() / (mean - reference).square().mean()).sqrt()
+
+
+class LPIPSDistance(nn.Module):
+    """Learned perceptual distance, version 0.1 (Zhang et al., 2018), with the linear layers of the lpips
+    package.
+
+    sum_l mean over locations of w_l . (f_l(x) / |f_l(x)| - f_l(r) / |f_l(r)|)^2 with f_l the ImageNet
+    backbone's layers. Frozen and always in eval mode; differentiable in the images. Differs from
+    ``lpips.LPIPS``: its norm has a nan gradient where all channels are 0, this one has none.
+
+    Args:
+        net: ``alex`` (31 pixels a side or more), ``vgg`` (16) or ``squeeze`` (17).
+        weights: file with torchvision's weights of the backbone. By default the torch cache is used
+            (``$TORCH_HOME/hub/checkpoints``); a file that is not there is downloaded.
+
+    Raises:
+        ValueError: for an unknown net, or a file that does not hold its weights.
+        FileNotFoundError: when the weights are neither found nor can be downloaded; it says where to put
+            which file.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None):
+        super().__init__()
+        _check_net(net)
+        self.net = net
+        path = _cached(net) if weights is None else Path(weights)
+        if weights is not None and not path.is_file():
+            raise FileNotFoundError(_missing(net, path))
+        self.network = _build(net, _read(path) if path.is_file() else _download(net, path), path)
+
+    @property
+    def name(self) -> str:
+        """What to write beside a value: net, package and version."""
+        return f"lpips-{self.net} (lpips {version('lpips')})"
+
+    def train(self, mode: bool = True) -> "LPIPSDistance":
+        """Stay in eval mode whatever is asked for: the linear layers of the package hold dropout."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Return the distance [B] of images to their references, [B, 1 or 3, H, W] in [0, 1]; grey is
+        repeated.
+
+        Raises:
+            ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
+        """
+        _check_shapes(x, reference)
+        layers = zip(self._features(x), self._features(reference), self.network.lins, strict=True)
+        return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for a, b, lin in layers]).sum(0)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        smallest = BACKBONES[self.net][1]
+        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < smallest:
+            raise ValueError(
+                f"LPIPS ({self.net}) takes grey or RGB images of at least {smallest} pixels a side, got "
+                f"{tuple(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
+            )
+        rgb = self.network.scaling_layer(2 * x.expand(-1, 3, -1, -1) - 1)
+        return [normalize(layer, dim=1, eps=1e-10) for layer in self.network.net(rgb)]
+
+
+def available_lpips(net: str) -> bool:
+    """Return whether the torch cache holds the backbone: ``LPIPSDistance(net)`` then needs no network."""
+    _check_net(net)
+    return _cached(net).is_file()
+
+
+def _check_net(net: str) -> None:
+    if net not in BACKBONES:
+        raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
+
+
+def _check_shapes(x: Tensor, reference: Tensor) -> None:
+    if x.ndim != 4 or x.shape != reference.shape:
+        raise ValueError(
+            f"image and reference must both be [B, C, H, W], got {list(x.shape)} and {list(reference.shape)}"
+        )
+
+
+def _cached(net: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net][0]
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"cannot read LPIPS weights from {path}: damaged or not a torch file; replace it") from error
+
+
+def _download(net: str, path: Path) -> dict[str, Tensor]:
+    try:
+        with _socket_timeout(CONNECT_SECONDS):
+            return torch.hub.load_state_dict_from_url(
+                DOWNLOAD_URL + path.name, map_location="cpu", check_hash=True, weights_only=True
+            )
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise FileNotFoundError(_missing(net, path, f" and cannot be downloaded ({error})")) from error
+
+
+def _missing(net: str, path: Path, why: str = "") -> str:
+    file = BACKBONES[net][0]
+    return (
+        f"the LPIPS ({net}) weights {path} do not exist{why}; put torchvision's {file} there "
+        f"({DOWNLOAD_URL}{file}), or set TORCH_HOME to a folder that holds hub/checkpoints/{file}"
+    )
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Bound the wait for a silent server: torch.hub sets no limit, and would hang behind some firewalls."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _build(net: str, state: dict[str, Tensor], path: Path) -> lpips.LPIPS:
+    """Return the frozen network with the backbone of ``state``, the ``features.*`` of torchvision's model."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # Random trunk first: the package itself would download. Its advice and its draws stay in here.
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    # The package cuts torchvision's features into slices: slice2.3.weight there is features.3.weight here.
+    names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
+    try:
+        network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,25 @@
+"""Measurement operators A of y = A x0 + sigma_y w: families to draw them from, and what to ask them."""
+
+from ud2m.physics.circular import CircularBlur, CircularDownsampling
+from ud2m.physics.family import OperatorFamily
+from ud2m.physics.gaussian_blur import GaussianBlur
+from ud2m.physics.inpainting import Inpainting, PixelMask
+from ud2m.physics.measurement import measured, observe, residual
+from ud2m.physics.samples import at_least_float32, per_sample, select_samples
+from ud2m.physics.super_resolution import SuperResolution
+
+__all__ = [
+    "CircularBlur",
+    "CircularDownsampling",
+    "GaussianBlur",
+    "Inpainting",
+    "OperatorFamily",
+    "PixelMask",
+    "SuperResolution",
+    "at_least_float32",
+    "measured",
+    "observe",
+    "per_sample",
+    "residual",
+    "select_samples",
+]

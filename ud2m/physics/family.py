@@ -1,0 +1,43 @@
+"""What a training run or a user asks for operators."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from deepinv.physics import LinearPhysics
+
+from ud2m.noise import Generators
+
+
+class OperatorFamily(ABC):
+    """A kind of operator whose members are drawn per batch.
+
+    A new operator is one subclass and one YAML under ``conf/physics``.
+    """
+
+    @abstractmethod
+    def draw(
+        self,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> LinearPhysics:
+        """Return an operator for a batch of images.
+
+        It is immutable: per-sample parameters, [B, ...], belong to it for good, and no call changes it. The
+        same generator state gives the same operator.
+
+        Args:
+            batch_size: B.
+            image_shape: (C, H, W).
+            generator: source of randomness, on any device, or one per sample; None uses torch's global one.
+            device: where the operator's tensors live.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError where images (C, H, W) cannot be taken; subclasses add their own conditions."""
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(f"image_shape must be (C, H, W) with positive entries, got {tuple(image_shape)}")

@@ -1,0 +1,63 @@
+"""Making measurements, and judging images by them."""
+
+from functools import singledispatch
+
+import deepinv
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+
+from ud2m.noise import Generators, randn_like
+from ud2m.physics.samples import at_least_float32, per_sample
+
+
+@singledispatch
+def measured(physics: LinearPhysics, y: Tensor) -> Tensor:
+    """Return 1 where an entry of y [B, ...] is a measurement, 0 where the operator gives 0 whatever x is.
+
+    The result broadcasts against y. By default everything is measured; operators with dead entries register.
+    """
+    return torch.ones((), dtype=y.dtype, device=y.device)
+
+
+@measured.register
+def _(physics: deepinv.physics.Inpainting, y: Tensor) -> Tensor:
+    return (physics.mask != 0).to(y)
+
+
+def observe(
+    physics: LinearPhysics, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None
+) -> Tensor:
+    """Return y = A x0 + sigma_y w, w ~ N(0, I) where something is measured and 0 elsewhere.
+
+    Args:
+        physics: operator of this batch.
+        x0: [B, C, H, W] in [0, 1].
+        sigma_y: noise level in image units, >= 0; a number or [B].
+        generator: source of w, on any device, or one per sample; None uses torch's global one.
+
+    Raises:
+        ValueError: when ``sigma_y`` is negative.
+    """
+    y = physics.A(x0)
+    level = per_sample(sigma_y, y)
+    if not (level >= 0).all():
+        raise ValueError(f"sigma_y must not be negative, got {level.min().item():g}")
+    return y + level * measured(physics, y) * randn_like(y, generator)
+
+
+def residual(physics: LinearPhysics, x: Tensor, y: Tensor, sigma_y: Tensor | float) -> Tensor:
+    """Return |A x - y| / (sigma_y sqrt(m)) per sample, [B], with m the number of real measurements.
+
+    About 1 where x explains y; the true image has 1 +- 1 / sqrt(2 m).
+
+    Raises:
+        ValueError: when ``sigma_y`` is not positive.
+    """
+    dtype = at_least_float32(x, y)
+    error = physics.A(x.to(dtype)) - y.to(dtype)
+    level = per_sample(sigma_y, error)
+    if not (level > 0).all():
+        raise ValueError(f"sigma_y must be positive to judge a residual, got {level.min().item():g}")
+    weight = measured(physics, error).expand_as(error)
+    return (weight * error / level).flatten(1).norm(dim=1) / weight.flatten(1).sum(1).sqrt()

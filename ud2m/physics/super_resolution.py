@@ -1,0 +1,68 @@
+"""Super-resolution."""
+
+import torch
+from torch import Tensor
+
+from ud2m.noise import Generators
+from ud2m.physics.circular import CircularDownsampling, check_factor, check_kernel
+from ud2m.physics.family import OperatorFamily
+
+
+class SuperResolution(OperatorFamily):
+    """y = every factor-th pixel of h * x, with circular boundaries; pixel i of y is centred on its block.
+
+    Pixel i of y averages around (i + 1/2) factor - 1/2, as antialiased resizing in PIL, Matlab and PyTorch
+    does (equal to PyTorch's away from the border). Differs from deepinv's ``Downsampling``, whose centre
+    lies factor / 2 - 1 pixels before, and whose bicubic taps lie between the pixels for odd factors too.
+
+    Args:
+        factor: integer >= 2 that divides height and width.
+        filter: ``bicubic`` (Keys' cubic with a = -1/2, stretched by the factor: 4 factor taps, one fewer
+            where the factor is odd) or ``box`` (mean of each block).
+
+    Raises:
+        ValueError: for another factor or filter.
+    """
+
+    def __init__(self, factor: int = 4, filter: str = "bicubic"):
+        if not isinstance(factor, int) or factor < 2:
+            raise ValueError(f"factor must be an integer of at least 2, got {factor!r}")
+        if filter not in FILTERS:
+            raise ValueError(f"unknown filter {filter!r}; allowed: {', '.join(FILTERS)}")
+        self.factor = factor
+        taps = FILTERS[filter](factor)
+        self.kernel = torch.outer(taps, taps)[None, None]
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError where the factor does not divide the image or the kernel is larger than it."""
+        super().check(image_shape)
+        check_factor(self.factor, image_shape)
+        check_kernel(self.kernel, image_shape)
+
+    def draw(
+        self,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> CircularDownsampling:
+        """Return the operator; nothing about it is random."""
+        self.check(image_shape)
+        return CircularDownsampling(self.kernel, image_shape, self.factor, device)
+
+
+def bicubic_taps(factor: int) -> Tensor:
+    """Return Keys' cubic convolution kernel (a = -1/2) at the pixels' distances to the block's centre."""
+    taps = 4 * factor - factor % 2
+    d = (torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2).abs() / factor
+    inner, outer = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    weights = torch.where(d <= 1, inner, outer)
+    return weights / weights.sum()
+
+
+def box_taps(factor: int) -> Tensor:
+    """Return the mean over a block."""
+    return torch.full((factor,), 1 / factor, dtype=torch.float64)
+
+
+FILTERS = {"bicubic": bicubic_taps, "box": box_taps}

@@ -1,0 +1,234 @@
+"""What users call: ``PosteriorSampler``, its export folder and its loading."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ud2m.output import atomic_folder
+from ud2m.physics import select_samples
+from ud2m.prior import LoraSpec, Prior, shipped_folder
+from ud2m.sampler import check_eta, sample_posterior
+from ud2m.unfolded import UnfoldedNetwork, build_network
+
+CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class SamplerConfig:
+    """Defaults of a call and where the model comes from; stored in ``config.json`` of an export.
+
+    ``num_steps`` (N) and ``eta`` are the defaults of sampling, ``sigma_y`` and ``physics`` what the model was trained
+    for (information, not a limit).
+    """
+
+    num_steps: int = 3
+    eta: float | str = 1.0
+    sigma_y: float = 0.01
+    physics: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class PosteriorSampler:
+    """Draw posterior samples p(x | y) in K N network evaluations.
+
+    Example::
+
+        sampler = PosteriorSampler.from_pretrained("photos_gaussian_blur")
+        samples = sampler(y, physics, sigma_y=0.01, num_samples=8)   # [B, 8, C, H, W] in [0, 1]
+    """
+
+    def __init__(self, network: UnfoldedNetwork, prior: Prior, config: SamplerConfig | None = None):
+        self.network = network
+        self.prior = prior
+        self.config = config or SamplerConfig()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.prior.parameters()).device
+
+    def to(self, device: torch.device | str) -> "PosteriorSampler":
+        """Move the network."""
+        self.network.to(device)
+        return self
+
+    def nfe(self, num_steps: int | None = None) -> int:
+        """Return the network evaluations per sample, K N."""
+        return self.network.num_blocks * (num_steps or self.config.num_steps)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: float | Tensor | None = None,
+        num_samples: int = 1,
+        num_steps: int | None = None,
+        eta: float | str | None = None,
+        generator: torch.Generator | None = None,
+        chunk_size: int = 64,
+    ) -> Tensor:
+        """Return samples [B, num_samples, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
+
+        Args:
+            y: observations, in image units.
+            physics: a linear operator of deepinv that fits y.
+            sigma_y: noise level of y, a number or [B]; default: the level the model was trained with.
+            num_samples: samples per observation. num_steps: N. eta: see ``ud2m.sampler.step_deviation``.
+            generator: source of randomness (on any device); each sample draws from its own stream, so that it does not
+                depend on the chunk size.
+            chunk_size: how many images the network sees at once; bounds the memory.
+
+        Raises:
+            ValueError: for numbers out of range, or an image size that the prior cannot take.
+        """
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        eta = self.config.eta if eta is None else eta
+        check_eta(eta)
+        for name, value in {"num_samples": num_samples, "num_steps (N)": num_steps, "chunk_size": chunk_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        sigma_y = noise_levels(self.config.sigma_y if sigma_y is None else sigma_y, y)
+        image_shape = (
+            tuple(physics.A_adjoint(y[:1]).shape[1:]) if len(y) == 1 else tuple(physics.A_adjoint(y).shape[1:])
+        )
+        self._check_image(image_shape)
+        seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
+        rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
+        levels = self.prior.schedule.grid(num_steps)
+        samples = [
+            sample_posterior(
+                self.network,
+                y[chunk],
+                select_samples(physics, chunk),
+                sigma_y[chunk],
+                levels,
+                image_shape,
+                eta,
+                [torch.Generator(y.device).manual_seed(seed) for seed in part],
+            )
+            for chunk, part in zip(rows.split(chunk_size), _split(seeds, chunk_size), strict=True)
+        ]
+        return torch.cat(samples).clamp(0, 1).unflatten(0, (len(y), num_samples))
+
+    def _check_image(self, image_shape: tuple[int, ...]) -> None:
+        if len(image_shape) != 3 or image_shape[0] != self.prior.channels:
+            raise ValueError(
+                f"the prior draws images with {self.prior.channels} channels, this operator acts on {image_shape}; "
+                "load a model with a matching prior or convert the image"
+            )
+        self.prior.check_size(*image_shape[1:])
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the export folder: ``config.json``, adapter (peft), psi (safetensors), the prior by reference."""
+        spec = self.prior.lora or LoraSpec(rank=0)
+        content = {
+            "format": FORMAT,
+            "network": self.network.spec,
+            "lora": spec.to_dict(),
+            "prior": {"reference": self.prior.reference, "fingerprint": self.prior.fingerprint},
+            "sampler": vars(self.config),
+        }
+        with atomic_folder(folder, overwrite=overwrite) as partial:
+            self.prior.save_adapter(partial)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in self.network.own_state().items()}, partial / PSI_FILE
+            )
+            (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, reference: str | Path, prior: str | Path | None = None, device: torch.device | str = "cpu"
+    ) -> "PosteriorSampler":
+        """Load a model by the name of a shipped one, an export folder, or a hub id.
+
+        Args:
+            reference: e.g. ``"photos_gaussian_blur"`` or ``runs/.../export``.
+            prior: where the prior is, when it moved since the export; its fingerprint must still be the same.
+
+        Raises:
+            FileNotFoundError: when nothing is there. ValueError: when the export is damaged or made for another prior.
+        """
+        folder = _export_folder(str(reference))
+        content = _read_config(folder)
+        try:
+            lora = LoraSpec(**content["lora"])
+            config = SamplerConfig(**content["sampler"])
+            expected = content["prior"]["fingerprint"]
+            base = Prior.from_pretrained(prior or content["prior"]["reference"])
+            spec = content["network"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} is not a complete export: {error}; export the model again"
+            ) from error
+        if base.fingerprint != expected:
+            raise ValueError(
+                f"the export {folder} was trained on a prior with fingerprint {expected[:12]}, but "
+                f"{prior or content['prior']['reference']} has {base.fingerprint[:12]}; pass the folder of the right prior"
+            )
+        try:
+            base.load_adapter(folder, lora)
+            network = build_network(base, spec)
+            network.load_own_state(load_file(folder / PSI_FILE))
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ValueError(
+                f"the export {folder} is damaged or incomplete ({error}); export the model again"
+            ) from error
+        base.merge_adapter()
+        return cls(network.requires_grad_(False).to(device).eval(), base, config)
+
+
+def noise_levels(sigma_y: float | Tensor, y: Tensor) -> Tensor:
+    """Return sigma_y as a float tensor [B] for observations y; raises ValueError unless all are positive and finite."""
+    levels = torch.as_tensor(sigma_y, device=y.device, dtype=y.dtype).reshape(-1)
+    if len(levels) not in (1, len(y)) or not (levels > 0).all() or not levels.isfinite().all():
+        raise ValueError(
+            f"sigma_y must be a positive noise level in image units (images lie in [0, 1]), one number or one per "
+            f"observation ({len(y)}); got {levels.tolist()}"
+        )
+    return levels.expand(len(y))
+
+
+def _export_folder(reference: str) -> Path:
+    folder = shipped_folder(reference) or Path(reference)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(reference))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"no model at {reference!r}: it is no shipped model, no folder, and no hub repository that can be reached "
+            f"from here ({type(error).__name__})"
+        ) from error
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} is not an export: it has no readable {CONFIG_FILE}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error}); export the model again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an export of format {FORMAT}; got {str(content)[:80]}")
+    return content
+
+
+def _split(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _device(generator: torch.Generator | None) -> torch.device | str:
+    return "cpu" if generator is None else generator.device

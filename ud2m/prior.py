@@ -1,0 +1,265 @@
+"""A frozen pre-trained diffusion network, seen as a denoiser of noisy images in [0, 1], and its LoRA adapter."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from ud2m.schedule import VPSchedule, abar
+
+SCHEDULER_FILE = "scheduler_config.json"
+UNET_FILE = "config.json"
+SHIPPED = Path(__file__).parent / "pretrained"
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What is adapted: LoRA of ``rank`` and scale ``alpha / rank`` on the layers whose name ends with a target.
+
+    ``output_conv`` trains a full copy of the output convolution too, as the authors' code does. ``rank = 0`` adapts
+    nothing (psi alone is trained).
+    """
+
+    rank: int = 5
+    alpha: float = 1.5
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    output_conv: bool = True
+
+    def __post_init__(self):
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(f"LoRA needs rank >= 0 and alpha > 0, got rank={self.rank}, alpha={self.alpha}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    def to_dict(self) -> dict:
+        """Return the plain values, for a JSON file."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+
+class Prior(nn.Module):
+    """Wrap a frozen ``UNet2DModel`` as ``denoiser(x_sigma, sigma) -> x0_hat`` (design: the only place that knows VP).
+
+    With abar = 1 / (1 + 4 sigma^2) the network is called on ``x_t = sqrt(abar) (2 x_sigma - 1)`` at the continuous time
+    ``t(sigma)``; for eps-prediction ``x0_hat = x_sigma - sigma eps`` (the scheduler's x0 formula, rescaled to [0, 1]).
+    Networks with 2C output channels also predict a variance, which is ignored.
+
+    Args:
+        unet: the network; its parameters are frozen here and it stays in eval mode for good (dropout off).
+        schedule: noise table the network was trained with.
+        prediction: what the network returns: ``epsilon``, ``sample`` (x0) or ``v_prediction``.
+        reference: folder or hub id that the weights came from, written into exports.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        schedule: VPSchedule,
+        prediction: str = "epsilon",
+        reference: str | None = None,
+    ):
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction type {prediction!r}; allowed: {', '.join(PREDICTIONS)}")
+        channels, out = unet.config.in_channels, unet.config.out_channels
+        if out not in (channels, 2 * channels):
+            raise ValueError(f"the prior maps {channels} channels to {out}; allowed: {channels} or {2 * channels}")
+        self.channels = channels
+        self.prediction = prediction
+        self.reference = reference
+        self.schedule = schedule
+        self.lora: LoraSpec | None = None
+        self.fingerprint = fingerprint(unet)
+        self.unet: nn.Module = unet.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path) -> "Prior":
+        """Load a shipped prior by name, a diffusers folder or hub id: ``config.json``, safetensors weights and ``scheduler_config.json``.
+
+        Raises:
+            FileNotFoundError: when the folder, the hub repository or one of the files is missing.
+            ValueError: when the files are not those of a ``UNet2DModel``.
+        """
+        reference = str(reference)
+        where = str(shipped_folder(reference) or reference)
+        scheduler = _read_json(_locate(where, SCHEDULER_FILE))
+        architecture = _read_json(_locate(where, UNET_FILE))
+        if architecture.get("_class_name") != "UNet2DModel":
+            raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
+        try:
+            unet = UNet2DModel.from_pretrained(where, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot load the weights of the prior {reference}: {error}") from error
+        schedule = VPSchedule.from_config(scheduler)
+        return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units."""
+        return denoise(self.unet, self.schedule, x_sigma, sigma, self.prediction)
+
+    def features(self, x: Tensor, sigma: float = 0.02) -> list[Tensor]:
+        """Return the encoder features of the *frozen* network at a low noise level, one [B, c, h, w] per resolution.
+
+        The last feature of every resolution, from fine to coarse; no noise is added to x [B, C, H, W] in [0, 1].
+        """
+        level = x.new_full((len(x),), sigma)
+        unet = self._base()
+        with self.adapter_disabled():
+            emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
+            h = unet.conv_in(abar(level).sqrt().view(-1, 1, 1, 1) * (2 * x - 1))
+            features = []
+            for block in unet.down_blocks:
+                h, states = block(hidden_states=h, temb=emb)
+                features.append(states[-2] if block.downsamplers is not None else states[-1])
+        return features
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError when the network cannot take images of this size (multiples of its total stride only)."""
+        stride = 2 ** (len(self._base().config.block_out_channels) - 1)
+        if height % stride or width % stride or min(height, width) < stride:
+            raise ValueError(
+                f"the prior takes image sizes that are multiples of {stride}, got {height}x{width}; crop or pad the image"
+            )
+
+    def add_lora(self, spec: LoraSpec) -> "Prior":
+        """Put trainable LoRA factors (peft) on the frozen network; with B = 0 the function is unchanged at first.
+
+        Raises:
+            ValueError: when there is an adapter already, or no layer has one of the target names.
+        """
+        if self.lora is not None:
+            raise ValueError("this prior has an adapter already; load it again to change the adapter")
+        self.lora = spec
+        if spec.rank == 0:
+            return self
+        config = peft.LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            target_modules=list(spec.targets),
+            modules_to_save=["conv_out"] if spec.output_conv else None,
+        )
+        # peft raises a ValueError that names the targets when none of them exists in the network.
+        self.unet = peft.get_peft_model(self.unet, config).eval()
+        return self
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as peft does (``adapter_config.json``, ``adapter_model.safetensors``)."""
+        if isinstance(self.unet, peft.PeftModel):
+            self.unet.save_pretrained(str(folder))
+
+    def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
+        """Load an adapter written by ``save_adapter``; every tensor must fit and none may be missing."""
+        self.add_lora(spec)
+        if isinstance(self.unet, peft.PeftModel):
+            state = peft.utils.load_peft_weights(str(folder), device="cpu")
+            expected = peft.get_peft_model_state_dict(self.unet)
+            if state.keys() != expected.keys() or any(state[k].shape != expected[k].shape for k in expected):
+                odd = sorted(state.keys() ^ expected.keys())
+                raise ValueError(f"the adapter in {folder} does not fit its config: unmatched tensors {odd[:4]}")
+            peft.set_peft_model_state_dict(self.unet, state)
+        return self
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Switch the adapter off inside the context: the denoiser is the frozen prior again, exactly."""
+        with self.unet.disable_adapter() if isinstance(self.unet, peft.PeftModel) else nullcontext():
+            yield
+
+    def merge_adapter(self) -> "Prior":
+        """Add the LoRA products into the weights, so that sampling costs what the bare network costs."""
+        if isinstance(self.unet, peft.PeftModel):
+            self.unet.merge_adapter()
+        return self
+
+    def train(self, mode: bool = True) -> "Prior":
+        """Keep the network in eval mode whatever the trainer asks for: dropout of a frozen prior stays off."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+    def _base(self) -> UNet2DModel:
+        return self.unet.get_base_model() if isinstance(self.unet, peft.PeftModel) else self.unet
+
+
+def denoise(
+    unet: nn.Module, schedule: VPSchedule, x_sigma: Tensor, sigma: Tensor, prediction: str = "epsilon"
+) -> Tensor:
+    """Return x0_hat [B, C, H, W] from a variance-preserving network, for x_sigma = x0 + sigma eps and sigma [B]."""
+    level = sigma.view(-1, 1, 1, 1)
+    signal = abar(level).sqrt()
+    x_t = signal * (2 * x_sigma - 1)
+    # The time stays a float tensor: diffusers cuts a Python float to an integer, which kills d/d sigma.
+    output = unet(x_t, schedule.time(sigma)).sample[:, : x_sigma.shape[1]].to(x_sigma.dtype)
+    if prediction == "epsilon":
+        return x_sigma - level * output
+    if prediction == "sample":
+        return (output + 1) / 2
+    return (signal * (x_t - 2 * level * output) + 1) / 2
+
+
+def build_unet(architecture: Mapping[str, Any]) -> UNet2DModel:
+    """Return a randomly initialised network from the keyword arguments of diffusers' ``UNet2DModel``."""
+    try:
+        return UNet2DModel(
+            **{
+                k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+                for k, v in architecture.items()
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"diffusers cannot build this UNet2DModel: {error}") from error
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
+    folder = SHIPPED / name
+    return folder if name and Path(name).name == name and folder.is_dir() else None
+
+
+def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a prior folder that ``Prior.from_pretrained`` (and diffusers) loads: safetensors, config, noise table."""
+    # nn.Module's own cast: that of diffusers warns about modules to keep in float32, of which this class has none.
+    nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(str(folder), safe_serialization=True)
+    (Path(folder) / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return the SHA-256 of all parameters and buffers (name, shape, float32 values): which prior this is."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _locate(reference: str, file: str) -> Path:
+    """Return the path of a file of the prior, in its folder or from the hub."""
+    folder = Path(reference)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"the prior folder {folder} has no {file}; is it a diffusers UNet2DModel folder?")
+        return folder / file
+    try:
+        return Path(hf_hub_download(reference, file))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"no prior at {reference!r}: it is neither an existing folder nor a hub repository "
+            f"that can be reached from here ({type(error).__name__})"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,245 @@
+"""The unfolded network: K LATINO modules around one shared denoiser, behind a warm start."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from deepinv.physics import LinearPhysics
+from torch import Tensor, nn
+
+from ud2m.noise import Generators, randn_like
+from ud2m.prox import joint_prox
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+NOTHING_KNOWN = 1e3
+"""A noise level at which x_sigma says nothing about an image in [0, 1]."""
+
+
+class Rule(Protocol):
+    """Initial (delta_k, tau_k) of module k = 0..K-1, as a function of the noise levels [B]."""
+
+    def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the step size delta_k (a variance) and the inner noise level tau_k, each [B]."""
+        ...
+
+
+def rho(sigma: Tensor, sigma_y: Tensor) -> Tensor:
+    """Return rho with 1/rho^2 = 1/sigma_y^2 + 1/sigma^2: the noise level of both data together [UD2M, section 3]."""
+    return (sigma_y**-2 + sigma**-2) ** -0.5
+
+
+class PaperRule:
+    """tau_k = delta_k^(1/2) = rho for every module, the authors' choice [UD2M, section 4]."""
+
+    def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (rho^2, rho)."""
+        level = rho(sigma, sigma_y)
+        return level**2, level
+
+
+class AnnealedRule:
+    """tau_k falls geometrically from min(sigma, tau_max) to ``floor`` rho, and delta_k = tau_k^2.
+
+    Differs from [UD2M]: with the paper's rule and sigma_y = 0.01 every module calls the prior almost without noise, so
+    that it can change nothing; here early modules see coarse noise and late ones fine noise. K = 1 takes the geometric
+    mean of both ends.
+    """
+
+    def __init__(self, tau_max: float = 0.4, floor: float = 3.0):
+        if tau_max <= 0 or floor <= 0:
+            raise ValueError(f"tau_max and floor must be positive, got {tau_max} and {floor}")
+        self.tau_max, self.floor = tau_max, floor
+
+    def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (tau_k^2, tau_k)."""
+        last = self.floor * rho(sigma, sigma_y)
+        first = torch.maximum(sigma.clamp(max=self.tau_max), last)
+        position = k / (num_blocks - 1) if num_blocks > 1 else 0.5
+        tau = first ** (1 - position) * last**position
+        return tau**2, tau
+
+
+class LatinoModule(nn.Module):
+    """One step of LATINO [LATINO, algorithm 1; UD2M, section 3] with learned (delta_k, tau_k, lam_k).
+
+    u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
+    The three numbers are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly
+    and follow the noise levels that a call brings.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_delta = nn.Parameter(torch.zeros(()))
+        self.log_tau = nn.Parameter(torch.zeros(()))
+        self.log_lam = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self,
+        x: Tensor,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: Tensor,
+        initial: tuple[Tensor, Tensor],
+        denoiser: Denoiser,
+        generator: Generators,
+    ) -> Tensor:
+        """Return x^(k) [B, C, H, W] from x = x^(k-1); ``initial`` is the rule's (delta_k, tau_k), each [B]."""
+        delta = initial[0] * self.log_delta.exp()
+        tau = initial[1] * self.log_tau.exp()
+        lam = self.log_lam.exp().expand_as(tau)
+        u = joint_prox(physics, y, x_sigma, x, sigma, delta, lam, sigma_y)
+        z = u + tau.view(-1, 1, 1, 1) * randn_like(u, generator)
+        return denoiser(z, tau)
+
+
+class PinvStart(nn.Module):
+    """x^(0) = A^dagger y, the authors' start without a network; amplifies noise and leaves holes black."""
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
+        """Return x^(0) [B, C, H, W]."""
+        return physics.A_dagger(y)
+
+
+class SmoothingStart(nn.Module):
+    """Regularised, hole-filling start: smooth at falling scales and go back to the data after each.
+
+    x <- argmin_u |y - A u|^2 / (2 sigma_y^2) + |u - x_sigma|^2 / (2 sigma^2) + |u - S_s x|^2 / (2 deviation^2),
+    from grey 0.5, where S_s averages over s x s pixels and interpolates back. Any linear operator is served: a blur is
+    inverted with Tikhonov damping, holes are filled from coarse to fine.
+
+    Differs from [UD2M, section 4.1]: the paper starts from A^dagger y or RAM.
+
+    Args:
+        scales: widths s of the averages in pixels, coarse to fine.
+        deviation: how far, in image units, a pixel may lie from its smooth neighbourhood.
+    """
+
+    def __init__(self, scales: Sequence[int] = (16, 8, 8, 4, 4, 2, 2), deviation: float = 0.1):
+        super().__init__()
+        if not scales or min(scales) < 1 or deviation <= 0:
+            raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")
+        self.scales, self.deviation = tuple(scales), deviation
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
+        """Return x^(0) [B, C, H, W]."""
+        delta = torch.full_like(sigma, self.deviation**2)
+        lam = torch.ones_like(sigma)
+        x = torch.full_like(x_sigma, 0.5)
+        for scale in (None, *self.scales):
+            mean = x if scale is None else smooth(x, scale)
+            x = joint_prox(physics, y, x_sigma, mean, sigma, delta, lam, sigma_y)
+        return x
+
+
+def smooth(x: Tensor, scale: int) -> Tensor:
+    """Average x [B, C, H, W] over about scale x scale pixels and interpolate back to its size."""
+    size = x.shape[-2:]
+    coarse = [max(1, math.ceil(length / scale)) for length in size]
+    low = F.interpolate(x, size=coarse, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
+
+
+class UnfoldedNetwork(nn.Module):
+    """L(x_sigma, y): K LATINO modules that share one denoiser, unrolled from a warm start [UD2M, section 3].
+
+    Args:
+        denoiser: ``denoiser(x_sigma, sigma [B]) -> x0_hat``, usually a ``Prior`` with its adapter.
+        num_blocks: K >= 1.
+        rule: initial (delta_k, tau_k).
+        warm_start: module that makes x^(0); the same one at training and at sampling.
+    """
+
+    def __init__(self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: nn.Module):
+        super().__init__()
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
+        self.spec: dict[str, Any] = {}
+        self.denoiser = denoiser
+        self.blocks = nn.ModuleList(LatinoModule() for _ in range(num_blocks))
+        self.rule = rule
+        self.warm_start = warm_start
+
+    @property
+    def num_blocks(self) -> int:
+        """K, which is also the number of network evaluations of one call."""
+        return len(self.blocks)
+
+    def forward(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: Tensor,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
+
+        ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``.
+        """
+        x = self.warm_start(x_sigma, sigma, y, physics, sigma_y)
+        for k, block in enumerate(self.blocks):
+            initial = self.rule(k, self.num_blocks, sigma, sigma_y)
+            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, self.denoiser, generator)
+        return x
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("denoiser.")}
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``own_state`` returned; raises ValueError when names or shapes differ."""
+        own = self.own_state()
+        if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
+            odd = sorted(state.keys() ^ own.keys())
+            raise ValueError(f"the trained parameters do not fit this network; unmatched: {odd[:6]}")
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+    def psi(self) -> dict[str, float]:
+        """Return the learned factors on the rule, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
+        return {
+            f"{name}_{k}": getattr(block, f"log_{name}").exp().item()
+            for k, block in enumerate(self.blocks, start=1)
+            for name in ("delta", "tau", "lam")
+        }
+
+
+RULES: dict[str, Callable[..., Rule]] = {"paper": PaperRule, "annealed": AnnealedRule}
+WARM_STARTS: dict[str, Callable[..., nn.Module]] = {"pinv": PinvStart, "smoothing": SmoothingStart}
+
+
+def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwork:
+    """Build a network from plain values, which an export stores: names instead of code.
+
+    Args:
+        denoiser: see ``UnfoldedNetwork``.
+        spec: ``{"num_blocks": K, "rule": {"name": ..., **options}, "warm_start": {"name": ..., **options}}`` with names
+            from ``RULES`` and ``WARM_STARTS``.
+
+    Raises:
+        ValueError: for an unknown name or option.
+    """
+    unknown = spec.keys() ^ {"num_blocks", "rule", "warm_start"}
+    if unknown:
+        raise ValueError(f"a network is described by num_blocks, rule and warm_start; unexpected or missing: {unknown}")
+    rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
+    network = UnfoldedNetwork(denoiser, int(spec["num_blocks"]), rule, warm_start)
+    network.spec = {"num_blocks": int(spec["num_blocks"])} | {k: dict(spec[k]) for k in ("rule", "warm_start")}
+    return network
+
+
+def _build(kind: str, registry: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:
+    options = dict(options)
+    name = options.pop("name", None)
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; allowed: {', '.join(registry)}")
+    try:
+        return registry[name](**options)
+    except TypeError as error:
+        raise ValueError(f"{kind} {name!r} does not take these options: {options} ({error})") from error
