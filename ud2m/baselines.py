@@ -53,14 +53,18 @@ class LatinoSetting:
         tau = torch.full_like(sigma, self.tau_first ** (1 - position) * self.tau_last**position)
         return (self.width * tau) ** 2, tau
 
+    def describe(self) -> str:
+        """Return the setting in words for a table."""
+        return f"{self.num_levels} levels {self.tau_first:g}..{self.tau_last:g}, delta = ({self.width:g} tau)^2"
 
-def latino(prior: Prior, setting: LatinoSetting) -> PosteriorSampler:
-    """Return zero-shot LATINO [LATINO, algorithm 1] with the frozen prior, from the regularised warm start.
+
+def latino(prior: Prior, setting: LatinoSetting, warm_start: nn.Module | None = None) -> PosteriorSampler:
+    """Return zero-shot LATINO [LATINO, algorithm 1] with the frozen prior, from the regularised warm start by default.
 
     It is an unfolded network of ``num_levels`` untrained modules, called once (N = 1) with an x_sigma so noisy that it
     says nothing.
     """
-    network = UnfoldedNetwork(prior, setting.num_levels, setting, SmoothingStart())
+    network = UnfoldedNetwork(prior, setting.num_levels, setting, warm_start or SmoothingStart())
     return PosteriorSampler(network.eval(), prior, SamplerConfig(num_steps=1))
 
 

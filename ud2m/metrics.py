@@ -12,7 +12,6 @@ from pickle import UnpicklingError
 import lpips
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 # torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
@@ -37,8 +36,10 @@ def psnr(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, reference: Tensor) -> Tensor:
-    """Return the structural similarity per image [B] (Wang et al., 2004; Gaussian window of 11, std 1.5,
-    range 1).
+    """Return the structural similarity per image [B] (Wang et al., 2004), for a data range of 1.
+
+    Gaussian window of 11 pixels and standard deviation 1.5, averaged over channels and the whole image with
+    mirrored borders (torchmetrics' way; scikit-image leaves a border of 5 pixels out).
 
     Raises:
         ValueError: when the shapes differ or the image is smaller than the window.
@@ -51,13 +52,12 @@ def ssim(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
-    """Return r = sqrt((1 + 1/S) mean(V)) / sqrt(mean((m - reference)^2)), a scalar that is 1 for a calibrated
-    sampler.
+    """Return the scalar r = sqrt((1 + 1/S) mean(V) / mean((m - reference)^2)), 1 for a calibrated sampler.
 
     m and V are the mean and the unbiased variance of the S samples per pixel; both averages run over all
-    pixels, channels and images. If reference and samples are S + 1 independent draws of the posterior, E(m -
-    reference)^2 = (1 + 1/S) Var: the first factor removes the error that m has because S is finite. r < 1:
-    too little spread.
+    pixels, channels and images. If reference and samples are S + 1 independent draws of the posterior,
+    E(m - reference)^2 = (1 + 1/S) Var: the factor allows for the error that m has because S is finite.
+    r < 1: too little spread.
 
     Args:
         samples: [B, S, C, H, W], S >= 2. reference: [B, C, H, W].
@@ -73,12 +73,10 @@ def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
 
 
 class LPIPSDistance(nn.Module):
-    """Learned perceptual distance, version 0.1 (Zhang et al., 2018), with the linear layers of the lpips
-    package.
+    """LPIPS 0.1 (Zhang et al., 2018) of the lpips package, with the backbone weights loaded from where they are.
 
-    sum_l mean over locations of w_l . (f_l(x) / |f_l(x)| - f_l(r) / |f_l(r)|)^2 with f_l the ImageNet
-    backbone's layers. Frozen and always in eval mode; differentiable in the images. Differs from
-    ``lpips.LPIPS``: its norm has a nan gradient where all channels are 0, this one has none.
+    sum_l mean over locations of w_l . (f_l(x) / |f_l(x)| - f_l(r) / |f_l(r)|)^2, f_l the layers of an ImageNet
+    backbone. Frozen and always in eval mode; differentiable in the images.
 
     Args:
         net: ``alex`` (31 pixels a side or more), ``vgg`` (16) or ``squeeze`` (17).
@@ -87,8 +85,7 @@ class LPIPSDistance(nn.Module):
 
     Raises:
         ValueError: for an unknown net, or a file that does not hold its weights.
-        FileNotFoundError: when the weights are neither found nor can be downloaded; it says where to put
-            which file.
+        FileNotFoundError: when the weights can be neither found nor downloaded; says where to put which file.
     """
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None):
@@ -110,25 +107,20 @@ class LPIPSDistance(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
-        """Return the distance [B] of images to their references, [B, 1 or 3, H, W] in [0, 1]; grey is
-        repeated.
+        """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
 
         Raises:
             ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
         """
         _check_shapes(x, reference)
-        layers = zip(self._features(x), self._features(reference), self.network.lins, strict=True)
-        return torch.stack([lin((a - b).square()).mean((1, 2, 3)) for a, b, lin in layers]).sum(0)
-
-    def _features(self, x: Tensor) -> list[Tensor]:
         smallest = BACKBONES[self.net][1]
         if x.shape[1] not in (1, 3) or min(x.shape[2:]) < smallest:
             raise ValueError(
                 f"LPIPS ({self.net}) takes grey or RGB images of at least {smallest} pixels a side, got "
-                f"{tuple(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
+                f"{list(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
             )
-        rgb = self.network.scaling_layer(2 * x.expand(-1, 3, -1, -1) - 1)
-        return [normalize(layer, dim=1, eps=1e-10) for layer in self.network.net(rgb)]
+        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
+        return self.network(*colour, normalize=True).flatten()
 
 
 def available_lpips(net: str) -> bool:

@@ -23,6 +23,7 @@ _REASONS = {
     errno.EPERM: "writing is not permitted there; choose another place or change the permissions",
     errno.ENOENT: "its folder does not exist; create it or choose another place",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another place",
     errno.EISDIR: "it is a folder, not a file; choose another name",
 }
 

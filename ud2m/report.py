@@ -70,6 +70,7 @@ COLUMNS = (
         "min",
         variants=True,
     ),
+    Column("lpips_backend", "LPIPS network"),
     Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column("residual", "Residual", "|A x - y| / (σ_y √m); about 1 when x explains y", ".3g", "one"),
     Column("seconds_per_image", "Time [s]", "seconds of computing for each image", ".3g"),

@@ -118,7 +118,7 @@ class SmoothingStart(nn.Module):
         deviation: how far, in image units, a pixel may lie from its smooth neighbourhood.
     """
 
-    def __init__(self, scales: Sequence[int] = (16, 8, 8, 4, 4, 2, 2), deviation: float = 0.1):
+    def __init__(self, scales: Sequence[int] = (32, 16, 16, 8, 8, 4, 4, 4, 2, 2, 2, 2, 2, 2), deviation: float = 0.07):
         super().__init__()
         if not scales or min(scales) < 1 or deviation <= 0:
             raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")

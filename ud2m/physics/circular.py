@@ -209,22 +209,14 @@ def kernel_spectrum(kernel: Tensor, size: tuple[int, int], factor: int = 1) -> T
     taps = kernel.shape[-2:]
     padded = pad(kernel.double(), (0, size[1] - taps[1], 0, size[0] - taps[0]))
     centred = padded.roll([-((t + factor - 1) // 2) for t in taps], dims=(-2, -1))
-    spectrum = torch.fft.rfft2(centred).to(torch.complex64)
-    # columns 0 and W/2 hold conjugate pairs; if rounding broke them A_adjoint were A^T up to 1e-8 only
-    own = [0, size[1] // 2] if size[1] % 2 == 0 else [0]
-    spectrum[..., own] = (spectrum[..., own] + mirrored_rows(spectrum[..., own]).conj()) / 2
-    return spectrum
-
-
-def mirrored_rows(spectrum: Tensor) -> Tensor:
-    """Return the spectrum with row r replaced by row -r."""
-    return spectrum.flip(-2).roll(1, -2)
+    return torch.fft.rfft2(centred).to(torch.complex64)
 
 
 def full_spectrum(half: Tensor, width: int) -> Tensor:
     """Complete rfft2's half spectrum to fft2's, [..., H, W], by X(-k) = conj X(k)."""
     missing = width - half.shape[-1]
-    return torch.cat([half, mirrored_rows(half[..., 1 : missing + 1].flip(-1)).conj()], dim=-1)
+    mirrored = half[..., 1 : missing + 1].flip((-2, -1)).roll(1, -2).conj()
+    return torch.cat([half, mirrored], dim=-1)
 
 
 def fold(half: Tensor, factor: int, width: int) -> Tensor:

@@ -24,9 +24,7 @@ class GaussianBlur(OperatorFamily):
 
     def __init__(self, width: float = 1.6):
         if not 0 < width < math.inf:
-            raise ValueError(
-                f"width (standard deviation of the blur in pixels) must be positive, got {width}"
-            )
+            raise ValueError(f"width (standard deviation of the blur in pixels) must be positive, got {width}")
         self.width = width
         self.kernel = gaussian_blur(sigma=(width, width), dtype=torch.float64)
 

@@ -14,6 +14,4 @@ class Immutable:
         """Raise ValueError when a parameter of the operator is given; deepinv passes None for "unchanged"."""
         given = [name for name, value in parameters.items() if value is not None and hasattr(self, name)]
         if given:
-            raise ValueError(
-                f"{type(self).__name__} cannot be changed ({', '.join(given)}): make a new operator"
-            )
+            raise ValueError(f"{type(self).__name__} cannot be changed ({', '.join(given)}): make a new operator")

@@ -30,9 +30,7 @@ class PixelMask(Immutable, deepinv.physics.Inpainting):
     def __init__(self, mask: Tensor, image_shape: tuple[int, int, int], device: torch.device | str = "cpu"):
         channels, height, width = image_shape
         if mask.ndim != 4 or mask.shape[1] not in (1, channels) or mask.shape[2:] != (height, width):
-            raise ValueError(
-                f"the mask must be [1 or B, 1 or {channels}, {height}, {width}], got {list(mask.shape)}"
-            )
+            raise ValueError(f"the mask must be [1 or B, 1 or {channels}, {height}, {width}], got {list(mask.shape)}")
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("the mask must be binary: 1 where a pixel is measured, 0 where it is missing")
         if not mask.flatten(1).any(dim=1).all():

@@ -25,9 +25,7 @@ def _(physics: deepinv.physics.Inpainting, y: Tensor) -> Tensor:
     return (physics.mask != 0).to(y)
 
 
-def observe(
-    physics: LinearPhysics, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None
-) -> Tensor:
+def observe(physics: LinearPhysics, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None) -> Tensor:
     """Return y = A x0 + sigma_y w, w ~ N(0, I) where something is measured and 0 elsewhere.
 
     Args:
