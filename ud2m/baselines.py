@@ -9,9 +9,11 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
-from ud2m.pipeline import PosteriorSampler, SamplerConfig, noise_levels
+from ud2m.noise import randn_like
+from ud2m.pipeline import noise_levels
 from ud2m.prior import Prior
-from ud2m.unfolded import NOTHING_KNOWN, SmoothingStart, UnfoldedNetwork
+from ud2m.prox import joint_prox
+from ud2m.unfolded import NOTHING_KNOWN, SmoothingStart
 
 
 def pseudo_inverse(
@@ -47,25 +49,51 @@ class LatinoSetting:
     tau_last: float = 0.02
     width: float = 1.0
 
-    def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (delta_k, tau_k) [B], as a rule of ``UnfoldedNetwork``."""
-        position = k / (num_blocks - 1) if num_blocks > 1 else 0.5
-        tau = torch.full_like(sigma, self.tau_first ** (1 - position) * self.tau_last**position)
-        return (self.width * tau) ** 2, tau
+    def levels(self) -> list[float]:
+        """Return tau_1 .. tau_n in image units."""
+        last = max(self.num_levels - 1, 1)
+        return [self.tau_first ** (1 - k / last) * self.tau_last ** (k / last) for k in range(self.num_levels)]
 
     def describe(self) -> str:
         """Return the setting in words for a table."""
         return f"{self.num_levels} levels {self.tau_first:g}..{self.tau_last:g}, delta = ({self.width:g} tau)^2"
 
 
-def latino(prior: Prior, setting: LatinoSetting, warm_start: nn.Module | None = None) -> PosteriorSampler:
-    """Return zero-shot LATINO [LATINO, algorithm 1] with the frozen prior, from the regularised warm start by default.
+class Latino:
+    """Zero-shot LATINO [LATINO, algorithm 1] with a frozen pixel-space prior; a ``Method``.
 
-    It is an unfolded network of ``num_levels`` untrained modules, called once (N = 1) with an x_sigma so noisy that it
-    says nothing.
+    From the warm start, for each level: z = x + tau eps; x = denoiser(z, tau); x = prox of the data at x with delta.
     """
-    network = UnfoldedNetwork(prior, setting.num_levels, setting, warm_start or SmoothingStart())
-    return PosteriorSampler(network.eval(), prior, SamplerConfig(num_steps=1))
+
+    def __init__(self, prior: Prior, setting: LatinoSetting, warm_start: nn.Module | None = None):
+        self.prior, self.setting = prior, setting
+        self.start = WarmStart(warm_start or SmoothingStart())
+        self.nfe = setting.num_levels
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: float | Tensor = 0.01,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...]."""
+        noise = noise_levels(sigma_y, y)
+        start = self.start(y, physics, noise)[:, 0]
+        samples = [self._sample(start, y, physics, noise, generator) for _ in range(num_samples)]
+        return torch.stack(samples, dim=1)
+
+    def _sample(
+        self, x: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        for tau in self.setting.levels():
+            level = torch.full_like(sigma_y, tau)
+            x = self.prior(x + tau * randn_like(x, generator), level)
+            x = joint_prox(physics, y, x, x, float("inf"), (self.setting.width * tau) ** 2, 1.0, sigma_y)
+        return x.clamp(0, 1)
 
 
 def latino_settings(num_levels: int = 8) -> Iterator[LatinoSetting]:

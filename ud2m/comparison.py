@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ud2m.baselines import LatinoSetting, WarmStart, latino, latino_settings, pseudo_inverse
+from ud2m.baselines import Latino, LatinoSetting, WarmStart, latino_settings, pseudo_inverse
 from ud2m.evaluation import Distance, Evaluation, Method, Problem
 from ud2m.pipeline import PosteriorSampler
 from ud2m.prior import Prior
@@ -37,9 +37,10 @@ def compare(
         ("A^dagger y", 0, pseudo_inverse, {}),
         ("warm start", 0, WarmStart(sampler.network.warm_start), {}),
     ]
-    for label, setting in search_latino(prior, problem, validation, distances).items():
-        zero_shot = latino(prior, setting, sampler.network.warm_start)
-        methods.append((f"LATINO, best {label}", zero_shot.nfe(), zero_shot, {"setting": setting.describe()}))
+    start = sampler.network.warm_start
+    for label, setting in search_latino(prior, problem, validation, distances, start).items():
+        zero_shot = Latino(prior, setting, start)
+        methods.append((f"LATINO, best {label}", zero_shot.nfe, zero_shot, {"setting": setting.describe()}))
     rows = []
     for name, nfe, method, extra in methods:
         samples = num_samples if nfe else 1
@@ -63,12 +64,16 @@ def sampler_row(
 
 
 def search_latino(
-    prior: Prior, problem: Problem, validation: Sequence[Tensor], distances: Mapping[str, Distance]
+    prior: Prior,
+    problem: Problem,
+    validation: Sequence[Tensor],
+    distances: Mapping[str, Distance],
+    warm_start: nn.Module | None = None,
 ) -> dict[str, LatinoSetting]:
     """Return LATINO's best settings on validation images: by PSNR of the mean, and by the first distance."""
     results = []
     for setting in tqdm(list(latino_settings()), desc="LATINO: searching its best setting", unit="setting"):
-        results.append((setting, score(latino(prior, setting), problem, validation, 2, distances)))
+        results.append((setting, score(Latino(prior, setting, warm_start), problem, validation, 2, distances)))
     best = {"PSNR": max(results, key=lambda result: result[1]["psnr_mean"])[0]}
     for name in list(distances)[:1]:
         best[name] = min(results, key=lambda result, key=name: result[1][key])[0]  # type: ignore[misc]

@@ -13,23 +13,15 @@ from torch import Tensor
 from ud2m.metrics import LPIPSDistance, available_lpips, psnr, ssim
 from ud2m.physics import OperatorFamily, observe, residual
 
-
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Method(Protocol):
     """Anything that draws ``num_samples`` images [B, S, C, H, W] for observations y, e.g. ``PosteriorSampler``."""
 
-    def __call__(
-        self,
-        y: Tensor,
-        physics: LinearPhysics,
-        sigma_y: float | Tensor | None = None,
-        num_samples: int = 1,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw the samples."""
+    @property
+    def __call__(self) -> Callable[..., Tensor]:
+        """Draw the samples: (y, physics, sigma_y, num_samples, generator=..., **options) -> [B, S, C, H, W]."""
         ...
 
 
@@ -50,7 +42,7 @@ class Problem:
     def observe(self, x0: Tensor, first: int = 0) -> tuple[Tensor, LinearPhysics]:
         """Return y and the operator for images x0 [B, C, H, W], which are numbers ``first``... of their set."""
         streams = [torch.Generator(x0.device).manual_seed(1_000_003 * self.seed + first + i) for i in range(len(x0))]
-        physics = self.operator.draw(len(x0), tuple(x0.shape[1:]), streams, x0.device)
+        physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
         return observe(physics, x0, self.sigma_y, streams), physics
 
 
@@ -80,7 +72,9 @@ class Evaluation:
     def add(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Observe clean images x0 [B, C, H, W], draw and score samples; return y and the samples [B, S, C, H, W]."""
         y, physics = self.problem.observe(x0, self.count)
-        generator = torch.Generator(x0.device).manual_seed(1_000_003 * self.problem.seed + self.count)
+        # far from the streams of the problem: else a method could draw the very noise that it has to remove (of a seed,
+        # generators on CPUs read 32 bits)
+        generator = torch.Generator(x0.device).manual_seed(2**31 + 1_000_003 * self.problem.seed + self.count)
         start = time.perf_counter()
         samples = self.method(y, physics, self.problem.sigma_y, self.num_samples, generator=generator, **self.options)
         self.seconds += time.perf_counter() - start

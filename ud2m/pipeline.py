@@ -1,6 +1,7 @@
 """What users call: ``PosteriorSampler``, its export folder and its loading."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,16 @@ class SamplerConfig:
     sigma_y: float = 0.01
     physics: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for defaults that no call could use."""
+        check_count("num_steps (N)", self.num_steps)
+        check_eta(self.eta)
+        if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
+            raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
+        for name in ("physics", "info"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
 
 
 class PosteriorSampler:
@@ -97,12 +108,10 @@ class PosteriorSampler:
         eta = self.config.eta if eta is None else eta
         check_eta(eta)
         for name, value in {"num_samples": num_samples, "num_steps (N)": num_steps, "chunk_size": chunk_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, value)
+        y = y.to(next(self.prior.parameters()).dtype)
         sigma_y = noise_levels(self.config.sigma_y if sigma_y is None else sigma_y, y)
-        image_shape = (
-            tuple(physics.A_adjoint(y[:1]).shape[1:]) if len(y) == 1 else tuple(physics.A_adjoint(y).shape[1:])
-        )
+        image_shape = tuple(physics.A_adjoint(y).shape[1:])
         self._check_image(image_shape)
         seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
         rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
@@ -165,28 +174,34 @@ class PosteriorSampler:
         try:
             lora = LoraSpec(**content["lora"])
             config = SamplerConfig(**content["sampler"])
-            expected = content["prior"]["fingerprint"]
-            base = Prior.from_pretrained(prior or content["prior"]["reference"])
+            where, expected = content["prior"]["reference"], content["prior"]["fingerprint"]
             spec = content["network"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / CONFIG_FILE} is not a complete export: {error}; export the model again"
             ) from error
+        base = _load_prior(folder, prior or where)
         if base.fingerprint != expected:
             raise ValueError(
                 f"the export {folder} was trained on a prior with fingerprint {expected[:12]}, but "
-                f"{prior or content['prior']['reference']} has {base.fingerprint[:12]}; pass the folder of the right prior"
+                f"{base.reference} has {base.fingerprint[:12]}; pass the folder of the right prior"
             )
         try:
             base.load_adapter(folder, lora)
             network = build_network(base, spec)
             network.load_own_state(load_file(folder / PSI_FILE))
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"the export {folder} is damaged or incomplete ({error}); export the model again"
             ) from error
         base.merge_adapter()
         return cls(network.requires_grad_(False).to(device).eval(), base, config)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless a count is an integer >= 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def noise_levels(sigma_y: float | Tensor, y: Tensor) -> Tensor:
@@ -210,6 +225,17 @@ def _export_folder(reference: str) -> Path:
         raise FileNotFoundError(
             f"no model at {reference!r}: it is no shipped model, no folder, and no hub repository that can be reached "
             f"from here ({type(error).__name__})"
+        ) from error
+
+
+def _load_prior(folder: Path, reference: str | Path | None) -> Prior:
+    if reference is None:
+        raise ValueError(f"the export {folder} does not say where its prior is; give its folder with prior=...")
+    try:
+        return Prior.from_pretrained(reference)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the export {folder} needs its prior: {error}; say where it is with prior=..."
         ) from error
 
 

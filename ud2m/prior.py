@@ -14,6 +14,8 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ud2m.schedule import VPSchedule, abar
@@ -84,7 +86,9 @@ class Prior(nn.Module):
 
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> "Prior":
-        """Load a shipped prior by name, a diffusers folder or hub id: ``config.json``, safetensors weights and ``scheduler_config.json``.
+        """Load a shipped prior by name, a diffusers folder or a hub id.
+
+        It holds ``config.json``, safetensors weights and ``scheduler_config.json``.
 
         Raises:
             FileNotFoundError: when the folder, the hub repository or one of the files is missing.
@@ -97,9 +101,15 @@ class Prior(nn.Module):
         if architecture.get("_class_name") != "UNet2DModel":
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
         try:
-            unet = UNet2DModel.from_pretrained(where, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            unet, loading = UNet2DModel.from_pretrained(
+                where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"cannot load the weights of the prior {reference}: {error}") from error
+        # diffusers would go on with random weights where some are missing
+        odd = {kind: names for kind, names in loading.items() if names}
+        if odd:
+            raise ValueError(f"the weights of the prior {reference} do not fit its {UNET_FILE}: {odd}")
         schedule = VPSchedule.from_config(scheduler)
         return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference)
 
@@ -128,7 +138,7 @@ class Prior(nn.Module):
         stride = 2 ** (len(self._base().config.block_out_channels) - 1)
         if height % stride or width % stride or min(height, width) < stride:
             raise ValueError(
-                f"the prior takes image sizes that are multiples of {stride}, got {height}x{width}; crop or pad the image"
+                f"the prior takes image sizes that are multiples of {stride}, got {height}x{width}; crop or pad it"
             )
 
     def add_lora(self, spec: LoraSpec) -> "Prior":
@@ -139,8 +149,8 @@ class Prior(nn.Module):
         """
         if self.lora is not None:
             raise ValueError("this prior has an adapter already; load it again to change the adapter")
-        self.lora = spec
         if spec.rank == 0:
+            self.lora = spec
             return self
         config = peft.LoraConfig(
             r=spec.rank,
@@ -148,20 +158,33 @@ class Prior(nn.Module):
             target_modules=list(spec.targets),
             modules_to_save=["conv_out"] if spec.output_conv else None,
         )
-        # peft raises a ValueError that names the targets when none of them exists in the network.
-        self.unet = peft.get_peft_model(self.unet, config).eval()
+        try:
+            self.unet = peft.get_peft_model(self.unet, config).eval()
+        except ValueError as error:
+            raise ValueError(f"the prior has no layer to adapt whose name ends with one of {spec.targets}") from error
+        self.lora = spec
         return self
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as peft does (``adapter_config.json``, ``adapter_model.safetensors``)."""
         if isinstance(self.unet, peft.PeftModel):
             self.unet.save_pretrained(str(folder))
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
 
     def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
-        """Load an adapter written by ``save_adapter``; every tensor must fit and none may be missing."""
+        """Load an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
+
+        Raises:
+            ValueError: when it is not an adapter of this ``spec``. OSError, SafetensorError: when a file is missing or
+                damaged.
+        """
         self.add_lora(spec)
         if isinstance(self.unet, peft.PeftModel):
-            state = peft.utils.load_peft_weights(str(folder), device="cpu")
+            # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
+            stored = _read_json(Path(folder) / CONFIG_NAME)
+            state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            if (stored.get("r"), stored.get("lora_alpha")) != (spec.rank, spec.alpha):
+                raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {spec}")
             expected = peft.get_peft_model_state_dict(self.unet)
             if state.keys() != expected.keys() or any(state[k].shape != expected[k].shape for k in expected):
                 odd = sorted(state.keys() ^ expected.keys())
@@ -260,6 +283,9 @@ def _locate(reference: str, file: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is truncated or not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(content)[:80]}")
+    return content

@@ -225,20 +225,21 @@ def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwo
     Raises:
         ValueError: for an unknown name or option.
     """
-    unknown = spec.keys() ^ {"num_blocks", "rule", "warm_start"}
-    if unknown:
-        raise ValueError(f"a network is described by num_blocks, rule and warm_start; unexpected or missing: {unknown}")
+    if not isinstance(spec, Mapping) or spec.keys() != {"num_blocks", "rule", "warm_start"}:
+        raise ValueError(f"a network is described by num_blocks, rule and warm_start, got {spec!r}")
+    if not isinstance(spec["num_blocks"], int):
+        raise ValueError(f"num_blocks (K) must be an integer, got {spec['num_blocks']!r}")
     rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
-    network = UnfoldedNetwork(denoiser, int(spec["num_blocks"]), rule, warm_start)
-    network.spec = {"num_blocks": int(spec["num_blocks"])} | {k: dict(spec[k]) for k in ("rule", "warm_start")}
+    network = UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start)
+    network.spec = {"num_blocks": spec["num_blocks"]} | {k: dict(spec[k]) for k in ("rule", "warm_start")}
     return network
 
 
 def _build(kind: str, registry: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:
-    options = dict(options)
-    name = options.pop("name", None)
-    if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; allowed: {', '.join(registry)}")
+    name = options.get("name") if isinstance(options, Mapping) else None
+    if not isinstance(name, str) or name not in registry:
+        raise ValueError(f"unknown {kind} {options!r}; give {{name: ...}} with one of the names {', '.join(registry)}")
+    options = {key: value for key, value in options.items() if key != "name"}
     try:
         return registry[name](**options)
     except TypeError as error:

@@ -1,13 +1,18 @@
 """The roof: the only readers of Hydra configurations."""
 
-from omegaconf import OmegaConf
+import math
+from typing import Any
 
-OmegaConf.register_new_resolver("mul", lambda *factors: _product(factors), replace=True)
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+
+def describe(node: Any) -> Any:
+    """Return a configuration as plain values with ``class`` for ``_target_``, so that nothing instantiates it."""
+    if isinstance(node, DictConfig):
+        return {"class" if key == "_target_" else key: describe(value) for key, value in node.items()}
+    return [describe(value) for value in node] if isinstance(node, ListConfig) else node
+
+
+OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(int(factor) for factor in factors), replace=True)
 OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), replace=True)
-
-
-def _product(factors: tuple) -> int:
-    product = 1
-    for factor in factors:
-        product *= int(factor)
-    return product
+OmegaConf.register_new_resolver("describe", describe, replace=True)

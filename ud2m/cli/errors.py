@@ -1,16 +1,21 @@
 """Turn what a user can mend into one line and a non-zero exit."""
 
-import errno
 import functools
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-USER_ERRORS = (ValueError, FileNotFoundError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+_IN_WORKER = re.compile(r"Caught (?P<type>\w+) in .*\.\nOriginal Traceback \(most recent call last\):\n")
 
 
 def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,19 +30,31 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except USER_ERRORS as error:
             if os.environ.get("UD2M_TRACEBACK"):
-                raise
+                traceback.print_exc()
             print(f"error: {message(error)}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     return wrapped
 
 
 def message(error: BaseException) -> str:
-    """Return what went wrong, in one paragraph; Hydra's instantiation errors carry the real one as their cause."""
+    """Return what went wrong, without tracebacks; Hydra's instantiation errors carry the real one as their cause."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device while writing {error.filename or 'the output'}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
+    text = _worker_message(str(error)) or type(error).__name__
+    return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
+
+
+def _worker_message(text: str) -> str:
+    """Return the message of the error itself where a data loader's worker sent it inside its traceback."""
+    caught = _IN_WORKER.match(text)
+    if caught is None:
+        return text
+    name = re.escape(caught["type"])
+    # The traceback ends in "Type: message"; a chained one holds several of them, and the last one counts.
+    return re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)[-1].strip()

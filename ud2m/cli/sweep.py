@@ -1,66 +1,153 @@
-"""One table over all runs of a sweep, which says which one won."""
+"""What happens around runs: an output folder that can be written, and one table over all runs of a sweep."""
 
 import csv
+import functools
+import io
 import json
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ud2m.cli.errors import USER_ERRORS, message, user_facing
 from ud2m.output import write_bytes
 
 SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image")
+ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"
+
+
+def survives_sweep(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Let a failing run of a sweep leave ``error.txt`` and return, so that the other runs go on.
+
+    Outside a sweep it is ``user_facing``.
+    """
+
+    @functools.wraps(function)
+    def wrapped(config: DictConfig) -> Any:
+        if not in_sweep():
+            return user_facing(function)(config)
+        try:
+            return function(config)
+        except Exception as error:
+            if not isinstance(error, USER_ERRORS):
+                traceback.print_exc()
+            text = message(error)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            print(f"error in run {folder.name}: {text}", file=sys.stderr)
+            write_bytes(folder / ERROR_FILE, f"{text}\n".encode())
+            return None
+
+    return wrapped
+
+
+def in_sweep() -> bool:
+    """Return whether this is one of the runs of ``-m``."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 class SweepTable(Callback):
-    """Write ``sweep.csv`` and ``sweep.md`` into the sweep folder when all its runs have ended."""
+    """Write ``sweep.csv`` and ``sweep.md`` into the sweep folder when all its runs have ended.
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Collect the runs of this sweep and print the table."""
+    Hydra swallows exceptions of callbacks and shows tracebacks for its own; leaving by ``SystemExit`` is the way to
+    end with one line.
+    """
+
+    @user_facing
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a run folder that cannot be made, before Hydra fails to make it."""
+        HydraConfig.instance().set_config(config)
+        make_folder(Path(config.hydra.run.dir))
+
+    @user_facing
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a sweep folder that holds runs already: its table would mix them with the new ones.
+
+        And ``run_dir``, which a sweep would not follow.
+        """
+        HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir)
-        rows = collect(folder)
-        if rows:
-            write_table(folder, rows)
-            print((folder / "sweep.md").read_text())
+        make_folder(folder)
+        if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
+            raise ValueError("run_dir is the folder of one run; the runs of a sweep go to hydra.sweep.dir")
+        if any(folder.glob(f"*/{OVERRIDES_FILE}")):
+            raise ValueError(f"{folder} holds the runs of another sweep; choose another hydra.sweep.dir")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep the overrides of a run of a sweep beside its results."""
-        hydra = HydraConfig.get()
-        if hydra.mode is not None and hydra.mode.name == "MULTIRUN":
-            folder = Path(hydra.runtime.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / "overrides.yaml", OmegaConf.to_yaml(list(hydra.overrides.task)).encode())
+        if in_sweep():
+            hydra = HydraConfig.get()
+            text = OmegaConf.to_yaml(list(hydra.overrides.task))
+            write_bytes(Path(hydra.runtime.output_dir) / OVERRIDES_FILE, text.encode())
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Collect the runs of this sweep, print the table, and exit with 1 when one of them failed."""
+        folder = Path(config.hydra.sweep.dir)
+        rows = collect(folder)
+        if not rows:
+            return
+        write_table(folder, rows)
+        print((folder / "sweep.md").read_text())
+        print(f"sweep folder: {folder}")
+        if any(row["rank"] is None for row in rows):
+            sys.exit(1)
 
 
-def collect(folder: Path) -> list[dict]:
-    """Return one row per run, the best ``score`` first; runs without ``metrics.json`` are listed as failed."""
-    rows = []
-    for overrides in sorted(folder.glob("*/overrides.yaml"), key=lambda p: (len(p.parent.name), p.parent.name)):
-        run = overrides.parent
-        row = {"run": run.name} | dict(o.split("=", 1) for o in OmegaConf.load(overrides))
-        metrics = run / "metrics.json"
-        row |= (
-            {k: v for k, v in json.loads(metrics.read_text())[-1].items() if k in SCORES}
-            if metrics.is_file()
-            else {"score": None, "status": "failed"}
-        )
-        rows.append(row)
-    return sorted(rows, key=lambda row: float("inf") if row["score"] is None else -row["score"])
+def make_folder(folder: Path) -> None:
+    """Make a folder; raises OSError with what to do when that cannot be, or nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".ud2m-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another run_dir") from error
 
 
-def write_table(folder: Path, rows: list[dict]) -> None:
-    """Write the rows as CSV and Markdown; the winner is named below the table."""
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """Return one row per run, ``rank`` 1 has the highest ``score``; runs without one come last and say why."""
+    paths = sorted(folder.glob(f"*/{OVERRIDES_FILE}"), key=lambda p: (len(p.parent.name), p.parent.name))
+    rows = [_row(path.parent) for path in paths]
+    rows.sort(key=lambda row: float("inf") if row["score"] is None else -row["score"])
+    for rank, row in enumerate(rows, start=1):
+        row["rank"] = None if row["score"] is None else rank
+    return rows
+
+
+def _row(run: Path) -> dict[str, Any]:
+    texts = [str(text) for text in OmegaConf.load(run / OVERRIDES_FILE)]
+    overrides = {key: value for key, _, value in (text.partition("=") for text in texts)}
+    row: dict[str, Any] = {"rank": None, "run": run.name} | overrides | {"score": None}
+    metrics, error = run / "metrics.json", run / ERROR_FILE
+    if metrics.is_file():
+        return row | {k: v for k, v in json.loads(metrics.read_text())[-1].items() if k in SCORES}
+    return row | {"error": error.read_text().strip() if error.is_file() else "it ended without metrics.json"}
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    if rows[0].get("score") is not None:
+    lines = [_line(columns), "|" + " --- |" * len(columns), *(_line(row) for row in cells)]
+    if rows[0]["rank"] is not None:
         lines += ["", f"best score: run {rows[0]['run']}"]
+    failed = sum(row["rank"] is None for row in rows)
+    if failed:
+        lines += ["", f"failed: {failed} of {len(rows)} runs"]
     write_bytes(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
-    with open(folder / "sweep.csv", "w", newline="") as file:
-        csv.writer(file).writerows([columns, *cells])
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([columns, *cells])
+    write_bytes(folder / "sweep.csv", table.getvalue().encode())
+
+
+def _line(cells: list[str]) -> str:
+    # a bar would begin a new cell
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _cell(value: Any) -> str:

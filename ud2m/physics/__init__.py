@@ -3,7 +3,7 @@
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.gaussian_blur import GaussianBlur
-from ud2m.physics.inpainting import Inpainting, PixelMask
+from ud2m.physics.inpainting import Inpainting, MaskFile, PixelMask
 from ud2m.physics.measurement import measured, observe, residual
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.super_resolution import SuperResolution
@@ -13,6 +13,7 @@ __all__ = [
     "CircularDownsampling",
     "GaussianBlur",
     "Inpainting",
+    "MaskFile",
     "OperatorFamily",
     "PixelMask",
     "SuperResolution",

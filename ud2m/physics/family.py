@@ -11,8 +11,11 @@ from ud2m.noise import Generators
 class OperatorFamily(ABC):
     """A kind of operator whose members are drawn per batch.
 
-    A new operator is one subclass and one YAML under ``conf/physics``.
+    A new operator is one subclass and one YAML under ``conf/physics``. ``random`` says whether draws differ, so that
+    an observation made elsewhere cannot be explained by another draw.
     """
+
+    random: bool = False
 
     @abstractmethod
     def draw(
@@ -41,3 +44,7 @@ class OperatorFamily(ABC):
         """Raise ValueError where images (C, H, W) cannot be taken; subclasses add their own conditions."""
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (C, H, W) with positive entries, got {tuple(image_shape)}")
+
+    def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images whose observations have the shape ``y_shape``; by default the same."""
+        return y_shape

@@ -1,9 +1,12 @@
 """Random inpainting."""
 
+from pathlib import Path
 from typing import Any
 
 import deepinv
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ud2m.noise import Generators, rand
@@ -73,6 +76,8 @@ class Inpainting(OperatorFamily):
         ValueError: when ``missing`` is not inside (0, 1).
     """
 
+    random = True
+
     def __init__(self, missing: float = 0.7):
         if not 0 < missing < 1:
             raise ValueError(f"missing (share of unmeasured pixels) must be inside (0, 1), got {missing}")
@@ -91,3 +96,39 @@ class Inpainting(OperatorFamily):
         # the pixel of highest score is measured whatever happens
         threshold = score.amax((-2, -1), keepdim=True).clamp(max=self.missing)
         return PixelMask(score >= threshold, image_shape, device)
+
+
+class MaskFile(OperatorFamily):
+    """y = mask x with the user's own mask, from an image file: white (above half) is measured, black is missing.
+
+    Raises:
+        FileNotFoundError: when there is no such file. ValueError: when it is not an image.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            with Image.open(path) as image:
+                levels = np.array(image.convert("L"))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"the mask {path} is not an image; give a black and white PNG") from error
+        self.mask = torch.from_numpy(levels)[None, None] > 127
+
+    def draw(
+        self,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> PixelMask:
+        """Return the mask, the same for all samples."""
+        self.check(image_shape)
+        return PixelMask(self.mask, image_shape, device)
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for images of another size than the mask."""
+        super().check(image_shape)
+        if tuple(image_shape[1:]) != tuple(self.mask.shape[2:]):
+            raise ValueError(
+                f"the mask has {self.mask.shape[2]}x{self.mask.shape[3]} pixels (height x width), the image "
+                f"{image_shape[1]}x{image_shape[2]}; they must be equal"
+            )

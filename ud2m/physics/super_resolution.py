@@ -50,6 +50,10 @@ class SuperResolution(OperatorFamily):
         self.check(image_shape)
         return CircularDownsampling(self.kernel, image_shape, self.factor, device)
 
+    def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Return (C, H, W) of the image: ``factor`` times the size of y."""
+        return y_shape[0], y_shape[1] * self.factor, y_shape[2] * self.factor
+
 
 def bicubic_taps(factor: int) -> Tensor:
     """Return Keys' cubic convolution kernel (a = -1/2) at the pixels' distances to the block's centre."""

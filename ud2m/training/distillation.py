@@ -1,6 +1,7 @@
 """Lightning module: unfold a frozen prior and distil it into a few-step posterior sampler."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,62 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.evaluation import Evaluation, Problem, lpips_if_available
-from ud2m.losses import DiscriminatorLoss, GeneratorLoss, NonFiniteLossError, Prediction
+from ud2m.losses import DiscriminatorLoss, GeneratorLoss, Prediction
 from ud2m.noise import rand, randn_like
 from ud2m.physics import OperatorFamily, observe, select_samples
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import LoraSpec, Prior
+from ud2m.sampler import check_eta
 from ud2m.training.ema import Ema
 from ud2m.training.images import contact_sheet, log_images
 from ud2m.training.levels import Levels
-from ud2m.training.random_streams import row_streams
-from ud2m.training.schedules import warmup_cosine
+from ud2m.training.steps import SteppedModule, StepSettings
 from ud2m.unfolded import NOTHING_KNOWN, build_network
 
+METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
+"""Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
 
-class DistillationModule(L.LightningModule):
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(StepSettings):
+    """Learning rates and the plan of the steps (see ``StepSettings``).
+
+    Args:
+        lr: peak rate of the adapter. lr_psi: of psi (logarithms) and a learned warm start. lr_discriminator: of D.
+        weight_decay: of the adapter. steps: optimiser steps of the whole run, over which the rates fall to 0.
+    """
+
+    lr: float
+    lr_psi: float
+    lr_discriminator: float
+    steps: int
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not min(self.lr, self.lr_psi, self.lr_discriminator) > 0 or self.weight_decay < 0:
+            raise ValueError(
+                "learning rates must be positive and weight_decay at least 0, got "
+                f"lr={self.lr}, lr_psi={self.lr_psi}, lr_discriminator={self.lr_discriminator}, "
+                f"weight_decay={self.weight_decay}"
+            )
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> "OptimizerSettings":
+        """Return the settings of a configuration; raises ValueError for unknown or missing ones."""
+        try:
+            return cls(**options)
+        except TypeError as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"the optimizer is described by {names}; got {dict(options)} ({error})") from error
+
+
+class DistillationModule(SteppedModule):
     """Conditional consistency distillation [UD2M, section 3.3] with the energy score beside the paper's losses.
 
     For x0 from the data, y = A x0 + sigma_y w and x_sigma = x0 + sigma eps, the outputs L(x_sigma, y) are pulled to x0
     by the weighted terms of ``loss``. One unfolded forward pass serves the generator's and the discriminator's update;
-    the discriminator sees it detached. Every random number of row j of the data stream is a function of (seed, j), so
-    that accumulation, ranks and interruptions change nothing but the order of sums.
+    the discriminator sees it detached.
 
     Args:
         prior: reference of the frozen prior. lora: keyword arguments of ``LoraSpec``, what of it is adapted.
@@ -39,11 +76,10 @@ class DistillationModule(L.LightningModule):
         loss: builds the generator's loss from ``features`` and ``discriminator`` (``build_generator_loss``).
         discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
         discriminator_loss: the loss of D.
-        optimizer: ``lr`` of the adapter, ``lr_psi``, ``lr_discriminator``, ``warmup`` and ``steps`` of the schedule,
-            ``accumulate`` batches per step, ``clip`` (largest gradient norm), ``ema_decay``.
+        optimizer: keyword arguments of ``OptimizerSettings``.
         sampling: N (``num_steps``) and ``eta`` of the sampler that validates and is exported.
-        validation: ``num_samples`` and ``metric``, the score of the sampler that selects the best checkpoint
-            (a key of ``metrics.json``; a leading minus where lower is better).
+        validation: ``num_samples`` per image, ``lpips`` (backbone, or None to do without), and ``metric`` (one of
+            ``METRICS``), the score of the sampler that selects the best checkpoint.
         info: plain values that the export keeps, such as the configuration of the operator.
         seed: of all randomness.
 
@@ -51,7 +87,8 @@ class DistillationModule(L.LightningModule):
         ValueError: for numbers out of range; errors of the parts.
     """
 
-    automatic_optimization = False
+    stream_name = "distillation"
+    players = ("generator", "discriminator")
 
     def __init__(
         self,
@@ -70,11 +107,12 @@ class DistillationModule(L.LightningModule):
         info: Mapping[str, Any] | None = None,
         seed: int = 0,
     ):
-        super().__init__()
+        settings = OptimizerSettings.from_mapping(optimizer)
+        super().__init__(settings, seed)
         if not sigma_y > 0:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {sigma_y}")
-        if optimizer["accumulate"] < 1:
-            raise ValueError(f"accumulate must be at least 1 batch per step, got {optimizer['accumulate']}")
+        check_eta(sampling["eta"])
+        self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
         self.operator, self.sigma_y, self.levels = operator, float(sigma_y), levels
@@ -83,13 +121,25 @@ class DistillationModule(L.LightningModule):
         )
         self.discriminator = self.loss.discriminator
         self.discriminator_loss = discriminator_loss
-        self.optimizer_settings = dict(optimizer)
-        self.ema = Ema(self.generator_parameters(), optimizer["ema_decay"])
+        self.ema = Ema(self.generator_parameters(), settings.ema_decay)
         config = SamplerConfig(**sampling, sigma_y=self.sigma_y, info=dict(info or {}))
         self.sampler = PosteriorSampler(self.network, self.prior, config)
         self.problem = Problem(operator, self.sigma_y, seed)
-        self.validation = dict(validation)
-        self.seed = seed
+        self.distances = lpips_if_available(validation["lpips"]) if validation["lpips"] else {}
+        self.num_samples, self.metric = validation["num_samples"], validation["metric"]
+        self.check_validation()
+
+    def check_validation(self) -> None:
+        """Raise ValueError now for what would stop the first validation."""
+        if self.num_samples < 1:
+            raise ValueError(f"validation.num_samples must be at least 1, got {self.num_samples}")
+        if self.metric not in METRICS:
+            raise ValueError(f"validation.metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.metric == "-lpips" and not self.distances:
+            raise ValueError(
+                "validation.metric=-lpips needs validation.lpips and the weights of that backbone in the torch cache "
+                "(TORCH_HOME); put them there or select by psnr"
+            )
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return psi and the adapter (and a learned warm start), each once."""
@@ -97,44 +147,46 @@ class DistillationModule(L.LightningModule):
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def training_step(self, x0: Tensor, batch_idx: int) -> None:
-        """Back-propagate both losses of one batch x0 [B, C, H, W] in [0, 1]; step when enough are accumulated."""
-        streams = self.streams(len(x0), batch_idx)
+    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of both players' losses for clean images x0, and their terms.
+
+        One backward pass serves both: D's parameters are constants of the generator's loss and the outputs are
+        constants of D's, so that neither leaves a gradient with the other.
+        """
         prediction = self.predict(x0, streams)
-        settings = self.optimizer_settings
-        try:
-            total, values = self.loss(prediction)
-            self.manual_backward(total / settings["accumulate"])
-            if self.discriminator is not None:
-                total_d, values_d = self.discriminator_loss(self.discriminator, prediction, streams)
-                self.manual_backward(total_d / settings["accumulate"])
-                values |= values_d
-        except NonFiniteLossError as error:
-            raise FloatingPointError(
-                f"training stopped at step {self.steps_done(batch_idx)}: {error}. The last good checkpoint is kept; "
-                "lower the learning rate or the weight of this term, or clip harder, and resume"
-            ) from error
-        self.log_dict({f"loss/{k}": v for k, v in values.items()}, batch_size=len(x0))
-        self.log("loss", total.detach(), prog_bar=True, logger=False)
-        if (batch_idx + 1) % settings["accumulate"] == 0:
-            self.update()
+        total, terms = self.loss(prediction)
+        values = {"total": total.detach()} | terms
+        if self.discriminator is None:
+            return total, values
+        total_d, terms_d = self.discriminator_loss(self.discriminator, prediction, streams)
+        return total + total_d, values | terms_d
 
-    def streams(self, batch_size: int, batch_idx: int) -> list[torch.Generator]:
-        """Return the random streams of the rows of this rank's batch (rows are dealt to the ranks in turn)."""
-        batches = self.trainer.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        positions = [(batches * batch_size + row) * world + rank for row in range(batch_size)]
-        return row_streams(self.device, positions, self.seed, "distillation")
+    def on_train_start(self) -> None:
+        """Check that the rates fall to 0 where the run ends.
 
-    def steps_done(self, batch_idx: int) -> int:
-        """Return the optimiser steps before this batch."""
-        batches = self.trainer.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        return batches // self.optimizer_settings["accumulate"]
+        Raises:
+            ValueError: when the trainer plans another number of steps.
+        """
+        super().on_train_start()
+        if self.total_steps != self.optimizer_settings.steps:
+            raise ValueError(
+                f"the optimizer plans {self.optimizer_settings.steps} steps, the trainer {self.total_steps}; set steps "
+                "and validate_every, and leave trainer.max_epochs and data.samples_per_epoch to follow from them"
+            )
 
     def predict(self, x0: Tensor, streams: list[torch.Generator]) -> Prediction:
-        """Observe x0, noise it, and run the unfolded network M times with independent inner noise, as one batch."""
+        """Observe x0, noise it, and run the unfolded network M times with independent inner noise, as one batch.
+
+        Raises:
+            ValueError: for images that the prior or the operator cannot take.
+        """
+        if x0.shape[1] != self.prior.channels:
+            raise ValueError(
+                f"the images have {x0.shape[1]} channels, the prior {self.prior.channels}; choose other data"
+            )
+        self.prior.check_size(x0.shape[2], x0.shape[3])
         batch, outputs = len(x0), self.loss.num_outputs
-        physics = self.operator.draw(batch, tuple(x0.shape[1:]), streams, self.device)
+        physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
         sigma_y = x0.new_full((batch,), self.sigma_y)
         y = observe(physics, x0, sigma_y, streams)
         sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
@@ -158,38 +210,26 @@ class DistillationModule(L.LightningModule):
         unknown = torch.full_like(sigma_y, NOTHING_KNOWN)
         return self.network.warm_start(torch.full_like(x0, 0.5), unknown, y, physics, sigma_y)
 
-    def update(self) -> None:
-        """Clip, step both optimisers and their schedules, and move the average."""
-        optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
-        for name, optimizer, scheduler in zip(("generator", "discriminator"), optimizers, schedulers, strict=False):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.optimizer_settings["clip"])
-            self.log(f"grad_norm/{name}", norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        self.ema.update()
-
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for adapter and psi (own rate), and a second one for the discriminator when there is one."""
         settings = self.optimizer_settings
         adapter = [p for p in self.prior.parameters() if p.requires_grad]
-        psi = [p for name, p in self.network.named_parameters() if not name.startswith("denoiser.")]
-        groups = [{"params": psi, "lr": settings["lr_psi"], "weight_decay": 0.0}]
+        adapted = {id(p) for p in adapter}
+        psi = [p for p in self.generator_parameters() if id(p) not in adapted]
+        groups: list[dict[str, Any]] = [{"params": psi, "lr": settings.lr_psi, "weight_decay": 0.0}]
         if adapter:
-            groups.append({"params": adapter, "lr": settings["lr"]})
-        optimizers = [torch.optim.AdamW(groups, weight_decay=settings["weight_decay"])]
+            groups.append({"params": adapter, "lr": settings.lr, "weight_decay": settings.weight_decay})
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups)]
         if self.discriminator is not None:
-            optimizers.append(
-                torch.optim.AdamW(self.discriminator.parameters(), lr=settings["lr_discriminator"], betas=(0.5, 0.99))
-            )
-        return optimizers, [warmup_cosine(o, settings["warmup"], settings["steps"]) for o in optimizers]
+            rate, betas = settings.lr_discriminator, (0.5, 0.99)
+            optimizers.append(torch.optim.AdamW(self.discriminator.parameters(), lr=rate, betas=betas))
+        return optimizers
 
     # --- validation ----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Start a score of the sampler itself."""
-        self.evaluation = self.new_evaluation()
+        self.evaluation = Evaluation(self.sampler, self.problem, self.num_samples, self.distances)
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
         """Draw samples for clean images x0 with the averaged parameters, score them and show the first ones."""
@@ -197,38 +237,16 @@ class DistillationModule(L.LightningModule):
             y, samples = self.evaluation.add(x0)
         if batch_idx == 0 and self.trainer.is_global_zero:
             sheet = contact_sheet(x0[:4], y[:4], samples[:4])
-            log_images(
-                self.loggers, Path(self.trainer.default_root_dir) / "images", {"validation": sheet}, self.validated_step
-            )
+            folder = Path(self.trainer.default_root_dir) / "images"
+            log_images(self.loggers, folder, {"validation": sheet}, self.steps_done)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the sampler's scores, and as ``val/score`` the one that selects the best checkpoint."""
+        """Log the sampler's scores, the selecting one as ``val/score``, and psi."""
         row = self.evaluation.row()
-        self.log_dict({f"val/{k}": v for k, v in row.items() if isinstance(v, float)})
-        self.log("val/score", self.selected(row))
-        self.log("val_psnr", row["psnr"], prog_bar=True, logger=False)
-        self.log_dict({f"psi/{k}": v for k, v in self.network.psi().items()})
-
-    @property
-    def validated_step(self) -> int:
-        """Optimiser steps done when validation runs, at the end of an epoch."""
-        return self.steps_done(int(self.trainer.num_training_batches) - 1) + 1
-
-    def new_evaluation(self) -> Evaluation:
-        """Return an empty evaluation of the sampler, with LPIPS where its weights are at hand."""
-        distances = lpips_if_available(self.validation["lpips"])
-        return Evaluation(self.sampler, self.problem, self.validation["num_samples"], distances)
-
-    def selected(self, row: Mapping[str, Any]) -> float:
-        """Return the selecting score of a row, higher is better."""
-        metric = self.validation["metric"]
-        value = row.get(metric.lstrip("-"))
-        if value is None:
-            raise ValueError(
-                f"validation.metric is {metric!r}, but the sampler's scores are {', '.join(row)}; choose one of them"
-                " (lpips needs its weights, r at least two samples)"
-            )
-        return -value if metric.startswith("-") else value
+        value = row[self.metric.lstrip("-")]
+        with self.ema.applied():
+            self.log_dict({f"psi/{k}": v for k, v in self.network.psi().items()})
+        self.log_scores(row, -value if self.metric.startswith("-") else value)
 
     # --- results -------------------------------------------------------------------------------------------------
 
@@ -237,44 +255,49 @@ class DistillationModule(L.LightningModule):
         with self.ema.applied():
             self.sampler.save_pretrained(folder, overwrite=True)
 
-    def evaluate(self, data: L.LightningDataModule) -> list[dict]:
-        """Return one row with the scores of the averaged sampler on the validation images (never the test images)."""
-        evaluation = self.new_evaluation()
-        with self.ema.applied():
-            for x0 in data.val_dataloader():
-                evaluation.add(x0.to(self.device))
-        row = evaluation.row()
+    def evaluate(self, data: L.LightningDataModule) -> list[dict[str, Any]]:
+        """Return one row with the scores of these parameters on the validation images (never the test images).
+
+        They were measured when the checkpoint that the parameters come from was written, and travel with it.
+        """
         name = f"UD2M (K={self.network.num_blocks}, N={self.sampler.config.num_steps})"
-        return [{"method": name, "nfe": self.sampler.nfe()} | row | {"score": self.selected(row)}]
+        return [{"method": name, "nfe": self.sampler.nfe()} | self.scores]
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the trained parameters, their averages and the discriminator; not the frozen prior."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         state = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if k in trained or k.startswith("ema.")}
+        return {k: v for k, v in state.items() if k in trained or k.startswith(("ema.", "discriminator."))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what ``state_dict`` returned; every name must match."""
-        odd = sorted(state_dict.keys() ^ self.state_dict().keys())
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ValueError: when a name or shape is not of this model.
+        """
+        own = self.state_dict()
+        common = state_dict.keys() & own.keys()
+        odd = sorted(state_dict.keys() ^ own.keys()) + [k for k in common if state_dict[k].shape != own[k].shape]
         if odd:
-            raise ValueError(f"this checkpoint is of another model: unmatched parameters {odd[:4]}")
+            raise ValueError(
+                f"this checkpoint is of another model, unmatched: {', '.join(odd[:4])}; "
+                "use the network, lora and loss that it was trained with"
+            )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which prior the parameters belong to."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["prior_fingerprint"] = self.prior.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained on another prior."""
+        super().on_load_checkpoint(checkpoint)
         found = checkpoint.get("prior_fingerprint", "none")
         if found != self.prior.fingerprint:
             raise ValueError(
                 f"this checkpoint was trained on a prior with fingerprint {found[:12]}, the prior here has "
                 f"{self.prior.fingerprint[:12]}; resume with the same prior"
             )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

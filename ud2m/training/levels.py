@@ -13,9 +13,14 @@ class Levels:
 
     The visited levels are ``schedule.grid(num_steps)``; the others are log-uniform in [sigma_low, sigma_high]. Training
     on the visited levels alone is the best use of a small budget; a spread lets N be chosen at inference.
+
+    Raises:
+        ValueError: for numbers out of range.
     """
 
     def __init__(self, num_steps: int = 3, spread: float = 0.25, sigma_low: float = 0.02, sigma_high: float = 80.0):
+        if num_steps < 1:
+            raise ValueError(f"num_steps (N) must be at least 1, got {num_steps}")
         if not 0 <= spread <= 1 or not 0 < sigma_low < sigma_high:
             raise ValueError(
                 f"levels need 0 <= spread <= 1 and 0 < sigma_low < sigma_high, got {spread}, {sigma_low}, {sigma_high}"

@@ -1,23 +1,27 @@
 """Lightning module that trains a small pixel-space diffusion prior by eps-prediction."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ud2m.losses import NonFiniteLossError
 from ud2m.metrics import psnr
+from ud2m.noise import rand, randn_like
 from ud2m.output import atomic_folder
 from ud2m.prior import build_unet, denoise, save_prior
 from ud2m.schedule import VPSchedule
 from ud2m.training.ema import Ema
 from ud2m.training.random_streams import stream
-from ud2m.training.schedules import warmup_cosine
+from ud2m.training.steps import SteppedModule, StepSettings
 
 
-class PriorModule(L.LightningModule):
+class PriorModule(SteppedModule):
     """Train ``eps_theta(x_t, t)`` with |eps - eps_theta|^2 (Ho et al., 2020), averaged weights, cosine learning rate.
 
     Levels: with probability ``focus`` log-uniform in [sigma_min of the table, ``focus_max``], otherwise a uniform time.
@@ -28,84 +32,112 @@ class PriorModule(L.LightningModule):
         scheduler: the noise table in the keys of a diffusers ``scheduler_config.json``.
         lr: peak learning rate of AdamW. warmup: steps of linear warm-up, then cosine to zero at the last step.
         ema_decay: decay of the weight average that is validated and exported.
-        levels: noise levels (image units) at which the validation PSNR is measured.
+        focus, focus_max: see above. levels: noise levels (image units) at which the validation PSNR is measured.
+        seed: of all randomness. accumulate: batches summed into one step. clip: largest gradient norm.
+
+    Raises:
+        ValueError: for numbers out of range, or an architecture that diffusers cannot build.
     """
+
+    stream_name = "prior"
+    players = ("network",)
 
     def __init__(
         self,
-        unet: dict[str, Any],
-        scheduler: dict[str, Any],
+        unet: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
         lr: float = 1e-3,
         warmup: int = 200,
         ema_decay: float = 0.999,
         focus: float = 0.8,
         focus_max: float = 1.0,
-        levels: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5),
+        levels: Sequence[float] = (0.05, 0.1, 0.25, 0.5),
         seed: int = 0,
+        accumulate: int = 1,
+        clip: float = 1.0,
     ):
-        super().__init__()
+        super().__init__(StepSettings(warmup=warmup, accumulate=accumulate, clip=clip, ema_decay=ema_decay), seed)
         self.scheduler = dict(scheduler)
         self.schedule = VPSchedule.from_config(scheduler)
+        if not lr > 0 or not levels or min(levels) <= 0:
+            raise ValueError(f"lr and the levels of validation must be positive, got {lr} and {list(levels)}")
+        if not 0 <= focus <= 1 or not focus_max > self.schedule.sigma_min:
+            raise ValueError(
+                f"focus must lie in [0, 1] and focus_max above {self.schedule.sigma_min:.2g}, got {focus}, {focus_max}"
+            )
         self.unet = build_unet(unet)
+        stride, size = 2 ** (len(self.unet.config.block_out_channels) - 1), self.unet.config.sample_size
+        if size % stride:
+            raise ValueError(f"the network halves images to 1/{stride}; crops must be multiples of that, got {size}")
         self.ema = Ema(self.unet.parameters(), ema_decay)
-        self.lr, self.warmup, self.focus, self.focus_max = lr, warmup, focus, focus_max
-        self.levels, self.seed = tuple(levels), seed
+        self.lr, self.focus, self.focus_max, self.levels = lr, focus, focus_max, tuple(levels)
 
-    def draw_sigma(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw one level per sample, [B] in image units."""
-        uniform = torch.rand(2, batch_size, generator=generator, device=self.device)
-        low, high = math.log(self.schedule.sigma_min), math.log(self.focus_max)
-        focused = (low + (high - low) * uniform[0]).exp()
-        anywhere = self.schedule.sigma((self.schedule.num_times - 1) * uniform[0])
-        return torch.where(uniform[1] < self.focus, focused, anywhere)
-
-    def training_step(self, x0: Tensor, batch_idx: int) -> Tensor:
-        """Return the eps-prediction loss of one batch x0 [B, C, H, W] in [0, 1]."""
-        generator = stream(self.device, self.seed, "prior", self.global_step, self.global_rank)
-        sigma = self.draw_sigma(len(x0), generator)
-        eps = torch.randn(x0.shape, generator=generator, device=self.device)
+    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the eps-prediction loss of clean images x0 [B, C, H, W]."""
+        sigma = self.draw_sigma(rand((len(x0), 2), streams, self.device)).to(x0.dtype)
+        eps = randn_like(x0, streams)
         level = sigma.view(-1, 1, 1, 1)
         x_t = (2 * (x0 + level * eps) - 1) / (1 + 4 * level**2).sqrt()
         eps_hat = self.unet(x_t, self.schedule.time(sigma)).sample[:, : x0.shape[1]]
         loss = (eps_hat - eps).square().mean()
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError("noise prediction", loss.detach())
+        return loss, {"total": loss.detach()}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Average the weights after every optimiser step."""
-        self.ema.update()
+    def draw_sigma(self, uniform: Tensor) -> Tensor:
+        """Map uniform numbers [B, 2] to levels [B], image units."""
+        low, high = math.log(self.schedule.sigma_min), math.log(self.focus_max)
+        focused = (low + (high - low) * uniform[:, 0]).exp()
+        anywhere = self.schedule.sigma((self.schedule.num_times - 1) * uniform[:, 0])
+        return torch.where(uniform[:, 1] < self.focus, focused, anywhere)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW for all weights."""
+        return torch.optim.AdamW(self.unet.parameters(), lr=self.lr, weight_decay=1e-4)
+
+    # --- results -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a score."""
+        self.validated: list[dict[str, Tensor]] = []
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
-        """Log the denoising PSNR (dB, mean over images) of the averaged network at each level."""
+        """Measure the denoising PSNR of the averaged network."""
         with self.ema.applied():
-            scores = self.denoising_psnr(x0, batch_idx)
-        scores["score"] = torch.stack(list(scores.values())).mean()
-        self.log_dict({f"val/{k}": v for k, v in scores.items()}, batch_size=len(x0), sync_dist=True)
+            self.validated.append(self.denoising_psnr(x0, batch_idx))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the denoising PSNR (dB, mean over images) at each level, and their mean as ``val/score``."""
+        row = _row(self.validated)
+        self.log_scores(row, row["score"])
 
     def denoising_psnr(self, x0: Tensor, key: int = 0) -> dict[str, Tensor]:
-        """Return PSNR in dB per level for clean images x0; the noise depends on the level and ``key`` alone."""
+        """Return PSNR in dB [B] per level for clean images x0; the noise depends on the level and ``key`` alone."""
         scores = {}
         for sigma in self.levels:
-            eps = torch.randn(x0.shape, generator=stream(self.device, "denoise", sigma, key), device=self.device)
+            eps = randn_like(x0, stream(self.device, "denoise", f"{sigma:g}", key))
             x0_hat = denoise(self.unet, self.schedule, x0 + sigma * eps, x0.new_full((len(x0),), sigma))
-            scores[f"psnr@{sigma:g}"] = psnr(x0_hat.clamp(0, 1), x0).mean()
+            scores[f"psnr@{sigma:g}"] = psnr(x0_hat.clamp(0, 1), x0)
         return scores
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and cosine decay over the planned steps."""
-        optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.lr, weight_decay=1e-4)
-        schedule = warmup_cosine(optimizer, self.warmup, int(self.trainer.estimated_stepping_batches))
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
     @torch.no_grad()
-    def evaluate(self, data: L.LightningDataModule) -> list[dict]:
-        """Return one row with the denoising PSNR on the test images."""
+    def evaluate(self, data: L.LightningDataModule) -> list[dict[str, Any]]:
+        """Return one row with the denoising PSNR on the test images; ``score`` is the mean over the levels."""
+        self.eval()
         with self.ema.applied():
-            batches = [self.denoising_psnr(x0.to(self.device), i) for i, x0 in enumerate(data.test_dataloader())]
-        row = {name: sum(b[name].item() for b in batches) / len(batches) for name in batches[0]}
-        return [{"method": "prior", "nfe": 1} | row | {"score": sum(row.values()) / len(row)}]
+            scores = [
+                self.denoising_psnr(x0.to(self.device), i)
+                for i, x0 in enumerate(tqdm(data.test_dataloader(), desc="scoring", unit="batch"))
+            ]
+        return [{"method": "prior", "nfe": 1, "step": self.steps_done} | _row(scores)]
 
     def export(self, folder: Path) -> None:
         """Write the averaged prior as a diffusers folder (fp16 safetensors)."""
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
             save_prior(self.unet, self.scheduler, partial)
+
+
+def _row(batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Return the means over all images of all batches, and their mean as ``score``."""
+    row = {name: torch.cat([batch[name] for batch in batches]).mean().item() for name in batches[0]}
+    return row | {"score": sum(row.values()) / len(row)}

@@ -8,22 +8,22 @@ from tqdm import tqdm
 
 
 class StepProgress(L.Callback):
-    """Show steps done of all steps, remaining time and the logged loss values (Lightning's bars restart each epoch)."""
+    """Show batches done of all, remaining time and the logged loss values (Lightning's bars restart each epoch)."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
+        self.terminal = sys.stderr.isatty()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar where a resumed run stands."""
         if trainer.is_global_zero:
-            total = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
-            terminal = sys.stderr.isatty()
             self.bar = tqdm(
-                total=total,
-                initial=trainer.fit_loop.total_batch_idx + 1,
+                total=int(trainer.num_training_batches) * (trainer.max_epochs or 1),
+                initial=trainer.fit_loop.epoch_loop.total_batch_idx + 1,
                 desc="training",
-                unit="step",
-                mininterval=0.5 if terminal else 15,
+                unit="batch",
+                mininterval=0.5 if self.terminal else 15,
+                smoothing=0,  # the mean pace, in which past validations are a forecast of the coming ones
                 dynamic_ncols=True,
             )
 
@@ -36,10 +36,31 @@ class StepProgress(L.Callback):
             self.bar.set_postfix(metrics, refresh=False)
             self.bar.update()
 
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say how far validation is; the time it takes is part of the remaining time."""
+        if self.bar is not None:
+            total = int(sum(trainer.num_val_batches))
+            # A log file gets one line per validation, a terminal a running count.
+            shown = self.terminal or batch_idx == 0
+            self.bar.set_description(f"validating {batch_idx + 1}/{total}", refresh=shown)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go back to training."""
+        if self.bar is not None:
+            self.bar.set_description("training", refresh=False)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the terminal clean before a message."""

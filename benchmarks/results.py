@@ -1,0 +1,341 @@
+"""Store measured numbers and make the tables of the documents from them.
+
+    python benchmarks/results.py collect NAME [LABEL=]FOLDER... --command "..." [--note "..."]
+    python benchmarks/results.py cost [--repeats 7]
+    python benchmarks/results.py render
+
+``collect`` reads ``metrics.json`` and ``config.json`` of output folders of ``sample.py`` and writes
+``docs/results/NAME.json``. A folder without a label gives all its rows; one with a label only the last row, which is
+the trained model, called LABEL. ``cost`` runs ``benchmarks/cost.py`` and stores its ratios. ``render``
+writes ``docs/results.md`` and the tables between ``<!-- results:... -->`` and ``<!-- /results -->`` in ``README.md``.
+"""
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ud2m.output import write_bytes, write_json
+from ud2m.report import Column, best_cells, format_value, table_columns
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "docs" / "results"
+DOCUMENT = REPOSITORY / "docs" / "results.md"
+README = REPOSITORY / "README.md"
+SETTINGS = ("data", "size", "operator", "sigma_y")
+KEYS = {"command", "config", "rows", "machine", "note"}
+NOT_MEASURED = "Not measured yet."
+MARKED = re.compile(
+    r"(?P<head><!-- results:(?P<names>\S+)(?P<columns>[^>]*?) -->\n).*?(?P<foot><!-- /results -->)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of ``docs/results.md``: the name of its file, its heading, and what it shows."""
+
+    name: str
+    title: str
+    text: str
+
+
+def _operator_sections() -> list[Section]:
+    operators = {
+        "gaussian_blur": ("Gaussian deblurring (width 1.6 pixels), sigma_y = 0.01", "photos_gaussian_blur"),
+        "gaussian_blur_noise05": ("Gaussian deblurring (width 1.6 pixels), sigma_y = 0.05", "photos_gaussian_blur"),
+        "super_resolution": ("Super-resolution x4 (bicubic), sigma_y = 0.01", "photos_super_resolution"),
+        "inpainting": ("Inpainting (70 % of the pixels missing), sigma_y = 0.01", "photos_inpainting"),
+    }
+    pieces = {32: "all 342 pieces of 32x32", 128: "all 18 pieces of 128x128"}
+    return [
+        Section(
+            f"{name}_{size}",
+            f"{title}, {size}x{size}",
+            f"Test photographs, {piece}; 8 samples each. The trained rows are the shipped `{model}` and, where the "
+            "label says so, models of other runs.",
+        )
+        for name, (title, model) in operators.items()
+        for size, piece in pieces.items()
+    ]
+
+
+SECTIONS = (
+    Section(
+        "prior",
+        "Denoising with the prior",
+        "PSNR in dB of one denoising step at four noise levels, on all 32x32 and all 128x128 pieces of the test "
+        "photographs. The strength of each classical method is searched on the test images themselves, per level and "
+        "size, which favours it.",
+    ),
+    *_operator_sections(),
+    Section(
+        "losses",
+        "What each loss term does",
+        "Short runs of equal length that differ in the loss alone; Gaussian deblurring, test photographs, 32x32.",
+    ),
+    Section(
+        "initialisation",
+        "Initialisation of psi and warm start",
+        "The paper's rule and the annealed one, from A^dagger y and from the smoothing start, before and after a short "
+        "training.",
+    ),
+    Section(
+        "cost",
+        "Cost beside the bare network",
+        "Median time ratios. Sampling: one call of the sampler at 3x128x128 / its K N bare network evaluations. "
+        "Training: one step without a perceptual term / K forward-backward passes of the adapted network and the "
+        "passes of the discriminator alone.",
+    ),
+)
+
+
+# --- storing ---------------------------------------------------------------------------------------------------------
+
+
+def store(
+    name: str,
+    command: str,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    note: str = "",
+    folder: Path = RESULTS,
+) -> Path:
+    """Write ``docs/results/NAME.json``; paths inside the repository become relative to it.
+
+    Raises:
+        ValueError: when no section of the document shows ``name``, or another absolute path would be stored.
+    """
+    known = [section.name for section in SECTIONS]
+    if name not in known:
+        raise ValueError(f"no section of docs/results.md is called {name!r}; known: {', '.join(known)}")
+    content = {"command": command, "config": dict(config), "rows": list(rows), "machine": machine(), "note": note}
+    content = json.loads(json.dumps(content).replace(f"{REPOSITORY}/", ""))
+    absolute = [text for text in _strings(content) if re.search(r"(^|[\s=])/\w", text)]
+    if absolute:
+        raise ValueError(f"a result must not name paths of this machine, got {absolute[0]!r}; use relative paths")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", content)
+    return folder / f"{name}.json"
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """Return a stored result, or None when it was not measured yet; raises ValueError when it is incomplete."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or content.keys() != KEYS or not content["rows"]:
+        raise ValueError(f"{path} must hold {', '.join(sorted(KEYS))} and at least one row; measure it again")
+    return content
+
+
+def machine() -> str:
+    """Return what the numbers were measured with: processor, threads, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = named[0] if named else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread(s), Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def collect(sources: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of output folders of ``sample.py``, and the configuration of each by its folder's name.
+
+    Args:
+        sources: ``FOLDER`` (all rows) or ``LABEL=FOLDER`` (the last row, called LABEL).
+
+    Raises:
+        FileNotFoundError: when a folder lacks ``metrics.json`` or ``config.json``.
+    """
+    rows: list[dict[str, Any]] = []
+    configs: dict[str, Any] = {}
+    for source in sources:
+        label, _, path = source.rpartition("=")
+        folder = Path(path)
+        found, config = _read(folder / "metrics.json"), _read(folder / "config.json")
+        for row in [found[-1] | {"method": label}] if label else found:
+            rows.append({"method": row["method"]} | setting(config) | row)
+        configs[folder.name] = {key: value for key, value in config.items() if key != "output"}
+    return rows, configs
+
+
+def setting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which images, operator and noise the numbers of an output folder are about."""
+    trained = config["trained"]
+    physics = config.get("physics") or trained["info"]["physics"]
+    operator = physics["operator"]
+    name = (operator.get("_target_") or operator.get("class")).rpartition(".")[2]
+    levels = (config.get("sigma_y"), (config.get("physics") or {}).get("sigma_y"), trained["sigma_y"])
+    side = config["data"].get("tile_size") or config["data"]["crop_size"]
+    return {
+        "data": config["data"]["_target_"].rpartition(".")[2].removesuffix("Data").lower(),
+        "size": f"{side}x{side}",
+        "operator": re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).capitalize(),
+        "sigma_y": next(level for level in levels if level is not None),
+    }
+
+
+def measure_cost(repeats: int) -> list[dict[str, Any]]:
+    """Return one row per operator with the ratios of ``benchmarks/cost.py``, on one thread."""
+    import cost
+
+    torch.set_num_threads(1)
+    rows = []
+    for physics in ("gaussian_blur", "super_resolution", "inpainting"):
+        training, step = cost.training_ratio(cost.build(physics), batch=8, size=32, repeats=repeats)
+        sampling, call = cost.sampling_ratio(cost.build(physics), size=128, repeats=repeats)
+        rows.append(
+            {
+                "method": physics.replace("_", " "),
+                "sampling / bare": sampling,
+                "seconds per call": call,
+                "training / bare": training,
+                "seconds per step": step,
+            }
+        )
+    return rows
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name an output folder of sample.py")
+    return json.loads(path.read_text())
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> str:
+    """Return rows as a Markdown table in the report's formats, the best value of each column in bold.
+
+    Args:
+        rows: as in ``metrics.json``. keys: the columns to show; by default all that the rows need.
+    """
+    columns = [_named(column) for column in table_columns(rows)]
+    best = best_cells(rows, columns)
+    if keys:
+        columns = [column for key in keys for column in columns if column.key == key]
+    lines = [_line([column.heading for column in columns])]
+    words = [any(isinstance(row.get(column.key), str) for row in rows) for column in columns]
+    lines.append(_line(["---" if is_text else "---:" for is_text in words]))
+    for index, row in enumerate(rows):
+        cells = [format_value(column, row.get(column.key)) for column in columns]
+        won = [(index, column.key) in best for column in columns]
+        lines.append(_line([f"**{cell}**" if wins else cell for cell, wins in zip(cells, won, strict=True)]))
+    return "\n".join(lines)
+
+
+def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
+    """Return one section of ``docs/results.md``."""
+    head = f"## {section.title}\n\n{section.text}\n"
+    if content is None:
+        return f"{head}\n{NOT_MEASURED}\n"
+    rows = content["rows"]
+    constant = [key for key in SETTINGS if len({row.get(key) for row in rows}) == 1]
+    shown = [{key: value for key, value in row.items() if key not in constant} for row in rows]
+    note = f"{content['note']}\n\n" if content["note"] else ""
+    return f"{head}\n{table(shown)}\n\n{note}```bash\n{content['command']}\n```\n\nMachine: {content['machine']}.\n"
+
+
+def render_document(folder: Path = RESULTS) -> str:
+    """Return the text of ``docs/results.md``."""
+    contents = {section.name: load(section.name, folder) for section in SECTIONS}
+    rows = [row for content in contents.values() if content for row in content["rows"]]
+    meanings = [f"- {c.heading}: {c.meaning}." for c in table_columns(rows) if c.meaning] if rows else []
+    head = (
+        "# Results\n\n"
+        "This page is made by `python benchmarks/results.py render` from the files in `docs/results/`; a test keeps "
+        "both equal. The commands of all tables, in order, are in `benchmarks/run_results.sh`. Bold is the best value "
+        "of a column. Test photographs are `chelsea` and `coffee`, validation is `china`; neither the prior nor any "
+        "model was trained on them.\n"
+    )
+    legend = "\n" + "\n".join(meanings) + "\n" if meanings else ""
+    return "\n".join([head + legend, *(render_section(section, contents[section.name]) for section in SECTIONS)])
+
+
+def render_readme(text: str, folder: Path = RESULTS) -> str:
+    """Return the README with its marked tables made anew.
+
+    ``<!-- results:NAME,NAME key key ... -->`` shows the rows of these files together, with the columns of these keys.
+    Files that do not exist yet are named below the table.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        names = match["names"].split(",")
+        contents = {name: load(name, folder) for name in names}
+        rows = [row for content in contents.values() if content for row in content["rows"]]
+        missing = [f"`{name}`" for name, content in contents.items() if content is None]
+        parts = [table(rows, match["columns"].split())] if rows else []
+        parts += [f"Not measured yet: {', '.join(missing)}."] if missing else []
+        body = "\n\n".join(parts)
+        return f"{match['head']}{body}\n{match['foot']}"
+
+    return MARKED.sub(replaced, text)
+
+
+def _named(column: Column) -> Column:
+    if column.key.startswith("psnr@"):
+        level = column.key.partition("@")[2]
+        return replace(column, heading=f"σ = {level}", format=".2f", best="max")
+    return column
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="action", required=True)
+    collecting = commands.add_parser("collect", help="store the numbers of output folders of sample.py")
+    collecting.add_argument("name")
+    collecting.add_argument("sources", nargs="+", metavar="[LABEL=]FOLDER")
+    collecting.add_argument("--command", required=True, help="the command that made them, as a reader can repeat it")
+    collecting.add_argument("--note", default="")
+    costing = commands.add_parser("cost", help="measure and store the time ratios")
+    costing.add_argument("--repeats", type=int, default=7)
+    commands.add_parser("render", help="write docs/results.md and the tables of README.md")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one action."""
+    options = parser().parse_args(arguments)
+    if options.action == "render":
+        write_bytes(DOCUMENT, render_document().encode())
+        write_bytes(README, render_readme(README.read_text()).encode())
+        return
+    if options.action == "cost":
+        rows = measure_cost(options.repeats)
+        path = store("cost", "python benchmarks/results.py cost", {"repeats": options.repeats}, rows)
+    else:
+        rows, config = collect(options.sources)
+        path = store(options.name, options.command, config, rows, options.note)
+    print(path.relative_to(REPOSITORY))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

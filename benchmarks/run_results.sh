@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Every number of README.md and docs/results.md:
+#
+#     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
+#
+# Parts, in order (all but `models` by default): models prior operators losses initialisation cost picture.
+# `models` trains the shipped prior and the three shipped models anew and puts them into ud2m/pretrained. What is finished
+# is not repeated, and an interrupted training is resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+RUNS=runs/results      # trained models
+OUT=samples/results    # scores
+OPERATORS="gaussian_blur super_resolution inpainting"
+
+# train NAME overrides...: a run in runs/results/NAME
+train() {
+    local folder=$RUNS/$1
+    shift
+    if [ -d "$folder/export" ]; then
+        echo "finished already: $folder"
+    elif [ -f "$folder/checkpoints/last.ckpt" ]; then
+        "$PYTHON" train.py resume=true run_dir="$folder" </dev/null
+    else
+        "$PYTHON" train.py run_dir="$folder" "$@" </dev/null
+    fi
+}
+
+# sample NAME overrides...: scores on all test images in samples/results/NAME
+sample() {
+    local folder=$OUT/$1
+    shift
+    [ -f "$folder/metrics.json" ] || "$PYTHON" sample.py output="$folder" "$@" </dev/null
+}
+
+collect() {
+    "$PYTHON" benchmarks/results.py collect "$@"
+}
+
+ship() {
+    "$PYTHON" data_prep/ship_model.py --replace "$@"
+}
+
+models() {
+    train photos_prior experiment=photos_prior
+    ship $RUNS/photos_prior/export photos_prior
+    for operator in $OPERATORS; do
+        train "photos_$operator" experiment="photos_$operator"
+        ship "$RUNS/photos_$operator/export" "photos_$operator"
+    done
+}
+
+prior() {
+    "$PYTHON" benchmarks/prior_denoising.py
+}
+
+operators() {
+    for operator in $OPERATORS; do
+        train "demo_$operator" experiment=demo physics="$operator"
+        for size in 32 128; do
+            sample "${operator}_$size" model="photos_$operator" data.tile_size=$size compare=true
+            sample "demo_${operator}_$size" model="$RUNS/demo_$operator/export" data.tile_size=$size
+            collect "${operator}_$size" "$OUT/${operator}_$size" \
+                "UD2M, demo's budget=$OUT/demo_${operator}_$size" \
+                --command "python sample.py model=photos_$operator data.tile_size=$size compare=true"
+        done
+    done
+    noisier
+}
+
+# Deblurring at sigma_y = 0.05: the shipped model, which was trained at 0.01, and models trained at 0.05.
+noisier() {
+    train demo_noise05 experiment=demo physics.sigma_y=0.05
+    train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05
+    for size in 32 128; do
+        sample noise05_$size model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size compare=true
+        sample trained_noise05_$size model=$RUNS/photos_gaussian_blur_noise05/export data.tile_size=$size
+        sample demo_noise05_$size model=$RUNS/demo_noise05/export data.tile_size=$size
+        collect gaussian_blur_noise05_$size $OUT/noise05_$size \
+            "UD2M, trained at 0.05=$OUT/trained_noise05_$size" \
+            "UD2M, trained at 0.05, demo's budget=$OUT/demo_noise05_$size" \
+            --command "python sample.py model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size compare=true"
+    done
+}
+
+# Short runs that differ in the loss alone. Columns: name | label | weights of l2, perceptual, energy, feature_energy and
+# adversarial (none: those of conf/loss/default.yaml) | further overrides.
+losses() {
+    local sources=() name label weights overrides
+    while IFS='|' read -r name label weights overrides; do
+        if [ -n "$weights" ]; then
+            set -- $weights
+            overrides="loss.l2=$1 loss.perceptual=$2 loss.energy=$3 loss.feature_energy=$4 loss.adversarial=$5 $overrides"
+        fi
+        train "losses/$name" experiment=demo $overrides
+        sample "losses/$name" model="$RUNS/losses/$name/export"
+        sources+=("$label=$OUT/losses/$name")
+    done <<'VARIANTS'
+default|default||
+default_rank0|default, rank 0 (psi alone)||lora.rank=0
+default_adversarial|default + 0.01 adversarial||loss.adversarial=0.01
+l2|L2|1 0 0 0 0|
+l2_lpips|L2 + 0.1 LPIPS|1 0.1 0 0 0|loss/distance=lpips
+l2_lpips_adversarial|L2 + 0.1 LPIPS + 0.01 adversarial|1 0.1 0 0 0.01|loss/distance=lpips
+energy|energy|0 0 1 0 0|
+energy_spread07|energy, spread 0.7|0 0 1 0 0|loss.terms.energy.term.spread=0.7
+energy_prior|energy + 0.05 prior features|0 0.05 1 0 0|
+energy_lpips|energy + 0.05 LPIPS|0 0.05 1 0 0|loss/distance=lpips
+energy_features|energy + 0.05 feature energy|0 0 1 0.05 0|
+energy_adversarial|energy + 0.01 adversarial|0 0 1 0 0.01|
+VARIANTS
+    collect losses "${sources[@]}" --command "bash benchmarks/run_results.sh losses"
+}
+
+# Both rules for psi and both warm starts, before training (learning rates of almost 0) and after a short one.
+initialisation() {
+    local photos="experiment=demo" sources=() images start label overrides budget
+    train mnist_prior experiment=mnist_prior
+    local mnist="experiment=demo data=mnist prior=$RUNS/mnist_prior/export physics=super_resolution"
+    for images in photos mnist; do
+        while IFS='|' read -r start label overrides; do
+            for budget in untrained trained; do
+                name=initialisation/${images}_${start}_$budget
+                local steps=""
+                [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9"
+                train "$name" ${!images} network=paper $overrides $steps
+                sample "$name" model="$RUNS/$name/export" data=$images
+                sources+=("$label, $budget=$OUT/$name")
+            done
+        done <<'STARTS'
+paper_pinv|paper's rule, A^dagger y|
+paper_smoothing|paper's rule, smoothing start|network.warm_start={name:smoothing}
+annealed_pinv|annealed rule, A^dagger y|network.rule={name:annealed}
+annealed_smoothing|annealed rule, smoothing start|network.rule={name:annealed} network.warm_start={name:smoothing}
+STARTS
+    done
+    collect initialisation "${sources[@]}" --command "bash benchmarks/run_results.sh initialisation"
+}
+
+cost() {
+    "$PYTHON" benchmarks/results.py cost
+}
+
+picture() {
+    "$PYTHON" benchmarks/overview_picture.py
+}
+
+[ $# -gt 0 ] || set -- prior operators losses initialisation cost picture
+for part in "$@"; do
+    case $part in
+        models | prior | operators | losses | initialisation | cost | picture) "$part" ;;
+        *) echo "error: unknown part $part" >&2 && exit 2 ;;
+    esac
+done
+"$PYTHON" benchmarks/results.py render

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from conftest import REPOSITORY
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import OmegaConf
+from tiny import save_tiny_prior
+from tiny_training import composed
+
+from ud2m.cli.train import build_trainer, prepare
+from ud2m.data import ImageDataModule
+from ud2m.physics import OperatorFamily
+from ud2m.training import DistillationModule, PriorModule
+
+CONF = REPOSITORY / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+IMAGE = 32
+
+
+def choices(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def priors(tmp_path_factory):
+    """Folders of micro priors by number of channels."""
+    folder = tmp_path_factory.mktemp("priors")
+    return {c: save_tiny_prior(folder / str(c), in_channels=c, out_channels=c) for c in (1, 3)}
+
+
+def load_data(config, request):
+    """Return the data module; MNIST is not downloaded for a test."""
+    if config.data._target_.endswith("MnistData"):
+        shared = request.getfixturevalue("shared")
+        config.data.root = str(shared / "data" / "mnist")
+    return instantiate(config.data, _convert_="all")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, priors, tmp_path, request):
+    with composed(f"experiment={experiment}", f"run_dir={tmp_path}", folder=tmp_path) as config:
+        assert config.name == experiment
+        config.prior = priors[config.data.channels]
+        resolved = prepare(config, tmp_path)
+        assert OmegaConf.load(tmp_path / "config.yaml") == resolved
+        data = load_data(resolved, request)
+        module = instantiate(resolved.training, _convert_="all")
+        trainer = build_trainer(resolved, tmp_path)
+    assert isinstance(data, ImageDataModule)
+    assert isinstance(module, DistillationModule | PriorModule)
+    assert {type(logger) for logger in trainer.loggers} == {CSVLogger, TensorBoardLogger}
+    steps = trainer.max_epochs * (data.samples_per_epoch // data.batch_size) // module.settings.accumulate
+    assert steps == resolved.steps
+    x0 = next(iter(data.test_dataloader()))[:1]
+    streams = [torch.Generator().manual_seed(0)]
+    total, _ = module.losses(x0, streams)
+    assert total.isfinite()
+
+
+@pytest.mark.parametrize("choice", choices("physics"))
+def test_every_operator_instantiates(choice, priors, tmp_path):
+    if choice == "mask":
+        from ud2m.images import write_image
+
+        write_image((torch.rand(1, IMAGE, IMAGE) < 0.5).float(), tmp_path / "mask.png")
+    path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if choice == "mask" else []
+    with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
+        operator = instantiate(config.physics.operator, _convert_="all")
+    assert isinstance(operator, OperatorFamily)
+    physics = operator.draw(2, (3, IMAGE, IMAGE), torch.Generator().manual_seed(0))
+    assert physics.A(torch.rand(2, 3, IMAGE, IMAGE)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"{group}={choice}" for group in ("network", "lora", "discriminator") for choice in choices(group)),
+        *(f"loss/distance={choice}" for choice in choices("loss/distance")),
+        *(f"loss.{term}=0.1" for term in ("l2", "perceptual", "energy", "feature_energy", "adversarial")),
+    ],
+)
+def test_every_part_can_be_chosen(override, priors, tmp_path, request, monkeypatch):
+    if override == "loss/distance=lpips":
+        monkeypatch.setenv("TORCH_HOME", str(request.getfixturevalue("shared") / "torch_home"))
+    overrides = [override, f"prior={priors[3]}", "loss.adversarial=0.01"]
+    with composed(*overrides, folder=tmp_path) as config:
+        module = instantiate(config.training, _convert_="all")
+    x0 = torch.rand(1, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
+    total, _ = module.losses(x0, [torch.Generator().manual_seed(0)])
+    total.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_accumulation_reaches_every_module(experiment, priors, tmp_path):
+    with composed(f"experiment={experiment}", "accumulate=3", folder=tmp_path) as config:
+        config.prior = priors[config.data.channels]
+        module = instantiate(config.training, _convert_="all")
+    assert module.settings.accumulate == 3
+
+
+def test_the_wandb_logger_composes_beside_the_default_ones(tmp_path):
+    pytest.importorskip("wandb")
+    with composed("logger=wandb", folder=tmp_path) as config:
+        assert set(config.logger) == {"csv", "tensorboard", "wandb"}
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(MissingConfigException, match="Could not find 'experiment/phtos'"):
+        composed("experiment=phtos", folder=tmp_path).__enter__()
+    with pytest.raises(ConfigCompositionException, match="Could not override 'stepz'"):
+        composed("stepz=3", folder=tmp_path).__enter__()
+
+
+def test_composing_leaves_no_trace(tmp_path):
+    with composed(folder=tmp_path):
+        assert HydraConfig.initialized()
+    assert not HydraConfig.initialized()

@@ -1,0 +1,232 @@
+"""Draw samples, write pictures, numbers and the report: what ``sample.py`` runs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from deepinv.physics import LinearPhysics
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+import ud2m.physics
+from ud2m.cli.errors import user_facing
+from ud2m.cli.train import quiet_libraries
+from ud2m.comparison import compare, sampler_row
+from ud2m.data import ImageDataModule
+from ud2m.evaluation import Distance, Problem, lpips_if_available
+from ud2m.images import list_images, read_image, write_image
+from ud2m.losses import FeatureDistance
+from ud2m.metrics import psnr, ssim
+from ud2m.output import atomic_folder, write_json
+from ud2m.physics import OperatorFamily, measured, residual
+from ud2m.pipeline import PosteriorSampler
+from ud2m.prior import Prior
+from ud2m.report import Entry, Report, Section, format_table, write_report
+
+
+@dataclass(frozen=True)
+class Case:
+    """One observation to draw samples for: y [1, ...], its operator, and the clean image [1, C, H, W] if known."""
+
+    name: str
+    y: Tensor
+    physics: LinearPhysics
+    x0: Tensor | None
+
+
+@user_facing
+def main(config: DictConfig) -> None:
+    """Run one sampling job into the folder ``output``, which appears when everything is written."""
+    quiet_libraries()
+    output = Path(config.output)
+    with atomic_folder(output, overwrite=config.overwrite) as folder:
+        rows = Job(config).run(folder)
+    print(format_table(rows))
+    print(f"report: {output / 'report.html'}")
+
+
+class Job:
+    """The objects of one sampling job."""
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device)
+        trained = self.sampler.config.info.get("physics", {})
+        chosen = config.get("physics")
+        self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
+        default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
+        self.sigma_y = default if config.sigma_y is None else config.sigma_y
+        if not self.sigma_y > 0:
+            raise ValueError(f"sigma_y must be a positive noise level, images lie in [0, 1]; got {self.sigma_y}")
+        self.problem = Problem(self.operator, self.sigma_y, config.seed)
+        self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
+        self.options = {"num_steps": config.num_steps, "eta": config.eta, "chunk_size": config.chunk_size}
+        self.distances = distances(self.prior, config.lpips)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """Fill the output folder and return the rows of ``metrics.json``."""
+        rows, sections = self.own_files(folder) if self.config.input is not None else self.test_images(folder)
+        write_json(folder / "metrics.json", rows)
+        settings = plain(self.config) | {"trained": vars(self.sampler.config)}
+        write_json(folder / "config.json", settings)
+        write_report(folder / "report.html", Report(*self.headline(), rows, settings, sections))
+        return rows
+
+    def headline(self) -> tuple[str, str]:
+        """Return title and summary of the report."""
+        steps = self.config.num_steps or self.sampler.config.num_steps
+        return (
+            f"UD2M posterior samples: {self.config.model}",
+            f"{self.config.num_samples} samples per observation, {self.sampler.nfe(steps)} network evaluations each "
+            f"(K = {self.sampler.network.num_blocks} modules, N = {steps} steps); operator "
+            f"{type(self.operator).__name__}, sigma_y = {self.sigma_y:g} for images in [0, 1]. Bright places of the "
+            "standard deviation are those that the observation does not determine.",
+        )
+
+    # --- the user's files ----------------------------------------------------------------------------------------
+
+    def own_files(self, folder: Path) -> tuple[list[dict[str, Any]], list[Section]]:
+        """Sample for the files of ``input``; one row of averages over them."""
+        cases = list(self.file_cases())
+        results = [self.sample(case, folder / case.name if len(cases) > 1 else folder) for case in cases]
+        numbers = [entry.numbers for entry in results]
+        row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
+        name = self.headline()[0].split(":")[0]
+        row = {"method": name, "nfe": self.sampler.nfe(self.config.num_steps)} | row
+        return [row], [Section("Images", "", results)]
+
+    def file_cases(self) -> Iterator[Case]:
+        """Yield what each input file asks for."""
+        channels = self.prior.channels
+        for index, path in enumerate(list_images(self.config.input)):
+            image = read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
+            try:
+                if self.config.degraded:
+                    yield Case(path.stem, image, self.known_operator(image), None)
+                else:
+                    y, physics = self.problem.observe(image, index)
+                    yield Case(path.stem, y, physics, image)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+    def known_operator(self, y: Tensor) -> LinearPhysics:
+        """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
+        if self.operator.random:
+            raise ValueError(
+                f"{type(self.operator).__name__} draws another operator each time and cannot explain an input that is "
+                "degraded already; give the one it was made with, e.g. physics=mask physics.operator.path=mask.png"
+            )
+        return self.operator.draw(1, self.operator.image_shape((y.shape[1], y.shape[2], y.shape[3])), device=y.device)
+
+    # --- test images ---------------------------------------------------------------------------------------------
+
+    def test_images(self, folder: Path) -> tuple[list[dict[str, Any]], list[Section]]:
+        """Score all test images of the data set (with the other methods if asked) and show some of them."""
+        data: ImageDataModule = instantiate(self.config.data, _convert_="all")
+        if data.channels != self.prior.channels:
+            raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
+        batches = [x0.to(self.config.device) for x0 in data.test_dataloader()]
+        count = self.config.num_samples
+        if self.config.compare:
+            validation = [x0.to(self.config.device) for x0 in data.val_dataloader()]
+            rows = compare(
+                self.sampler, self.prior, self.problem, validation, batches, count, self.distances, **self.options
+            )
+        else:
+            rows = [sampler_row(self.sampler, self.problem, batches, count, self.distances, **self.options)]
+        return rows, self.shown_test_images(data, folder)
+
+    def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
+        """Return the sections of the report: evenly spaced test images, and one larger image."""
+        images = data.evaluation_set("test")
+        picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
+        shown = [self.case(images.names[i], images[i], i) for i in picked]
+        text = "Evenly spaced over the test images."
+        sections = [Section("Test images", text, [self.sample(c, folder / c.name) for c in shown])]
+        if self.config.crop is not None:
+            sections.append(self.larger_image(folder))
+        return sections
+
+    def larger_image(self, folder: Path) -> Section:
+        """Sample for one test image of side ``crop``, larger than what the model was trained on."""
+        settings = {**self.config.data, "tile_size": self.config.crop, "test_limit": 1}
+        images = instantiate(settings, _convert_="all").evaluation_set("test")
+        case = self.case(f"{images.names[0]}-{self.config.crop}", images[0], 0)
+        text = "The network was trained on small crops and is used at this size without change."
+        title = f"A larger picture: {self.config.crop}x{self.config.crop}"
+        return Section(title, text, [self.sample(case, folder / case.name)])
+
+    def case(self, name: str, image: Tensor, index: int) -> Case:
+        """Observe a clean image [C, H, W], as scoring did."""
+        x0 = image.unsqueeze(0).to(self.config.device)
+        return Case(name, *self.problem.observe(x0, index), x0)
+
+    # --- one observation -----------------------------------------------------------------------------------------
+
+    def sample(self, case: Case, folder: Path) -> Entry:
+        """Draw samples for one observation, write its pictures into ``folder`` and return its part of the report."""
+        generator = torch.Generator(case.y.device).manual_seed(self.config.seed)
+        try:
+            samples = self.sampler(
+                case.y, case.physics, self.sigma_y, self.config.num_samples, generator=generator, **self.options
+            )[0]
+        except ValueError as error:
+            raise ValueError(f"{case.name}: {error}") from error
+        mean = samples.mean(0)
+        std = samples.std(0) if len(samples) > 1 else None
+        numbers = {k: v.mean().item() for k, v in self.numbers(case, samples).items()}
+        write_pictures(folder, case.y[0], samples, mean, std)
+        mask = measured(case.physics, case.y)
+        holes = None if bool((mask == 1).all()) else mask.expand_as(case.y)[0].amax(0) > 0
+        reference = None if case.x0 is None else case.x0[0]
+        return Entry(case.name, reference, case.y[0], samples, mean, std, numbers, measured=holes)
+
+    def numbers(self, case: Case, samples: Tensor) -> dict[str, Tensor]:
+        """Return the scores of samples [S, C, H, W]: the data residual always, the others where x0 is known."""
+        y = case.y.expand(len(samples), *case.y.shape[1:])
+        values = {"residual": residual(case.physics, samples, y, self.sigma_y)}
+        if case.x0 is None:
+            return values
+        x0 = case.x0.expand_as(samples)
+        scores = {"psnr_mean": psnr(samples.mean(0, keepdim=True), case.x0), "psnr": psnr(samples, x0)}
+        return scores | {"ssim": ssim(samples, x0)} | {n: d(samples, x0) for n, d in self.distances.items()} | values
+
+
+def distances(prior: Prior, lpips_net: str) -> dict[str, Distance]:
+    """Return LPIPS where its weights are at hand, and always the distance of the prior's features."""
+    return lpips_if_available(lpips_net) | {"prior_features": FeatureDistance(prior.features)}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain values."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
+def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
+    """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
+
+    The export may be a stranger's, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
+
+    Raises:
+        ValueError: when the description names no such family.
+    """
+    options = dict(description)
+    module, _, name = str(options.pop("class", "")).rpartition(".")
+    family = getattr(ud2m.physics, name, None) if module == "ud2m.physics" else None
+    if not (isinstance(family, type) and issubclass(family, OperatorFamily)):
+        raise ValueError(f"the model names no operator of this package ({name or 'none'}); choose one: physics=...")
+    return family(**options)
+
+
+def write_pictures(folder: Path, y: Tensor, samples: Tensor, mean: Tensor, std: Tensor | None) -> None:
+    """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation)."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    write_image(y, folder / "observation.png")
+    for k, sample in enumerate(samples):
+        write_image(sample, folder / "samples" / f"{k:03d}.png")
+    write_image(mean, folder / "mean.png")
+    deviation = torch.zeros_like(mean) if std is None else std
+    write_image(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")

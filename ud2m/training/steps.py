@@ -1,0 +1,192 @@
+"""What both trainings share: accumulation, clipping, learning rates, the average, and exact resumption."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ud2m.losses import NonFiniteLossError
+from ud2m.training.checkpoints import read_checkpoint
+from ud2m.training.ema import Ema
+from ud2m.training.random_streams import row_streams
+from ud2m.training.schedules import warmup_cosine
+
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How gradients become steps.
+
+    Args:
+        warmup: steps of linear warm-up. accumulate: batches summed into one step. clip: largest gradient norm.
+        ema_decay: decay of the average.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    warmup: int = 0
+    accumulate: int = 1
+    clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.warmup < 0:
+            raise ValueError(
+                "accumulate must be at least 1 batch per step and warmup at least 0 steps, "
+                f"got {self.accumulate} and {self.warmup}"
+            )
+        if not self.clip > 0:
+            raise ValueError(f"clip, the largest gradient norm, must be positive, got {self.clip}")
+
+
+class SteppedModule(L.LightningModule, ABC):
+    """Manual optimisation in steps of ``accumulate`` batches that equal one step of the large batch.
+
+    A subclass makes ``losses`` and validates with ``log_scores``. Every random number of row j of the data stream is a
+    function of (seed, j), and the learning rate is a function of the step, so that accumulation, ranks and
+    interruptions change nothing but the order of sums.
+    """
+
+    automatic_optimization = False
+    stream_name: str
+    players: tuple[str, ...]
+    """Name of each optimiser, for logs and messages."""
+    ema: Ema
+    total_steps = 0
+    """Optimiser steps of the whole run, known when training starts."""
+
+    def __init__(self, settings: StepSettings, seed: int):
+        super().__init__()
+        self.settings, self.seed = settings, seed
+        self.scores: dict[str, Any] = {}
+
+    @abstractmethod
+    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what to back-propagate for clean images x0 [B, C, H, W], and values to log; ``total`` is shown.
+
+        Raises:
+            NonFiniteLossError: naming the term.
+        """
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps so far, also of the run that a resumed one goes on with."""
+        return int(self.ema.num_updates)
+
+    def on_train_start(self) -> None:
+        """Check that the trainer's plan can be kept to.
+
+        Raises:
+            ValueError: when steps do not fit into epochs, or for a precision that this module cannot train in.
+        """
+        batches, accumulate = int(self.trainer.num_training_batches), self.settings.accumulate
+        if batches % accumulate:
+            raise ValueError(
+                f"an epoch of {batches} batches is no multiple of accumulate={accumulate}: a step would lie in two "
+                "epochs; leave data.samples_per_epoch to follow from validate_every and accumulate"
+            )
+        if self.trainer.precision not in PRECISIONS:
+            # float16 scales its gradients, and clipping would see the scaled ones
+            raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {self.trainer.precision}")
+        self.total_steps = batches // accumulate * (self.trainer.max_epochs or 1)
+
+    def training_step(self, x0: Tensor, batch_idx: int) -> None:
+        """Back-propagate the losses of one batch x0 [B, C, H, W] in [0, 1]; step when enough are accumulated.
+
+        Raises:
+            FloatingPointError: when a loss is not finite; names the step and the term.
+        """
+        accumulate = self.settings.accumulate
+        try:
+            total, values = self.losses(x0, self.streams(len(x0), batch_idx))
+        except NonFiniteLossError as error:
+            raise FloatingPointError(self.stopped(str(error))) from error
+        self.manual_backward(total / accumulate)
+        self.log_dict({f"loss/{name}": value for name, value in values.items()})
+        self.log("loss", values["total"], prog_bar=True, logger=False)
+        self.log("step", float(self.steps_done))  # Lightning's axis would count batches
+        if (batch_idx + 1) % accumulate == 0:
+            self.update()
+
+    def streams(self, batch_size: int, batch_idx: int) -> list[torch.Generator]:
+        """Return the random streams of the rows of this rank's batch (rows are dealt to the ranks in turn)."""
+        accumulate = self.settings.accumulate
+        batches = self.steps_done * accumulate + batch_idx % accumulate
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        positions = [(batches * batch_size + row) * world + rank for row in range(batch_size)]
+        return row_streams(self.device, positions, self.seed, self.stream_name)
+
+    def update(self) -> None:
+        """Clip and step every optimiser at this step's learning rate, and move the average.
+
+        Raises:
+            FloatingPointError: when a gradient is not finite; the parameters are then still those of the last step.
+        """
+        factor = warmup_cosine(self.steps_done, self.settings.warmup, self.total_steps)
+        optimizers = self.optimizers()
+        # Without an adversarial term there is no second player.
+        for name, optimizer in zip(self.players, _as_list(optimizers), strict=False):
+            groups = optimizer.param_groups
+            norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.settings.clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(self.stopped(f"the gradient of '{name}' is {norm.item():g}"))
+            for group in groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+            self.log_dict({f"grad_norm/{name}": norm, f"lr/{name}": groups[-1]["lr"]})
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update()
+
+    def stopped(self, reason: str) -> str:
+        """Return the message of a run that cannot go on."""
+        return (
+            f"training stopped at step {self.steps_done}: {reason}. The checkpoints written so far are kept; "
+            "lower the learning rate, the clip or the weight of the term"
+        )
+
+    # --- validation and checkpoints ------------------------------------------------------------------------------
+
+    def log_scores(self, scores: Mapping[str, Any], score: float) -> None:
+        """Log the numbers among validation ``scores``, and as ``val/score`` the one that selects (higher is better).
+
+        Raises:
+            FloatingPointError: when the selecting score is not a number; no checkpoint is written then.
+        """
+        if math.isnan(score):
+            raise FloatingPointError(self.stopped("the validation score is nan"))
+        self.scores = dict(scores) | {"score": score, "step": self.steps_done}
+        self.log_dict({f"val/{k}": v for k, v in self.scores.items() if isinstance(v, float)})
+        self.log("val score", score, prog_bar=True, logger=False)
+        self.log("step", float(self.steps_done))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the scores of the validation that the checkpoint follows."""
+        checkpoint["scores"] = self.scores
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the scores."""
+        self.scores = dict(checkpoint.get("scores", {}))
+
+    def restore(self, path: Path) -> None:
+        """Load parameters, averages and scores of a checkpoint of this run.
+
+        Raises:
+            FileNotFoundError, ValueError: when it is missing, damaged, or of another model.
+        """
+        checkpoint = read_checkpoint(path)
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
