@@ -30,7 +30,14 @@ RESULTS = REPOSITORY / "docs" / "results"
 DOCUMENT = REPOSITORY / "docs" / "results.md"
 README = REPOSITORY / "README.md"
 SETTINGS = ("data", "size", "operator", "sigma_y")
+DATA = {"PhotoData": "photos", "MnistData": "mnist", "FolderData": "own images"}
 KEYS = {"command", "config", "rows", "machine", "note"}
+COST_FORMATS = {
+    "sampling / bare": ".3f",
+    "training / bare": ".3f",
+    "seconds per call": ".2f",
+    "seconds per step": ".2f",
+}
 NOT_MEASURED = "Not measured yet."
 MARKED = re.compile(
     r"(?P<head><!-- results:(?P<names>\S+)(?P<columns>[^>]*?) -->\n).*?(?P<foot><!-- /results -->)", re.DOTALL
@@ -175,8 +182,9 @@ def setting(config: Mapping[str, Any]) -> dict[str, Any]:
     name = (operator.get("_target_") or operator.get("class")).rpartition(".")[2]
     levels = (config.get("sigma_y"), (config.get("physics") or {}).get("sigma_y"), trained["sigma_y"])
     side = config["data"].get("tile_size") or config["data"]["crop_size"]
+    data = config["data"]["_target_"].rpartition(".")[2]
     return {
-        "data": config["data"]["_target_"].rpartition(".")[2].removesuffix("Data").lower(),
+        "data": DATA.get(data, data),
         "size": f"{side}x{side}",
         "operator": re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).capitalize(),
         "sigma_y": next(level for level in levels if level is not None),
@@ -293,7 +301,7 @@ def _named(column: Column) -> Column:
     if column.key.startswith("psnr@"):
         level = column.key.partition("@")[2]
         return replace(column, heading=f"σ = {level}", format=".2f", best="max")
-    return column
+    return replace(column, format=COST_FORMATS.get(column.key, column.format))
 
 
 def _line(cells: Sequence[str]) -> str:

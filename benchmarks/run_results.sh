@@ -5,7 +5,8 @@
 #
 # Parts, in order (all but `models` by default): models prior operators losses initialisation cost picture.
 # `models` trains the shipped prior and the three shipped models anew and puts them into ud2m/pretrained. What is finished
-# is not repeated, and an interrupted training is resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints.
+# in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
+# resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -106,7 +107,8 @@ energy|energy|0 0 1 0 0|
 energy_spread07|energy, spread 0.7|0 0 1 0 0|loss.terms.energy.term.spread=0.7
 energy_prior|energy + 0.05 prior features|0 0.05 1 0 0|
 energy_lpips|energy + 0.05 LPIPS|0 0.05 1 0 0|loss/distance=lpips
-energy_features|energy + 0.05 feature energy|0 0 1 0.05 0|
+energy_l2|energy + 10 L2|10 0 1 0 0|
+feature_energy|feature energy|0 0 0 1 0|
 energy_adversarial|energy + 0.01 adversarial|0 0 1 0 0.01|
 VARIANTS
     collect losses "${sources[@]}" --command "bash benchmarks/run_results.sh losses"
@@ -116,7 +118,7 @@ VARIANTS
 initialisation() {
     local photos="experiment=demo" sources=() images start label overrides budget
     train mnist_prior experiment=mnist_prior
-    local mnist="experiment=demo data=mnist prior=$RUNS/mnist_prior/export physics=super_resolution"
+    local mnist="experiment=mnist_super_resolution prior=$RUNS/mnist_prior/export"
     for images in photos mnist; do
         while IFS='|' read -r start label overrides; do
             for budget in untrained trained; do

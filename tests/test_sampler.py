@@ -211,6 +211,19 @@ def test_the_walk_starts_from_noise_of_the_largest_level():
 
 
 @each_eta
+def test_the_walk_takes_the_steps_of_its_eta(eta):
+    _, calls, *_ = walk([5.0, 1.0, 0.2], eta, generator(3))
+    x, *visited = (call[0] for call in calls)
+    noise = generator(3)
+    assert torch.equal(x, 5 * torch.randn(x.shape, generator=noise))
+    for sigma, sigma_next, arrived in ((5.0, 1.0, visited[0]), (1.0, 0.2, visited[1])):
+        s = sigma_next if eta == FRESH else eta * sigma_next * (1 - (sigma_next / sigma) ** 2) ** 0.5
+        kept = (sigma_next**2 - s**2) ** 0.5 / sigma
+        x = 0.5 + kept * (x - 0.5) + s * torch.randn(x.shape, generator=noise)
+        torch.testing.assert_close(arrived, x)
+
+
+@each_eta
 def test_a_row_depends_on_its_own_generator_alone(eta):
     def inputs(*seeds):
         return [call[0] for call in walk([5.0, 1.0, 0.2], eta, [generator(s) for s in seeds], len(seeds))[1]]

@@ -131,6 +131,16 @@ def test_a_moved_run_resumes_with_its_best_score(prior, unbroken, tmp_path):
     assert_equal(everything(checkpoint(unbroken[0])), everything(checkpoint(tmp_path / "there")))
 
 
+def test_a_resumed_run_knows_the_score_to_beat(prior, tmp_path, monkeypatch):
+    scores = iter([30.0, 20.0])
+    monkeypatch.setattr("ud2m.evaluation.Evaluation.row", lambda self: {"psnr": next(scores)})
+    with pytest.raises(RuntimeError):
+        fit(distillation(prior), tmp_path, callbacks=(Break(1, 0),))
+    fit(distillation(prior), tmp_path, resume=True)
+    assert read_checkpoint(checkpoint(tmp_path, "best"))["scores"]["step"] == STEPS
+    assert read_checkpoint(checkpoint(tmp_path))["scores"]["step"] == 2 * STEPS
+
+
 def test_resuming_a_finished_run_changes_nothing(prior, unbroken):
     before = checkpoint(unbroken[0]).read_bytes()
     module = distillation(prior)
@@ -562,6 +572,12 @@ def test_bfloat16_trains_around_a_float32_prior(prior, tmp_path):
     module = distillation(prior)
     frozen = {k: p.detach().clone() for k, p in module.prior.named_parameters() if not p.requires_grad}
     fit(module, tmp_path, precision="bf16-mixed")
+    # Scores are those of the sampler as it is used, in float32; under autocast they were far off.
+    with module.ema.applied():
+        expected = evaluate(module.sampler, list(TinyData().val_dataloader()), module.problem, num_samples=2)
+    assert {k: module.scores[k] for k in ("psnr", "ssim", "r")} == pytest.approx(
+        {k: expected[k] for k in ("psnr", "ssim", "r")}, rel=1e-5
+    )
     assert all(p.dtype == torch.float32 for p in module.parameters())
     assert all(torch.equal(p, dict(module.prior.named_parameters())[k]) for k, p in frozen.items())
     assert all(p.isfinite().all() for p in trained(module).values())

@@ -30,6 +30,9 @@ from ud2m.training.checkpoints import Checkpoints
 STEPS, EPOCHS = 2, 2
 """Optimiser steps per epoch, and epochs, of a micro run."""
 
+LOSSES = {"l2": 1.0, "perceptual": 0.05, "energy": 1.0, "feature_energy": 0.0, "adversarial": 0.0}
+"""Weights that composed micro runs start from, whatever the shipped ones are."""
+
 
 class Gradients(Dataset[Tensor]):
     """Item i is a smooth colour gradient that depends on i alone; endless unless it has a length."""
@@ -214,6 +217,8 @@ def tiny_overrides(prior: str, images: Path) -> list[str]:
         "data.val_limit=2",
         f"steps={STEPS * EPOCHS}",
         f"validate_every={STEPS}",
+        "trainer.precision=32-true",
+        *(f"loss.{name}={weight}" for name, weight in LOSSES.items()),
         "network.num_blocks=1",
         "training.sampling.num_steps=1",
         "training.validation.num_samples=2",

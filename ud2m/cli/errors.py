@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
 INTERRUPTED = 130
@@ -31,6 +32,7 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
         except USER_ERRORS as error:
             if os.environ.get("UD2M_TRACEBACK"):
                 traceback.print_exc()
+            close_bars()
             print(f"error: {message(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
@@ -38,6 +40,12 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(INTERRUPTED)
 
     return wrapped
+
+
+def close_bars() -> None:
+    """End the lines of open progress bars, so that a message starts on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def message(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from deepinv.physics import LinearPhysics
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from tqdm import tqdm
 
 import ud2m.physics
 from ud2m.cli.errors import user_facing
@@ -91,7 +92,11 @@ class Job:
     def own_files(self, folder: Path) -> tuple[list[dict[str, Any]], list[Section]]:
         """Sample for the files of ``input``; one row of averages over them."""
         cases = list(self.file_cases())
-        results = [self.sample(case, folder / case.name if len(cases) > 1 else folder) for case in cases]
+        names = [case.name for case in cases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two input files share a name ({names}); rename one, since results are named after them")
+        targets = [folder / case.name if len(cases) > 1 else folder for case in cases]
+        results = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
         numbers = [entry.numbers for entry in results]
         row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
         name = self.headline()[0].split(":")[0]
@@ -144,8 +149,8 @@ class Job:
         images = data.evaluation_set("test")
         picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
         shown = [self.case(images.names[i], images[i], i) for i in picked]
-        text = "Evenly spaced over the test images."
-        sections = [Section("Test images", text, [self.sample(c, folder / c.name) for c in shown])]
+        entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
+        sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
         if self.config.crop is not None:
             sections.append(self.larger_image(folder))
         return sections
@@ -195,9 +200,10 @@ class Job:
         return scores | {"ssim": ssim(samples, x0)} | {n: d(samples, x0) for n, d in self.distances.items()} | values
 
 
-def distances(prior: Prior, lpips_net: str) -> dict[str, Distance]:
-    """Return LPIPS where its weights are at hand, and always the distance of the prior's features."""
-    return lpips_if_available(lpips_net) | {"prior_features": FeatureDistance(prior.features)}
+def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:
+    """Return LPIPS where it is wanted and its weights are at hand, and always the distance of the prior's features."""
+    lpips = {} if lpips_net is None else lpips_if_available(lpips_net)
+    return lpips | {"prior_features": FeatureDistance(prior.features)}
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

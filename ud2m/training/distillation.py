@@ -233,7 +233,7 @@ class DistillationModule(SteppedModule):
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
         """Draw samples for clean images x0 with the averaged parameters, score them and show the first ones."""
-        with self.ema.applied():
+        with self.scoring():
             y, samples = self.evaluation.add(x0)
         if batch_idx == 0 and self.trainer.is_global_zero:
             sheet = contact_sheet(x0[:4], y[:4], samples[:4])

@@ -103,7 +103,7 @@ class PriorModule(SteppedModule):
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
         """Measure the denoising PSNR of the averaged network."""
-        with self.ema.applied():
+        with self.scoring():
             self.validated.append(self.denoising_psnr(x0, batch_idx))
 
     def on_validation_epoch_end(self) -> None:
@@ -124,7 +124,7 @@ class PriorModule(SteppedModule):
     def evaluate(self, data: L.LightningDataModule) -> list[dict[str, Any]]:
         """Return one row with the denoising PSNR on the test images; ``score`` is the mean over the levels."""
         self.eval()
-        with self.ema.applied():
+        with self.scoring():
             scores = [
                 self.denoising_psnr(x0.to(self.device), i)
                 for i, x0 in enumerate(tqdm(data.test_dataloader(), desc="scoring", unit="batch"))

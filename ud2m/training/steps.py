@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,12 @@ class SteppedModule(L.LightningModule, ABC):
         )
 
     # --- validation and checkpoints ------------------------------------------------------------------------------
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Use the averages, in full precision: a metric under the trainer's autocast is wrong (SSIM by far)."""
+        with self.ema.applied(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def log_scores(self, scores: Mapping[str, Any], score: float) -> None:
         """Log the numbers among validation ``scores``, and as ``val/score`` the one that selects (higher is better).

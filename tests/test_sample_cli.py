@@ -1,0 +1,196 @@
+"""sample.py: what it writes, and what it says about bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from tiny import SIZE, adapted, save_tiny_prior, tiny_network
+
+from ud2m import comparison
+from ud2m.baselines import LatinoSetting
+from ud2m.cli.sample import main
+from ud2m.images import read_image, write_image
+from ud2m.physics import PixelMask, SuperResolution
+from ud2m.pipeline import PosteriorSampler, SamplerConfig
+from ud2m.prior import Prior
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """An export for super-resolution x2 with a micro prior."""
+    folder = tmp_path_factory.mktemp("model")
+    prior = adapted(Prior.from_pretrained(save_tiny_prior(folder / "prior")))
+    operator = {"class": "ud2m.physics.SuperResolution", "factor": 2}
+    info = {"physics": {"operator": operator, "sigma_y": 0.05}}
+    sampler = PosteriorSampler(tiny_network(prior), prior, SamplerConfig(num_steps=2, sigma_y=0.05, info=info))
+    sampler.save_pretrained(folder / "export")
+    return str(folder / "export")
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    x0 = torch.rand(3, 2 * SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    write_image(x0, tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def sample(*overrides: str) -> None:
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        main(compose("sample", ["lpips=null", *overrides]))  # the pictures here are too small for it
+
+
+def refusal(capsys, *overrides: str) -> str:
+    """Return the one line that a refused call prints."""
+    with pytest.raises(SystemExit) as stopped:
+        sample(*overrides)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_clean_file_is_degraded_sampled_and_scored(model, picture, tmp_path):
+    out = tmp_path / "out"
+    sample(f"model={model}", f"input={picture}", f"output={out}", "num_samples=3")
+    (row,) = json.loads((out / "metrics.json").read_text())
+    assert row["nfe"] == 6
+    x0 = read_image(picture)
+    samples = torch.stack([read_image(out / "samples" / f"{k:03d}.png") for k in range(3)])
+    assert samples.shape == (3, *x0.shape)
+    # the scores are those of the pictures, up to their 8 bits
+    errors = (samples - x0).square().flatten(1).mean(1)
+    assert row["psnr"] == pytest.approx((-10 * errors.log10()).mean().item(), abs=0.02)
+    mean_error = (samples.mean(0) - x0).square().mean()
+    assert row["psnr_mean"] == pytest.approx((-10 * mean_error.log10()).item(), abs=0.05)
+    assert torch.allclose(read_image(out / "mean.png"), samples.mean(0), atol=2 / 255)
+    std = samples.std(0)
+    assert torch.allclose(read_image(out / "std.png"), std / std.max(), atol=0.05)
+    assert read_image(out / "observation.png").shape == (3, SIZE, SIZE // 2)
+    assert "picture" in (out / "report.html").read_text()
+
+
+def test_same_seed_gives_the_same_pictures_and_another_seed_others(model, picture, tmp_path):
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        sample(f"model={model}", f"input={picture}", f"output={tmp_path / name}", "num_samples=1", f"seed={seed}")
+    pictures = {name: (tmp_path / name / "samples" / "000.png").read_bytes() for name in "abc"}
+    assert pictures["a"] == pictures["b"] != pictures["c"]
+
+
+def test_degraded_file_is_taken_as_the_observation(model, tmp_path):
+    x0 = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    y = SuperResolution(2).draw(1, (3, SIZE, SIZE)).A(x0)
+    write_image(y[0].clamp(0, 1), tmp_path / "y.png")
+    sample(f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", f"output={tmp_path / 'out'}", "show=0")
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(row) == {"method", "nfe", "residual"}  # no reference, no scores against it
+    assert read_image(tmp_path / "out" / "samples" / "000.png").shape == (3, SIZE, SIZE)
+    assert read_image(tmp_path / "out" / "observation.png").equal(read_image(tmp_path / "y.png"))
+
+
+def test_mask_file_explains_a_degraded_picture(model, picture, tmp_path, capsys):
+    mask = torch.rand(2 * SIZE, SIZE, generator=torch.Generator().manual_seed(3)) < 0.5
+    Image.fromarray((255 * mask.numpy()).astype("uint8")).save(tmp_path / "mask.png")
+    y = PixelMask(mask[None, None], (3, 2 * SIZE, SIZE)).A(read_image(picture)[None])
+    write_image(y[0], tmp_path / "y.png")
+    common = (f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", f"output={tmp_path / 'out'}")
+    assert "physics=mask" in refusal(capsys, *common, "physics=inpainting")
+    sample(*common, "physics=mask", f"physics.operator.path={tmp_path / 'mask.png'}", "sigma_y=0.001")
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    shown = read_image(tmp_path / "out" / "samples" / "000.png")
+    fit = ((shown - y[0]) * mask).norm() / (0.001 * (3 * mask.sum()) ** 0.5)
+    assert row["residual"] == pytest.approx(fit.item(), rel=0.5)  # 8 samples there, one of 8 bits here
+
+
+def test_folder_input_gives_a_folder_per_picture(model, picture, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.png").write_bytes(picture.read_bytes())
+    sample(f"model={model}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "num_samples=2")
+    for name in ("a", "b"):
+        assert (tmp_path / "out" / name / "samples" / "001.png").is_file()
+
+
+def test_comparison_has_all_rows_on_test_images(model, tmp_path, monkeypatch):
+    settings = (LatinoSetting(num_levels=2), LatinoSetting(num_levels=3))
+    monkeypatch.setattr(comparison, "latino_settings", lambda: settings)
+    out = tmp_path / "out"
+    limits = ("data.tile_size=16", "data.val_limit=2", "data.test_limit=3")
+    sample(f"model={model}", "compare=true", *limits, "num_samples=2", "show=1", "crop=32", f"output={out}")
+    rows = json.loads((out / "metrics.json").read_text())
+    names = [row["method"] for row in rows]
+    assert names[0] == "A^dagger y"
+    assert names[-1] == "UD2M (K=3, N=2)"
+    assert sum(name.startswith("LATINO") for name in names) == 2
+    assert all(row["psnr"] > 0 and row["residual"] > 0 and row["seconds_per_image"] >= 0 for row in rows)
+    assert (out / "chelsea-r0-c0-32" / "mean.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sigma_y=0"], "sigma_y"),
+        (["sigma_y=-0.1"], "sigma_y"),
+        (["num_steps=0"], "num_steps"),
+        (["num_samples=0"], "num_samples"),
+        (["eta=2"], "eta"),
+        (["chunk_size=0"], "chunk_size"),
+        (["physics=gaussian_blur", "physics.operator.width=-1"], "width"),
+        (["physics=super_resolution", "physics.operator.factor=5"], "5"),
+        (["physics=mask", "physics.operator.path=nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_bad_numbers_are_refused_and_leave_nothing(model, picture, tmp_path, capsys, overrides, expected):
+    line = refusal(capsys, f"model={model}", f"input={picture}", f"output={tmp_path / 'out'}", *overrides)
+    assert line.startswith("error: ")
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_bad_files_are_refused(model, picture, tmp_path, capsys):
+    out = f"output={tmp_path / 'out'}"
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:200])
+    write_image(torch.rand(3, 7, 9), tmp_path / "odd.png")
+    for file, expected in {"missing.png": "missing.png", "text.png": "text.png", "cut.png": "cut.png"}.items():
+        assert expected in refusal(capsys, f"model={model}", f"input={tmp_path / file}", out)
+    assert "odd.png" in refusal(capsys, f"model={model}", f"input={tmp_path / 'odd.png'}", out)
+    assert "no model" in refusal(capsys, "model=nowhere/at-all", f"input={picture}", out)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    assert "overwrite" in refusal(capsys, f"model={model}", f"input={picture}", out)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_an_export_cannot_name_a_class_outside_the_package(model, picture, tmp_path, capsys):
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for file in Path(model).iterdir():
+        (hostile / file.name).write_bytes(file.read_bytes())
+    content = json.loads((hostile / "config.json").read_text())
+    content["sampler"]["info"]["physics"]["operator"] = {"class": "os.system", "command": f"touch {tmp_path}/hacked"}
+    (hostile / "config.json").write_text(json.dumps(content))
+    assert "physics=" in refusal(capsys, f"model={hostile}", f"input={picture}", f"output={tmp_path / 'out'}")
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.slow
+def test_misspelt_key_and_unknown_physics_are_refused_by_the_command(tmp_path):
+    for override, expected in {"sigma=0.1": "sigma", "physics=blur": "gaussian_blur"}.items():
+        result = subprocess.run(
+            [sys.executable, str(REPOSITORY / "sample.py"), override],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode != 0
+        assert expected in result.stderr
+        assert "Traceback" not in result.stderr
