@@ -41,9 +41,9 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 def build(physics: str) -> DistillationModule:
     """Return the training module of the default experiment, with a discriminator and without a perceptual term."""
-    overrides = [f"physics={physics}", "loss.perceptual=0", "loss.feature_energy=0", "loss.adversarial=0.01", "name=cost"]
+    losses = ["loss.perceptual=0", "loss.feature_energy=0", "loss.adversarial=0.01"]
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", ["experiment=demo", *overrides])
+        config = compose("train", ["experiment=demo", f"physics={physics}", "name=cost", *losses])
     return instantiate(config.training, _convert_="all")
 
 
@@ -89,9 +89,7 @@ def training_ratio(model: DistillationModule, batch: int, size: int, repeats: in
     return ratio(seconds["step"], seconds["bare"]), statistics.median(seconds["step"])
 
 
-def discriminator_passes(
-    model: DistillationModule, x0: Tensor, images: Tensor, streams: list[torch.Generator]
-) -> None:
+def discriminator_passes(model: DistillationModule, x0: Tensor, images: Tensor, streams: list[torch.Generator]) -> None:
     """Run the discriminator as one training step does: its own loss, and the generator's term through it."""
     images = images.clone().requires_grad_()
     prediction = Prediction(x0, images.unflatten(0, (len(x0), -1)), torch.ones(len(x0)), x0)

@@ -109,7 +109,7 @@ def test_squeeze_equals_the_values_printed_by_torchmetrics(cache):
     first, second = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
     distance = LPIPSDistance("squeeze")
     torch.testing.assert_close(distance(first, second), torch.tensor([0.1024, 0.0938]), atol=5e-5, rtol=0)
-    assert distance.name == "lpips-squeeze (lpips 0.1.4)"
+    assert distance.name == "squeeze, lpips 0.1.4"
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])

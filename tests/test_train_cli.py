@@ -153,7 +153,7 @@ def test_val_lpips_is_logged_with_its_backend_where_weights_are(tiny, tmp_path, 
     (row,) = json.loads((tmp_path / "metrics.json").read_text())
     assert row["lpips"] > 0
     assert row["score"] == -row["lpips"]
-    assert row["lpips_backend"].startswith("lpips-alex")
+    assert row["lpips_backend"].startswith("alex, lpips")
     assert any(r["val/lpips"] for r in rows(tmp_path))
 
 

@@ -100,7 +100,7 @@ class LPIPSDistance(nn.Module):
     @property
     def name(self) -> str:
         """What to write beside a value: net, package and version."""
-        return f"lpips-{self.net} (lpips {version('lpips')})"
+        return f"{self.net}, lpips {version('lpips')}"
 
     def train(self, mode: bool = True) -> "LPIPSDistance":
         """Stay in eval mode whatever is asked for: the linear layers of the package hold dropout."""

@@ -29,14 +29,13 @@ FORMAT = 1
 class SamplerConfig:
     """Defaults of a call and where the model comes from; stored in ``config.json`` of an export.
 
-    ``num_steps`` (N) and ``eta`` are the defaults of sampling, ``sigma_y`` and ``physics`` what the model was trained
-    for (information, not a limit).
+    ``num_steps`` (N) and ``eta`` are the defaults of sampling; ``sigma_y`` is the noise level of training and ``info``
+    what else is known of it (information, not a limit).
     """
 
     num_steps: int = 3
     eta: float | str = 1.0
     sigma_y: float = 0.01
-    physics: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,9 +44,8 @@ class SamplerConfig:
         check_eta(self.eta)
         if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
-        for name in ("physics", "info"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
+        if not isinstance(self.info, dict):
+            raise ValueError(f"info must be a dictionary, got {self.info!r}")
 
 
 class PosteriorSampler:
@@ -155,6 +153,8 @@ class PosteriorSampler:
                 {k: v.detach().cpu().contiguous() for k, v in self.network.own_state().items()}, partial / PSI_FILE
             )
             (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+            for file in partial.iterdir():
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
 
     @classmethod
     def from_pretrained(

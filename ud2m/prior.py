@@ -170,6 +170,12 @@ class Prior(nn.Module):
         if isinstance(self.unet, peft.PeftModel):
             self.unet.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+            path = folder / "adapter_config.json"
+            config = _read_json(path)
+            # peft notes where the prior lay on this machine, and keeps a set: any order
+            config["base_model_name_or_path"] = self.reference
+            config["target_modules"] = sorted(config["target_modules"])
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
         """Load an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
