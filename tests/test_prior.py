@@ -317,19 +317,38 @@ def test_saving_leaves_the_network_as_it_was(tmp_path):
     assert next(prior.parameters()).dtype == torch.float32
 
 
+def tiny_fingerprint() -> str:
+    """The fingerprint of the micro prior as it is stored, in half precision."""
+    return fingerprint(tiny_unet().half(), VPSchedule.from_config(SCHEDULER))
+
+
+def test_what_shapes_do_not_tell_changes_the_fingerprint():
+    unet, other_heads = tiny_unet(), tiny_unet(attention_head_dim=4)
+    linear, cosine = (
+        VPSchedule.from_config(SCHEDULER | {"beta_schedule": name}) for name in ("linear", "squaredcos_cap_v2")
+    )
+    prints = {
+        fingerprint(unet, linear),
+        fingerprint(unet, cosine),
+        fingerprint(unet, linear, "v_prediction"),
+        fingerprint(other_heads, linear),
+    }
+    assert len(prints) == 4
+
+
 def test_any_weight_changes_the_fingerprint():
     unet = tiny_unet()
-    seen = {fingerprint(unet)}
+    seen = {fingerprint(unet, VPSchedule.from_config(SCHEDULER))}
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.view(-1)[-1] += 1e-6
-            seen.add(fingerprint(unet))
+            seen.add(fingerprint(unet, VPSchedule.from_config(SCHEDULER)))
     assert len(seen) == 1 + len(list(unet.parameters()))
 
 
 def test_the_fingerprint_is_that_of_the_values_wherever_they_lie(saved, folder):
     first, moved = Prior.from_pretrained(saved), Prior.from_pretrained(folder)
-    assert first.fingerprint == moved.fingerprint == fingerprint(tiny_unet().half())
+    assert first.fingerprint == moved.fingerprint == tiny_fingerprint()
     assert first.fingerprint != tiny_prior(seed=1).fingerprint
     # made of the frozen network: an adapter does not change it
     assert adapted(moved).fingerprint == first.fingerprint
@@ -404,7 +423,7 @@ def test_checkpoints_with_the_old_names_of_attention_layers_fit(folder):
         weights = {name.replace(new, old): value for name, value in weights.items()}
     assert any("proj_attn" in name for name in weights)
     save_file(weights, folder / WEIGHTS)
-    assert Prior.from_pretrained(folder).fingerprint == fingerprint(tiny_unet().half())
+    assert Prior.from_pretrained(folder).fingerprint == tiny_fingerprint()
 
 
 def test_weights_in_a_pickle_run_no_code(folder, tmp_path):

@@ -23,6 +23,7 @@ from ud2m.schedule import VPSchedule, abar
 SCHEDULER_FILE = "scheduler_config.json"
 UNET_FILE = "config.json"
 SHIPPED = Path(__file__).parent / "pretrained"
+FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -81,7 +82,7 @@ class Prior(nn.Module):
         self.reference = reference
         self.schedule = schedule
         self.lora: LoraSpec | None = None
-        self.fingerprint = fingerprint(unet)
+        self.fingerprint = fingerprint(unet, schedule, prediction)
         self.unet: nn.Module = unet.requires_grad_(False).eval()
 
     @classmethod
@@ -262,10 +263,16 @@ def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dt
     (Path(folder) / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n")
 
 
-def fingerprint(network: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers (name, shape, float32 values): which prior this is."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+def fingerprint(unet: UNet2DModel, schedule: VPSchedule, prediction: str = "epsilon") -> str:
+    """Return a SHA-256 of all that makes the denoiser: which prior this is.
+
+    Of the weights (name, shape, float32 values), of the noise table, of the prediction type and of those options of the
+    architecture that shapes cannot tell.
+    """
+    options = {name: unet.config[name] for name in FINGERPRINTED}
+    digest = hashlib.sha256(json.dumps([prediction, options], sort_keys=True).encode())
+    state = unet.state_dict() | {"log_sigmas": schedule.log_sigmas}
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
