@@ -25,10 +25,10 @@ demo: install
 	$(BIN)/python sample.py --config-name demo model=$(RUN)/export output=$(RUN)/samples
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: install
 	$(BIN)/ruff check .
