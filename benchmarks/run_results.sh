@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 RUNS=runs/results      # trained models
 OUT=samples/results    # scores
+declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
 
 # train NAME overrides...: a run in runs/results/NAME
@@ -59,11 +60,11 @@ operators() {
     for operator in $OPERATORS; do
         train "demo_$operator" experiment=demo physics="$operator"
         for size in 32 128; do
-            sample "${operator}_$size" model="photos_$operator" data.tile_size=$size compare=true
+            sample "${operator}_$size" model="photos_$operator" data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
             sample "demo_${operator}_$size" model="$RUNS/demo_$operator/export" data.tile_size=$size
             collect "${operator}_$size" "$OUT/${operator}_$size" \
                 "UD2M, demo's budget=$OUT/demo_${operator}_$size" \
-                --command "python sample.py model=photos_$operator data.tile_size=$size compare=true"
+                --command "python sample.py model=photos_$operator data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true"
         done
     done
     noisier
@@ -74,13 +75,13 @@ noisier() {
     train demo_noise05 experiment=demo physics.sigma_y=0.05
     train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05
     for size in 32 128; do
-        sample noise05_$size model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size compare=true
+        sample noise05_$size model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
         sample trained_noise05_$size model=$RUNS/photos_gaussian_blur_noise05/export data.tile_size=$size
         sample demo_noise05_$size model=$RUNS/demo_noise05/export data.tile_size=$size
         collect gaussian_blur_noise05_$size $OUT/noise05_$size \
             "UD2M, trained at 0.05=$OUT/trained_noise05_$size" \
             "UD2M, trained at 0.05, demo's budget=$OUT/demo_noise05_$size" \
-            --command "python sample.py model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size compare=true"
+            --command "python sample.py model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true"
     done
 }
 

@@ -18,6 +18,7 @@ from ud2m.losses import (
     FeatureEnergyScore,
     GeneratorLoss,
     LossTerm,
+    MeanL2,
     NonFiniteLossError,
     Perceptual,
     Prediction,
@@ -96,6 +97,26 @@ def test_l2_weighs_all_levels_alike_by_default():
     outputs = (p.x0.unsqueeze(1) + 0.1).requires_grad_()
     L2()(Prediction(p.x0, outputs, torch.tensor([0.01, 1.0]), p.condition)).backward()
     torch.testing.assert_close(outputs.grad[0], outputs.grad[1])
+
+
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_mean_l2_against_a_loop(outputs):
+    p = prediction(outputs=outputs)
+    errors = (p.x0.unsqueeze(1) - p.outputs).numpy()
+    pairs = [(i, j) for i in range(outputs) for j in range(outputs) if i != j]
+    expected = np.mean([(errors[:, i] * errors[:, j]).mean() for i, j in pairs])
+    assert MeanL2(outputs)(p).item() == pytest.approx(expected)
+
+
+def test_mean_l2_sees_the_mean_and_not_the_spread():
+    """For outputs m + s n the expectation is |x0 - m|^2, whatever s: here to 5 standard errors of the estimate."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.zeros(20_000, 1, 2, 2, dtype=torch.float64)
+    for spread in (0.0, 0.5, 2.0):
+        noise = torch.randn(20_000, 2, 1, 2, 2, generator=generator, dtype=torch.float64)
+        estimate = MeanL2()(Prediction(x0, 0.3 + spread * noise, torch.ones(20_000), x0)).item()
+        standard_error = (spread**4 + 2 * (0.3 * spread) ** 2) ** 0.5 / (4 * 20_000) ** 0.5
+        assert abs(estimate - 0.09) <= 5 * standard_error + 1e-12
 
 
 def test_unknown_weighting():
@@ -503,12 +524,13 @@ def test_every_term_can_be_switched_on_from_the_command_line():
 
 
 def test_terms_switched_off_in_the_config_ask_for_nothing():
-    loss = built(configured("loss.l2=1", "loss.energy=0", "loss.perceptual=0", "loss/distance=lpips"))
+    loss = built(configured("loss.l2=1", "loss.energy=0", "loss.feature_energy=0", "loss/distance=lpips"))
     assert list(loss.terms) == ["l2"]
 
 
 def test_lpips_is_chosen_by_group_and_missing_weights_are_named(tmp_path):
-    config = configured("loss/distance=lpips", "loss.distance.net=alex", f"loss.distance.weights={tmp_path}/x.pth")
+    overrides = ("loss.perceptual=0.1", "loss/distance=lpips", "loss.distance.net=alex")
+    config = configured(*overrides, f"loss.distance.weights={tmp_path}/x.pth")
     with pytest.raises(Exception, match=r"x\.pth do not exist"):
         built(config)
 

@@ -111,6 +111,30 @@ class L2(LossTerm):
         return (self.weight(prediction.sigma) * squares).mean()
 
 
+class MeanL2(LossTerm):
+    """Unbiased estimate of |x0 - E L|^2 / (C H W): the error of the outputs' *mean*, blind to their spread.
+
+    mean_{m != m'} (x0 - L_m) . (x0 - L_m'), whose expectation is |x0 - E L|^2, since the outputs are independent given
+    (x_sigma, y). It is the energy score with squared norms: it asks for the posterior mean, as ``L2`` does, and unlike
+    ``L2`` does not pay for narrower samples.
+
+    Args:
+        num_outputs: M >= 2.
+    """
+
+    def __init__(self, num_outputs: int = 2):
+        super().__init__()
+        if num_outputs < 2:
+            raise ValueError(f"the error of the mean needs num_outputs >= 2, got {num_outputs}")
+        self.num_outputs = num_outputs
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """Return the estimate; it can be negative."""
+        error = prediction.x0.unsqueeze(1) - prediction.outputs
+        count = error.shape[1]
+        return ((error.sum(1).square() - error.square().sum(1)) / (count * (count - 1))).mean()
+
+
 class Perceptual(LossTerm):
     """Mean of a perceptual distance between outputs and x0 [UD2M: LPIPS].
 

@@ -40,25 +40,25 @@ class PaperRule:
 
 
 class AnnealedRule:
-    """tau_k falls geometrically from min(sigma, tau_max) to ``floor`` rho, and delta_k = tau_k^2.
+    """tau_k falls geometrically from min(sigma, tau_max) to ``floor`` rho, and delta_k = (width tau_k)^2.
 
     Differs from [UD2M]: with the paper's rule and sigma_y = 0.01 every module calls the prior almost without noise, so
     that it can change nothing; here early modules see coarse noise and late ones fine noise. K = 1 takes the geometric
     mean of both ends.
     """
 
-    def __init__(self, tau_max: float = 0.4, floor: float = 3.0):
-        if tau_max <= 0 or floor <= 0:
-            raise ValueError(f"tau_max and floor must be positive, got {tau_max} and {floor}")
-        self.tau_max, self.floor = tau_max, floor
+    def __init__(self, tau_max: float = 0.4, floor: float = 3.0, width: float = 1.0):
+        if min(tau_max, floor, width) <= 0:
+            raise ValueError(f"tau_max, floor and width must be positive, got {tau_max}, {floor} and {width}")
+        self.tau_max, self.floor, self.width = tau_max, floor, width
 
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (tau_k^2, tau_k)."""
+        """Return ((width tau_k)^2, tau_k)."""
         last = self.floor * rho(sigma, sigma_y)
         first = torch.maximum(sigma.clamp(max=self.tau_max), last)
         position = k / (num_blocks - 1) if num_blocks > 1 else 0.5
         tau = first ** (1 - position) * last**position
-        return tau**2, tau
+        return (self.width * tau) ** 2, tau
 
 
 class LatinoModule(nn.Module):
