@@ -77,11 +77,11 @@ def copy_model(source: Path, work: Path, prior: str) -> None:
     write_json(work / CONFIG_FILE, config)
     copy(source / PSI_FILE, work / PSI_FILE)
     if config["lora"]["rank"] > 0:
-        copy_adapter(source, work)
+        copy_adapter(source, work, prior)
     PosteriorSampler.from_pretrained(work)
 
 
-def copy_adapter(source: Path, work: Path) -> None:
+def copy_adapter(source: Path, work: Path, prior: str) -> None:
     """Store the adapter in half precision; it is loaded as float32."""
     half = {name: value.half() for name, value in load_file(source / ADAPTER_FILE).items()}
     overflow = [name for name, value in half.items() if not value.isfinite().all()]
@@ -90,7 +90,7 @@ def copy_adapter(source: Path, work: Path) -> None:
     save_file(half, work / ADAPTER_FILE, metadata={"format": "pt"})
     (work / ADAPTER_FILE).chmod(0o644)  # safetensors writes files that only their owner can read
     adapter = read_json(source / ADAPTER_CONFIG_FILE)
-    adapter["target_modules"] = sorted(adapter["target_modules"])  # peft keeps a set: any order
+    adapter["base_model_name_or_path"] = prior
     write_json(work / ADAPTER_CONFIG_FILE, adapter)
 
 

@@ -206,7 +206,7 @@ def test_every_lpips_comes_with_its_backend():
     x0 = images()
     distances = {"lpips": NamedLPIPS(), "other": lambda x, reference: torch.zeros(len(x))}
     row = evaluate(Prepared(prepared(x0, 8)), [x0], Problem(GaussianBlur(), 0.05), distances=distances)
-    assert row["lpips_backend"].startswith("lpips-squeeze (lpips ")
+    assert row["lpips_backend"].startswith("squeeze, lpips ")
     assert "other_backend" not in row
 
 
