@@ -82,7 +82,7 @@ def test_a_run_leaves_what_was_promised(finished):
     (row,) = json.loads((finished / "metrics.json").read_text())
     assert row["method"] == "UD2M (K=1, N=1)"
     assert row["nfe"] == 1
-    assert row["score"] == row["psnr"]
+    assert row["score"] == row["psnr_mean"]
     assert {"psnr_mean", "ssim", "residual", "r", "seconds_per_image", "step"} <= row.keys()
     config = OmegaConf.load(finished / "config.yaml")
     assert config.steps == STEPS * EPOCHS
@@ -121,7 +121,7 @@ def test_curves_pictures_and_rates_reach_the_logs(finished):
 
 def test_the_export_is_that_of_the_best_checkpoint(tiny, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0])
-    monkeypatch.setattr(Evaluation, "row", lambda self: {"psnr": next(scores)})
+    monkeypatch.setattr(Evaluation, "row", lambda self: {"psnr_mean": next(scores)})
     assert command_line(*tiny, f"run_dir={tmp_path}") == 0
     best, last = (read_checkpoint(tmp_path / "checkpoints" / f"{n}.ckpt")["state_dict"] for n in ("best", "last"))
     psi = load_file(tmp_path / "export" / "psi.safetensors")
