@@ -193,6 +193,8 @@ def test_the_samplers_noise_is_the_same_for_every_method():
 class NamedLPIPS(LPIPSDistance):
     """The distance of the metrics without its weights."""
 
+    smallest = 1
+
     def __init__(self):
         torch.nn.Module.__init__(self)
         self.net = "squeeze"
@@ -208,6 +210,16 @@ def test_every_lpips_comes_with_its_backend():
     row = evaluate(Prepared(prepared(x0, 8)), [x0], Problem(GaussianBlur(), 0.05), distances=distances)
     assert row["lpips_backend"].startswith("squeeze, lpips ")
     assert "other_backend" not in row
+
+
+def test_lpips_is_left_out_where_images_are_too_small_for_it():
+    class Picky(NamedLPIPS):
+        smallest = 1000
+
+    x0 = images()
+    row = evaluate(Prepared(prepared(x0, 8)), [x0], Problem(GaussianBlur(), 0.05), distances={"lpips": Picky()})
+    assert row["psnr"] > 0
+    assert not {"lpips", "lpips_backend"} & row.keys()
 
 
 def test_lpips_is_used_where_its_weights_are(monkeypatch, tmp_path):

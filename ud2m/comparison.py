@@ -75,7 +75,7 @@ def search_latino(
     for setting in tqdm(list(latino_settings()), desc="LATINO: searching its best setting", unit="setting"):
         results.append((setting, score(Latino(prior, setting, warm_start), problem, validation, 2, distances)))
     best = {"PSNR": max(results, key=lambda result: result[1]["psnr_mean"])[0]}
-    for name in list(distances)[:1]:
+    for name in [name for name in distances if name in results[0][1]][:1]:
         best[name] = min(results, key=lambda result, key=name: result[1][key])[0]  # type: ignore[misc]
     return best
 

@@ -93,7 +93,8 @@ class Evaluation:
         means: dict[str, Any] = {name: value / self.count for name, value in self.sums.items()}
         variance, error = means.pop("_variance", None), means.pop("_error")
         means["r"] = None if variance is None or not error else ((1 + 1 / self.num_samples) * variance / error) ** 0.5
-        means |= {f"{k}_backend": d.name for k, d in self.distances.items() if isinstance(d, LPIPSDistance)}
+        used = {name: distance for name, distance in self.distances.items() if name in means}
+        means |= {f"{name}_backend": d.name for name, d in used.items() if isinstance(d, LPIPSDistance)}
         means["seconds_per_image"] = self.seconds / (self.count * self.num_samples)
         return means
 
@@ -107,11 +108,16 @@ class Evaluation:
             return residual(physics, sample, y, self.problem.sigma_y)
 
         scores = {"psnr_mean": psnr(mean, x0), "psnr": single(psnr), "ssim": single(ssim)}
-        scores |= {name: single(distance) for name, distance in self.distances.items()}
+        scores |= {name: single(distance) for name, distance in self.distances.items() if takes(distance, x0)}
         scores |= {"residual": single(fit), "_error": (mean - x0).square().flatten(1).mean(1)}
         if self.num_samples > 1:
             scores["_variance"] = samples.var(1).flatten(1).mean(1)
         return scores
+
+
+def takes(distance: Distance, images: Tensor) -> bool:
+    """Return whether a distance can judge images of this size; LPIPS is left out where they are too small for it."""
+    return min(images.shape[-2:]) >= getattr(distance, "smallest", 1)
 
 
 def evaluate(method: Method, batches: Iterable[Tensor], problem: Problem, **options: Any) -> dict[str, Any]:

@@ -98,6 +98,11 @@ class LPIPSDistance(nn.Module):
         self.network = _build(net, _read(path) if path.is_file() else _download(net, path), path)
 
     @property
+    def smallest(self) -> int:
+        """Smallest side of an image that the backbone can take, in pixels."""
+        return BACKBONES[self.net][1]
+
+    @property
     def name(self) -> str:
         """What to write beside a value: net, package and version."""
         return f"{self.net}, lpips {version('lpips')}"
@@ -113,7 +118,7 @@ class LPIPSDistance(nn.Module):
             ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
         """
         _check_shapes(x, reference)
-        smallest = BACKBONES[self.net][1]
+        smallest = self.smallest
         if x.shape[1] not in (1, 3) or min(x.shape[2:]) < smallest:
             raise ValueError(
                 f"LPIPS ({self.net}) takes grey or RGB images of at least {smallest} pixels a side, got "

@@ -17,7 +17,7 @@ from ud2m.cli.errors import user_facing
 from ud2m.cli.train import quiet_libraries
 from ud2m.comparison import compare, sampler_row
 from ud2m.data import ImageDataModule
-from ud2m.evaluation import Distance, Problem, lpips_if_available
+from ud2m.evaluation import Distance, Problem, lpips_if_available, takes
 from ud2m.images import list_images, read_image, write_image
 from ud2m.losses import FeatureDistance
 from ud2m.metrics import psnr, ssim
@@ -197,7 +197,8 @@ class Job:
             return values
         x0 = case.x0.expand_as(samples)
         scores = {"psnr_mean": psnr(samples.mean(0, keepdim=True), case.x0), "psnr": psnr(samples, x0)}
-        return scores | {"ssim": ssim(samples, x0)} | {n: d(samples, x0) for n, d in self.distances.items()} | values
+        distances = {name: d(samples, x0) for name, d in self.distances.items() if takes(d, x0)}
+        return scores | {"ssim": ssim(samples, x0)} | distances | values
 
 
 def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:
