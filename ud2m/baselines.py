@@ -13,7 +13,7 @@ from ud2m.noise import randn_like
 from ud2m.pipeline import noise_levels
 from ud2m.prior import Prior
 from ud2m.prox import joint_prox
-from ud2m.unfolded import NOTHING_KNOWN, SmoothingStart
+from ud2m.unfolded import SmoothingStart, start_from_y
 
 
 def pseudo_inverse(
@@ -34,9 +34,7 @@ class WarmStart:
         self, y: Tensor, physics: LinearPhysics, sigma_y: float | Tensor = 0.01, num_samples: int = 1, **options: Any
     ) -> Tensor:
         """Return f(y) [B, S, C, H, W] for observations y [B, ...]."""
-        grey = torch.full_like(physics.A_adjoint(y), 0.5)
-        nothing_known = torch.full((len(y),), NOTHING_KNOWN, device=y.device, dtype=y.dtype)
-        x = self.start(grey, nothing_known, y, physics, noise_levels(sigma_y, y))
+        x = start_from_y(self.start, physics.A_adjoint(y), y, physics, noise_levels(sigma_y, y))
         return x.clamp(0, 1).unsqueeze(1).repeat(1, num_samples, 1, 1, 1)
 
 

@@ -143,6 +143,11 @@ def smooth(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
 
 
+def start_from_y(start: nn.Module, like: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
+    """Return a warm start from y alone: x_sigma is grey, shaped as ``like`` [B, C, H, W], and says nothing."""
+    return start(torch.full_like(like, 0.5), torch.full_like(sigma_y, NOTHING_KNOWN), y, physics, sigma_y)
+
+
 class UnfoldedNetwork(nn.Module):
     """L(x_sigma, y): K LATINO modules that share one denoiser, unrolled from a warm start [UD2M, section 3].
 

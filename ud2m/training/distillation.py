@@ -21,7 +21,7 @@ from ud2m.training.ema import Ema
 from ud2m.training.images import contact_sheet, log_images
 from ud2m.training.levels import Levels
 from ud2m.training.steps import SteppedModule, StepSettings
-from ud2m.unfolded import NOTHING_KNOWN, build_network
+from ud2m.unfolded import build_network, start_from_y
 
 METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
 """Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
@@ -207,8 +207,7 @@ class DistillationModule(SteppedModule):
     @torch.no_grad()
     def condition(self, y: Tensor, physics: LinearPhysics, sigma_y: Tensor, x0: Tensor) -> Tensor:
         """Return the warm start from y alone [B, C, H, W], which brings y to image size for the discriminator."""
-        unknown = torch.full_like(sigma_y, NOTHING_KNOWN)
-        return self.network.warm_start(torch.full_like(x0, 0.5), unknown, y, physics, sigma_y)
+        return start_from_y(self.network.warm_start, x0, y, physics, sigma_y)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for adapter and psi (own rate), and a second one for the discriminator when there is one."""
