@@ -14,11 +14,13 @@ from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
 from ud2m.prior import LoraSpec
 from ud2m.unfolded import (
     AnnealedRule,
+    LatinoModule,
     PaperRule,
     PinvStart,
     SmoothingStart,
     UnfoldedNetwork,
     build_network,
+    fresh_noise,
     rho,
     smooth,
 )
@@ -77,11 +79,50 @@ def test_network_is_the_loop_of_the_method(case, rule):
             tau = torch.exp((1 - k / 2) * high.log() + k / 2 * low.log())
         delta, tau, lam = tau**2 * log_delta, tau * log_tau, log_lam.expand(2)
         u = dense_prox(A, y, x_sigma, x, sigma, delta, lam, sigma_y)
-        z = u + tau.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=noise, dtype=torch.float64)
+        fresh = tau
+        if rule == "annealed":
+            share = (1 / sigma**2) / (1 / sigma**2 + 1 / delta)  # of x_sigma in the centre of the prox
+            fresh = torch.sqrt(torch.maximum(tau**2 - (share * sigma) ** 2, (tau / 5) ** 2))
+        z = u + fresh.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=noise, dtype=torch.float64)
         x = 1 / (1 + torch.exp(1 - 3 * z)) / (1 + tau.view(-1, 1, 1, 1))
+    if rule == "annealed":
+        log_delta, log_lam = network.closing.log_delta.exp(), network.closing.log_lam.exp()
+        x = dense_prox(A, y, x_sigma, x, sigma, (0.9 * both) ** 2 * log_delta, log_lam.expand(2), sigma_y)
 
     result = network(x_sigma, sigma, y, physics, sigma_y, generator(6))
     torch.testing.assert_close(result, x, rtol=0, atol=1e-7)
+
+
+def test_the_denoiser_is_told_the_noise_of_its_input():
+    """From x = x0 and x_sigma = x0 + sigma eps, z - x0 has the deviation tau where the data say nothing."""
+    x0 = torch.full((4, 3, 64, 64), 0.4)
+    physics = Inpainting(missing=0.9).draw(4, (3, 64, 64), generator(1))
+    sigma, sigma_y = torch.tensor([79.0, 0.3, 0.1, 0.03]), torch.full((4,), 0.01)
+    x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator(2))
+    tau = torch.tensor([0.4, 0.3, 0.08, 0.03])
+    seen = []
+    module = LatinoModule(counts_carried=True)
+    module(
+        x0,
+        x_sigma,
+        sigma,
+        observe(physics, x0, sigma_y, generator(3)),
+        physics,
+        sigma_y,
+        (tau**2, tau),
+        lambda z, level: seen.append((z, level)) or z,
+        generator(4),
+    )
+    ((z, level),) = seen
+    missing = physics.mask.expand_as(x0) == 0
+    deviation = torch.stack([(z - x0)[i][missing[i]].std() for i in range(4)])
+    torch.testing.assert_close(deviation, level, rtol=0.03, atol=0)
+
+
+def test_some_noise_is_always_fresh():
+    """A fifth of tau, even where x_sigma alone is noisier than tau."""
+    tau, sigma, delta = torch.tensor([0.1, 0.4]), torch.tensor([0.3, 0.4]), torch.tensor([1.0, 0.0])
+    torch.testing.assert_close(fresh_noise(tau, delta, sigma), torch.tensor([0.02, 0.4]))
 
 
 def test_network_evaluations_are_the_blocks():
@@ -96,8 +137,9 @@ def test_network_evaluations_are_the_blocks():
 def test_blocks_share_one_denoiser():
     network = tiny_network(tiny_prior(), 3)
     own = [name for name, _ in network.named_parameters() if not name.startswith("denoiser.")]
-    assert sorted(own) == sorted(f"blocks.{k}.log_{n}" for k in range(3) for n in ("delta", "tau", "lam"))
-    assert len(list(network.parameters())) == len(list(tiny_prior().parameters())) + 9
+    modules = [f"blocks.{k}.log_{n}" for k in range(3) for n in ("delta", "tau", "lam")]
+    assert sorted(own) == sorted([*modules, "closing.log_delta", "closing.log_lam"])
+    assert len(list(network.parameters())) == len(list(tiny_prior().parameters())) + 11
 
 
 def test_samples_of_a_batch_do_not_meet():
@@ -123,11 +165,11 @@ def test_samples_of_a_batch_do_not_meet():
 def test_every_trained_parameter_receives_a_gradient(family, rule, warm_start, num_blocks):
     """Pitfalls 1 and 2: neither tau (through integer times) nor delta (a constant for some operators) is left out."""
     network = tiny_network(adapted(tiny_prior()), num_blocks, rule, warm_start)
-    perturb(p for name, p in network.named_parameters() if name.startswith("blocks."))
+    perturb(p for name, p in network.named_parameters() if ".log_" in name)
     output = network(*problem(family), generator(7))
     output.square().mean().backward()
     parameters = trained(network)
-    assert sum(".log_" in name for name in parameters) == 3 * num_blocks
+    assert sum(".log_" in name for name in parameters) == 3 * num_blocks + (2 if rule == "annealed" else 0)
     assert sum("lora_" in name for name in parameters) > 8
     assert sum("conv_out" in name for name in parameters) == 2
     silent = [name for name, p in parameters.items() if p.grad is None or not p.grad.abs().max() > 1e-9]
@@ -212,6 +254,12 @@ def test_annealed_rule_falls_geometrically_between_its_ends():
         torch.testing.assert_close(delta, level**2)
 
 
+def test_the_annealed_rule_closes_below_its_lowest_level_and_the_papers_rule_not_at_all():
+    rule, sigma_y = AnnealedRule(floor=2.0, closing=0.5), torch.full_like(LEVELS, 0.02)
+    torch.testing.assert_close(rule.closing(LEVELS, sigma_y), rho(LEVELS, sigma_y) ** 2)
+    assert PaperRule().closing(LEVELS, sigma_y) is None
+
+
 def test_annealed_rule_of_one_module_is_the_geometric_mean_of_the_ends():
     rule, sigma_y = AnnealedRule(), torch.full_like(LEVELS, 0.01)
     (_, first), (_, last), (_, only) = (rule(k, n, LEVELS, sigma_y) for k, n in ((0, 2), (1, 2), (0, 1)))
@@ -221,7 +269,9 @@ def test_annealed_rule_of_one_module_is_the_geometric_mean_of_the_ends():
 @each_rule
 def test_psi_starts_at_the_rule(rule):
     assert set(tiny_network(Squash(), 3, rule).psi().values()) == {1.0}
-    assert list(tiny_network(Squash(), 2, rule).psi()) == [f"{n}_{k}" for k in (1, 2) for n in ("delta", "tau", "lam")]
+    names = [f"{n}_{k}" for k in (1, 2) for n in ("delta", "tau", "lam")]
+    closing = ["delta_closing", "lam_closing"] if rule == "annealed" else []
+    assert list(tiny_network(Squash(), 2, rule).psi()) == names + closing
 
 
 # --- warm starts ---------------------------------------------------------------------------------------------
@@ -253,7 +303,7 @@ def test_pinv_start_is_the_pseudo_inverse(family):
         (GaussianBlur(), 0.05, 27),
         (SuperResolution(), 0.01, 28),
         (Inpainting(), 0.01, 26),
-        (Inpainting(), 0.05, 23.5),
+        (Inpainting(), 0.05, 22.5),
     ],
 )
 def test_smoothing_start_beats_the_pseudo_inverse_on_a_photograph(family, sigma_y, least):
@@ -355,8 +405,8 @@ def test_a_network_is_built_from_its_description():
         ({"rule": {"name": ["paper"]}}, "unknown rule"),
         ({"rule": {"name": "paper", "tau_max": 1}}, r"rule 'paper' does not take these options: .*tau_max"),
         ({"rule": {"name": "annealed", "tau_max": "x"}}, "rule 'annealed' does not take these options"),
-        ({"rule": {"name": "annealed", "tau_max": 0.0}}, "tau_max, floor and width must be positive"),
-        ({"rule": {"name": "annealed", "floor": -1}}, "tau_max, floor and width must be positive"),
+        ({"rule": {"name": "annealed", "tau_max": 0.0}}, "tau_max, floor, width and closing must be positive"),
+        ({"rule": {"name": "annealed", "floor": -1}}, "tau_max, floor, width and closing must be positive"),
         ({"warm_start": {"name": "ram"}}, "unknown warm_start .*'ram'.*names pinv, smoothing"),
         ({"warm_start": {"name": "smoothing", "scales": []}}, "scales must be >= 1"),
         ({"warm_start": {"name": "smoothing", "scales": [2, 0]}}, "scales must be >= 1"),

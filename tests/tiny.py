@@ -36,7 +36,7 @@ SCHEDULER: dict[str, Any] = {
 }
 LORA = {"rank": 2, "alpha": 4.0, "targets": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), "output_conv": True}
 SPECS: dict[str, Mapping[str, Any]] = {
-    "annealed": {"name": "annealed", "tau_max": 0.4, "floor": 3.0, "width": 1.0},
+    "annealed": {"name": "annealed", "tau_max": 0.4, "floor": 3.0, "width": 1.0, "closing": 0.3},
     "paper": {"name": "paper"},
     "pinv": {"name": "pinv"},
     "smoothing": {"name": "smoothing", "scales": [8, 4, 2], "deviation": 0.1},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +19,19 @@ NOTHING_KNOWN = 1e3
 
 
 class Rule(Protocol):
-    """Initial (delta_k, tau_k) of module k = 0..K-1, as a function of the noise levels [B]."""
+    """Initial (delta_k, tau_k) of module k = 0..K-1, as a function of the noise levels [B], and how modules use them.
+
+    ``counts_carried`` says whether noise that x_sigma brings into a module counts towards tau_k (``fresh_noise``).
+    """
+
+    counts_carried: bool
 
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step size delta_k (a variance) and the inner noise level tau_k, each [B]."""
+        ...
+
+    def closing(self, sigma: Tensor, sigma_y: Tensor) -> Tensor | None:
+        """Return the step size [B] of a prox after the last module, or None to end with the network."""
         ...
 
 
@@ -33,10 +43,15 @@ def rho(sigma: Tensor, sigma_y: Tensor) -> Tensor:
 class PaperRule:
     """tau_k = delta_k^(1/2) = rho for every module, the authors' choice [UD2M, section 4]."""
 
+    counts_carried = False
+
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return (rho^2, rho)."""
         level = rho(sigma, sigma_y)
         return level**2, level
+
+    def closing(self, sigma: Tensor, sigma_y: Tensor) -> None:
+        """Return None: the last network's output is the result."""
 
 
 class AnnealedRule:
@@ -44,13 +59,18 @@ class AnnealedRule:
 
     Differs from [UD2M]: with the paper's rule and sigma_y = 0.01 every module calls the prior almost without noise, so
     that it can change nothing; here early modules see coarse noise and late ones fine noise. K = 1 takes the geometric
-    mean of both ends.
+    mean of both ends. The noise of x_sigma counts towards tau_k, and a last prox with deviation ``closing`` times the
+    lowest level returns to the data what the last network lost of it.
     """
 
-    def __init__(self, tau_max: float = 0.4, floor: float = 3.0, width: float = 1.0):
-        if min(tau_max, floor, width) <= 0:
-            raise ValueError(f"tau_max, floor and width must be positive, got {tau_max}, {floor} and {width}")
-        self.tau_max, self.floor, self.width = tau_max, floor, width
+    counts_carried = True
+
+    def __init__(self, tau_max: float = 0.4, floor: float = 3.0, width: float = 1.0, closing: float = 0.3):
+        if min(tau_max, floor, width, closing) <= 0:
+            raise ValueError(
+                f"tau_max, floor, width and closing must be positive, got {tau_max}, {floor}, {width} and {closing}"
+            )
+        self.tau_max, self.floor, self.width, self.closing_width = tau_max, floor, width, closing
 
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return ((width tau_k)^2, tau_k)."""
@@ -60,17 +80,39 @@ class AnnealedRule:
         tau = first ** (1 - position) * last**position
         return (self.width * tau) ** 2, tau
 
+    def closing(self, sigma: Tensor, sigma_y: Tensor) -> Tensor:
+        """Return (closing floor rho)^2."""
+        return (self.closing_width * self.floor * rho(sigma, sigma_y)) ** 2
+
+
+LEAST_FRESH = 0.2
+"""Share of tau_k that is fresh in any case: without it the outputs would not be random, nor tau_k have a gradient."""
+
+
+def fresh_noise(tau: Tensor, delta: Tensor, sigma: Tensor) -> Tensor:
+    """Return the level [B] of new noise that brings the noise of a prox up to tau.
+
+    Where the data say nothing the prox is c = (x_sigma / sigma^2 + x / delta) v, which carries the noise
+    n = sigma v / sigma^2 = sigma delta / (delta + sigma^2) of x_sigma, so that sqrt(tau^2 - n^2) is missing.
+    """
+    carried = sigma * delta / (delta + sigma**2)
+    return (tau**2 - carried**2).clamp(min=(LEAST_FRESH * tau) ** 2).sqrt()
+
 
 class LatinoModule(nn.Module):
     """One step of LATINO [LATINO, algorithm 1; UD2M, section 3] with learned (delta_k, tau_k, lam_k).
 
-    u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
+    u = prox of the data terms at x; z = u + n_k eps; x' = denoiser(z, tau_k), where n_k = tau_k in the paper.
     The three numbers are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly
     and follow the noise levels that a call brings.
+
+    Differs from [UD2M, section 3]: u already holds noise of x_sigma; with ``counts_carried`` only the rest is added
+    (``fresh_noise``), so that the noise of z is what the denoiser is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts_carried: bool) -> None:
         super().__init__()
+        self.counts_carried = counts_carried
         self.log_delta = nn.Parameter(torch.zeros(()))
         self.log_tau = nn.Parameter(torch.zeros(()))
         self.log_lam = nn.Parameter(torch.zeros(()))
@@ -92,8 +134,35 @@ class LatinoModule(nn.Module):
         tau = initial[1] * self.log_tau.exp()
         lam = self.log_lam.exp().expand_as(tau)
         u = joint_prox(physics, y, x_sigma, x, sigma, delta, lam, sigma_y)
-        z = u + tau.view(-1, 1, 1, 1) * randn_like(u, generator)
+        fresh = fresh_noise(tau, delta, sigma) if self.counts_carried else tau
+        z = u + fresh.view(-1, 1, 1, 1) * randn_like(u, generator)
         return denoiser(z, tau)
+
+
+class ClosingProx(nn.Module):
+    """Prox of the data terms after the last module, with learned delta and lam.
+
+    Differs from [UD2M, section 3], where the last network's output is the result; LATINO ends with a prox too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_delta = nn.Parameter(torch.zeros(()))
+        self.log_lam = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self,
+        x: Tensor,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: Tensor,
+        initial: Tensor,
+    ) -> Tensor:
+        """Return the prox at x [B, C, H, W]; ``initial`` is the rule's delta [B]."""
+        delta = initial * self.log_delta.exp()
+        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.log_lam.exp().expand_as(delta), sigma_y)
 
 
 class PinvStart(nn.Module):
@@ -107,9 +176,10 @@ class PinvStart(nn.Module):
 class SmoothingStart(nn.Module):
     """Regularised, hole-filling start: smooth at falling scales and go back to the data after each.
 
-    x <- argmin_u |y - A u|^2 / (2 sigma_y^2) + |u - x_sigma|^2 / (2 sigma^2) + |u - S_s x|^2 / (2 deviation^2),
-    from grey 0.5, where S_s averages over s x s pixels and interpolates back. Any linear operator is served: a blur is
-    inverted with Tikhonov damping, holes are filled from coarse to fine.
+    x <- argmin_u |y - A u|^2 / (2 sigma_y^2) + |u - x_sigma|^2 / (2 sigma^2) + |u - m|^2 / (2 deviation^2), from grey
+    0.5, with m = S_s x for the last scale and m = 2 S_s x - x before, where S_s averages over s x s pixels and
+    interpolates back. Over-relaxation fills holes in half as many steps; 2 is the most that amplifies no frequency. Any
+    linear operator is served: a blur is inverted with Tikhonov damping, holes are filled from coarse to fine.
 
     Differs from [UD2M, section 4.1]: the paper starts from A^dagger y or RAM.
 
@@ -118,7 +188,7 @@ class SmoothingStart(nn.Module):
         deviation: how far, in image units, a pixel may lie from its smooth neighbourhood.
     """
 
-    def __init__(self, scales: Sequence[int] = (32, 16, 16, 8, 8, 4, 4, 4, 2, 2, 2, 2, 2, 2), deviation: float = 0.07):
+    def __init__(self, scales: Sequence[int] = (32, 16, 8, 4, 4, 2, 2, 2), deviation: float = 0.07):
         super().__init__()
         if not scales or min(scales) < 1 or deviation <= 0:
             raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")
@@ -128,11 +198,12 @@ class SmoothingStart(nn.Module):
         """Return x^(0) [B, C, H, W]."""
         delta = torch.full_like(sigma, self.deviation**2)
         lam = torch.ones_like(sigma)
-        x = torch.full_like(x_sigma, 0.5)
-        for scale in (None, *self.scales):
-            mean = x if scale is None else smooth(x, scale)
-            x = joint_prox(physics, y, x_sigma, mean, sigma, delta, lam, sigma_y)
-        return x
+        back_to_data = partial(joint_prox, physics, y, x_sigma, sigma=sigma, delta=delta, lam=lam, sigma_y=sigma_y)
+        x = back_to_data(torch.full_like(x_sigma, 0.5))
+        *coarse, last = self.scales
+        for scale in coarse:
+            x = back_to_data(2 * smooth(x, scale) - x)
+        return back_to_data(smooth(x, last))
 
 
 def smooth(x: Tensor, scale: int) -> Tensor:
@@ -164,7 +235,9 @@ class UnfoldedNetwork(nn.Module):
             raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
         self.spec: dict[str, Any] = {}
         self.denoiser = denoiser
-        self.blocks = nn.ModuleList(LatinoModule() for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(LatinoModule(rule.counts_carried) for _ in range(num_blocks))
+        one = torch.ones(1)
+        self.closing = None if rule.closing(one, one) is None else ClosingProx()
         self.rule = rule
         self.warm_start = warm_start
 
@@ -190,7 +263,10 @@ class UnfoldedNetwork(nn.Module):
         for k, block in enumerate(self.blocks):
             initial = self.rule(k, self.num_blocks, sigma, sigma_y)
             x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, self.denoiser, generator)
-        return x
+        closing = self.rule.closing(sigma, sigma_y)
+        if self.closing is None or closing is None:
+            return x
+        return self.closing(x, x_sigma, sigma, y, physics, sigma_y, closing)
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""
@@ -208,10 +284,13 @@ class UnfoldedNetwork(nn.Module):
 
     def psi(self) -> dict[str, float]:
         """Return the learned factors on the rule, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
+        parts = {str(k): block for k, block in enumerate(self.blocks, start=1)}
+        if self.closing is not None:
+            parts["closing"] = self.closing
         return {
-            f"{name}_{k}": getattr(block, f"log_{name}").exp().item()
-            for k, block in enumerate(self.blocks, start=1)
-            for name in ("delta", "tau", "lam")
+            f"{name.removeprefix('log_')}_{part}": value.exp().item()
+            for part, module in parts.items()
+            for name, value in module.named_parameters()
         }
 
 
