@@ -41,7 +41,7 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 def build(physics: str) -> DistillationModule:
     """Return the training module of the default experiment, with a discriminator and without a perceptual term."""
-    losses = ["loss.perceptual=0", "loss.feature_energy=0", "loss.adversarial=0.01"]
+    losses = ["loss.adversarial=0.01"]
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("train", ["experiment=demo", f"physics={physics}", "name=cost", *losses])
     return instantiate(config.training, _convert_="all")

@@ -14,6 +14,7 @@ RUNS=runs/results      # trained models
 OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
+SHORT="steps=240 validate_every=240" # of the comparisons of losses and of initialisations
 
 # train NAME overrides...: a run in runs/results/NAME
 train() {
@@ -85,32 +86,26 @@ noisier() {
     done
 }
 
-# Short runs that differ in the loss alone. Columns: name | label | weights of l2, perceptual, energy, feature_energy and
-# adversarial (none: those of conf/loss/default.yaml) | further overrides.
+# Short runs that differ in the loss alone. Columns: name | label | overrides.
 losses() {
-    local sources=() name label weights overrides
-    while IFS='|' read -r name label weights overrides; do
-        if [ -n "$weights" ]; then
-            set -- $weights
-            overrides="loss.l2=$1 loss.perceptual=$2 loss.energy=$3 loss.feature_energy=$4 loss.adversarial=$5 $overrides"
-        fi
-        train "losses/$name" experiment=demo $overrides
+    local sources=() name label overrides
+    while IFS='|' read -r name label overrides; do
+        train "losses/$name" experiment=demo $SHORT $overrides
         sample "losses/$name" model="$RUNS/losses/$name/export"
         sources+=("$label=$OUT/losses/$name")
     done <<'VARIANTS'
-default|default||
-default_rank0|default, rank 0 (psi alone)||lora.rank=0
-default_adversarial|default + 0.01 adversarial||loss.adversarial=0.01
-l2|L2|1 0 0 0 0|
-l2_lpips|L2 + 0.1 LPIPS|1 0.1 0 0 0|loss/distance=lpips
-l2_lpips_adversarial|L2 + 0.1 LPIPS + 0.01 adversarial|1 0.1 0 0 0.01|loss/distance=lpips
-energy|energy|0 0 1 0 0|
-energy_spread07|energy, spread 0.7|0 0 1 0 0|loss.terms.energy.term.spread=0.7
-energy_prior|energy + 0.05 prior features|0 0.05 1 0 0|
-energy_lpips|energy + 0.05 LPIPS|0 0.05 1 0 0|loss/distance=lpips
-energy_l2|energy + 10 L2|10 0 1 0 0|
-feature_energy|feature energy|0 0 0 1 0|
-energy_adversarial|energy + 0.01 adversarial|0 0 1 0 0.01|
+default|energy (default)|
+spread1|energy, spread 1|loss.terms.energy.term.spread=1
+spread07|energy, spread 0.7|loss.terms.energy.term.spread=0.7
+rank0|energy, rank 0 (psi alone)|lora.rank=0
+adversarial|energy + 0.01 adversarial|loss.adversarial=0.01
+prior|energy + 0.05 prior features|loss.perceptual=0.05
+lpips|energy + 0.05 LPIPS|loss.perceptual=0.05 loss/distance=lpips
+feature_energy|energy + 0.05 feature energy|loss.feature_energy=0.05
+mean_l2|energy + 10 squared error of the mean|loss.mean_l2=10
+l2|L2|loss.l2=1 loss.energy=0
+l2_lpips|L2 + 0.1 LPIPS|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips
+l2_lpips_adversarial|L2 + 0.1 LPIPS + 0.01 adversarial|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01
 VARIANTS
     collect losses "${sources[@]}" --command "bash benchmarks/run_results.sh losses"
 }
@@ -124,7 +119,7 @@ initialisation() {
         while IFS='|' read -r start label overrides; do
             for budget in untrained trained; do
                 name=initialisation/${images}_${start}_$budget
-                local steps=""
+                local steps=$SHORT
                 [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9"
                 train "$name" ${!images} network=paper $overrides $steps
                 sample "$name" model="$RUNS/$name/export" data=$images

@@ -515,7 +515,7 @@ def test_every_term_can_be_switched_on_from_the_command_line():
     expected = {
         "l2": L2()(p),
         "perceptual": Perceptual(FeatureDistance(bank))(p),
-        "energy": EnergyScore()(p),
+        "energy": EnergyScore(spread=0.85)(p),
         "feature_energy": FeatureEnergyScore(bank)(p),
         "adversarial": Adversarial(made[0])(p),
     }
@@ -524,7 +524,7 @@ def test_every_term_can_be_switched_on_from_the_command_line():
 
 
 def test_terms_switched_off_in_the_config_ask_for_nothing():
-    loss = built(configured("loss.l2=1", "loss.energy=0", "loss.feature_energy=0", "loss/distance=lpips"))
+    loss = built(configured("loss.l2=1", "loss.energy=0", "loss/distance=lpips"))
     assert list(loss.terms) == ["l2"]
 
 

@@ -222,8 +222,13 @@ def test_a_grey_image_does_not_fit_a_colour_prior(sampler):
 
 
 def test_a_size_that_the_network_cannot_take_is_refused(sampler):
-    with pytest.raises(ValueError, match="multiples of 2, got 15x16; crop or pad"):
-        sampler(*observation(shape=(3, 15, 16)))
+    with pytest.raises(ValueError, match="at least 2 pixels a side, got 1x16"):
+        sampler(*observation(shape=(3, 1, 16)))
+
+
+def test_a_picture_of_any_size_is_sampled(sampler):
+    y, physics = observation(shape=(3, 19, 23))
+    assert sampler(y, physics, num_samples=2).shape == (len(y), 2, 3, 19, 23)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_the_prior_is_frozen():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_sizes_are_taken_exactly_when_the_network_takes_them(levels):
+def test_any_size_from_the_stride_on_is_taken(levels):
     kinds = {
         "block_out_channels": [8] * levels,
         "down_block_types": ["DownBlock2D"] * levels,
@@ -139,18 +139,23 @@ def test_sizes_are_taken_exactly_when_the_network_takes_them(levels):
     prior = tiny_prior(**kinds)
     stride = 2 ** (levels - 1)
     for height, width in ((8, 8), (12, 20), (6, 8), (8, 6), (9, 8), (7, 7), (stride, 2 * stride)):
-        fits = height % stride == 0 and width % stride == 0
-        if fits:
-            prior.check_size(height, width)
-            x = images(1, size=(height, width))
-            assert prior(x, SIGMA[:1]).shape == x.shape
-        else:
-            with pytest.raises(ValueError, match=f"multiples of {stride}, got {height}x{width}; crop or pad"):
-                prior.check_size(height, width)
+        prior.check_size(height, width)
+        x = images(1, size=(height, width))
+        assert prior(x, SIGMA[:1]).shape == x.shape
+    if stride > 1:
+        with pytest.raises(ValueError, match=f"at least {stride} pixels a side, got 8x{stride - 1}"):
+            prior.check_size(8, stride - 1)
+
+
+def test_an_odd_size_is_continued_by_reflection():
+    prior, x = tiny_prior(), images(2, size=(9, 15))
+    rows, columns = [*range(9), 7], [*range(15), 13]
+    reflected = prior(x[:, :, rows][:, :, :, columns], SIGMA[:2])
+    torch.testing.assert_close(prior(x, SIGMA[:2]), reflected[:, :, :9, :15])
 
 
 def test_an_empty_image_is_refused():
-    with pytest.raises(ValueError, match="multiples of 2, got 0x8"):
+    with pytest.raises(ValueError, match="at least 2 pixels a side, got 0x8"):
         tiny_prior().check_size(0, 8)
 
 

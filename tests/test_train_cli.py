@@ -330,7 +330,6 @@ def test_a_run_interrupted_at_the_command_line_goes_on(tiny, tmp_path):
         ("loss.l2=-1", "the loss weight 'l2' must be a finite number >= 0"),
         ("prior=nowhere/at/all", "no prior at 'nowhere/at/all'"),
         ("data.root=/nowhere", "no such folder of images: /nowhere"),
-        ("data.crop_size=17", "multiples of 2, got 17x17"),
         ("data.channels=1", "the images have 1 channels, the prior 3"),
         ("network.rule.name=steep", "unknown rule"),
         ("training.optimizer.lr=-1", "learning rates must be positive"),

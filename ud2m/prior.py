@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -115,8 +116,19 @@ class Prior(nn.Module):
         return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units."""
-        return denoise(self.unet, self.schedule, x_sigma, sigma, self.prediction)
+        """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units.
+
+        Sides that are no multiples of the network's total stride are continued by reflection, and cut off again.
+        """
+        height, width = x_sigma.shape[-2:]
+        bottom, right = -height % self.stride, -width % self.stride
+        padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
+        return denoise(self.unet, self.schedule, padded, sigma, self.prediction)[..., :height, :width]
+
+    @property
+    def stride(self) -> int:
+        """Factor by which the network's coarsest features are smaller than the image."""
+        return 2 ** (len(self._base().config.block_out_channels) - 1)
 
     def features(self, x: Tensor, sigma: float = 0.02) -> list[Tensor]:
         """Return the encoder features of the *frozen* network at a low noise level, one [B, c, h, w] per resolution.
@@ -135,12 +147,9 @@ class Prior(nn.Module):
         return features
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError when the network cannot take images of this size (multiples of its total stride only)."""
-        stride = 2 ** (len(self._base().config.block_out_channels) - 1)
-        if height % stride or width % stride or min(height, width) < stride:
-            raise ValueError(
-                f"the prior takes image sizes that are multiples of {stride}, got {height}x{width}; crop or pad it"
-            )
+        """Raise ValueError when the network cannot take images of this size."""
+        if min(height, width) < self.stride:
+            raise ValueError(f"the prior takes images of at least {self.stride} pixels a side, got {height}x{width}")
 
     def add_lora(self, spec: LoraSpec) -> "Prior":
         """Put trainable LoRA factors (peft) on the frozen network; with B = 0 the function is unchanged at first.
