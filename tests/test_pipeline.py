@@ -170,6 +170,16 @@ def test_defaults_are_those_of_the_config(sampler):
         assert not torch.allclose(sampler(y, physics, generator=generator(), **change), default, atol=1e-3)
 
 
+def test_levels_visited_are_those_of_the_grid(sampler):
+    sampler = PosteriorSampler(sampler.network, sampler.prior, SamplerConfig(num_steps=3, grid_power=4.0))
+    visited = []
+    handle = sampler.network.register_forward_pre_hook(lambda _, inputs: visited.append(inputs[1][0].item()))
+    sampler(*observation(), generator=generator())
+    handle.remove()
+    times = sampler.prior.schedule.time(torch.tensor(visited))
+    torch.testing.assert_close(times, 999 * torch.tensor([1, 2 / 3, 1 / 3]) ** 4, rtol=1e-3, atol=1e-2)
+
+
 def test_operators_of_deepinv_are_served(sampler):
     y, ours = observation(Inpainting())
     theirs = deepinv.physics.Inpainting(SHAPE, mask=ours.mask)
@@ -236,6 +246,8 @@ def test_a_picture_of_any_size_is_sampled(sampler):
     [
         ({"num_steps": 0}, r"num_steps \(N\)"),
         ({"num_steps": "3"}, r"num_steps \(N\)"),
+        ({"grid_power": 0}, "grid_power"),
+        ({"grid_power": "steep"}, "grid_power"),
         ({"eta": "old"}, "eta must be"),
         ({"eta": None}, "eta must be"),
         ({"sigma_y": 0.0}, "sigma_y"),

@@ -100,6 +100,19 @@ def test_grid_is_the_authors_for_three_steps(schedule):
     torch.testing.assert_close(times, torch.tensor([999.0, 444.0, 111.0]), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("power", [1.0, 5.0])
+def test_the_power_of_the_grid_shapes_its_times(schedule, power):
+    times = schedule.time(schedule.grid(3, power))
+    expected = [999.0, 999 * (2 / 3) ** power, 999 * (1 / 3) ** power]
+    torch.testing.assert_close(times, torch.tensor(expected), rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, float("nan")])
+def test_grid_refuses_a_power_that_does_not_fall(schedule, power):
+    with pytest.raises(ValueError, match="the power of the grid must be positive"):
+        schedule.grid(3, power)
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_grid_falls_from_the_largest_level(schedule, num_steps):
     levels = schedule.grid(num_steps)

@@ -612,6 +612,12 @@ def test_levels_at_the_ends_of_the_uniform_numbers():
     torch.testing.assert_close(Levels(3, 0.25)(ends, schedule), expected)
 
 
+def test_levels_follow_the_power_of_the_grid():
+    schedule = tiny_prior().schedule
+    sigma = Levels(3, 0.0, grid_power=5.0)(torch.rand(64, 2), schedule)
+    torch.testing.assert_close(sigma.unique(), schedule.grid(3, 5.0).flip(0))
+
+
 def test_levels_are_drawn_per_sample(prior):
     module = distillation(prior, levels=Levels(2, spread=1.0))
     prediction = module.predict(images(6), streams(module, 6))

@@ -14,13 +14,11 @@ from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
 from ud2m.prior import LoraSpec
 from ud2m.unfolded import (
     AnnealedRule,
-    LatinoModule,
     PaperRule,
     PinvStart,
     SmoothingStart,
     UnfoldedNetwork,
     build_network,
-    fresh_noise,
     rho,
     smooth,
 )
@@ -79,11 +77,7 @@ def test_network_is_the_loop_of_the_method(case, rule):
             tau = torch.exp((1 - k / 2) * high.log() + k / 2 * low.log())
         delta, tau, lam = tau**2 * log_delta, tau * log_tau, log_lam.expand(2)
         u = dense_prox(A, y, x_sigma, x, sigma, delta, lam, sigma_y)
-        fresh = tau
-        if rule == "annealed":
-            share = (1 / sigma**2) / (1 / sigma**2 + 1 / delta)  # of x_sigma in the centre of the prox
-            fresh = torch.sqrt(torch.maximum(tau**2 - (share * sigma) ** 2, (tau / 5) ** 2))
-        z = u + fresh.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=noise, dtype=torch.float64)
+        z = u + tau.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=noise, dtype=torch.float64)
         x = 1 / (1 + torch.exp(1 - 3 * z)) / (1 + tau.view(-1, 1, 1, 1))
     if rule == "annealed":
         log_delta, log_lam = network.closing.log_delta.exp(), network.closing.log_lam.exp()
@@ -91,38 +85,6 @@ def test_network_is_the_loop_of_the_method(case, rule):
 
     result = network(x_sigma, sigma, y, physics, sigma_y, generator(6))
     torch.testing.assert_close(result, x, rtol=0, atol=1e-7)
-
-
-def test_the_denoiser_is_told_the_noise_of_its_input():
-    """From x = x0 and x_sigma = x0 + sigma eps, z - x0 has the deviation tau where the data say nothing."""
-    x0 = torch.full((4, 3, 64, 64), 0.4)
-    physics = Inpainting(missing=0.9).draw(4, (3, 64, 64), generator(1))
-    sigma, sigma_y = torch.tensor([79.0, 0.3, 0.1, 0.03]), torch.full((4,), 0.01)
-    x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator(2))
-    tau = torch.tensor([0.4, 0.3, 0.08, 0.03])
-    seen = []
-    module = LatinoModule(counts_carried=True)
-    module(
-        x0,
-        x_sigma,
-        sigma,
-        observe(physics, x0, sigma_y, generator(3)),
-        physics,
-        sigma_y,
-        (tau**2, tau),
-        lambda z, level: seen.append((z, level)) or z,
-        generator(4),
-    )
-    ((z, level),) = seen
-    missing = physics.mask.expand_as(x0) == 0
-    deviation = torch.stack([(z - x0)[i][missing[i]].std() for i in range(4)])
-    torch.testing.assert_close(deviation, level, rtol=0.03, atol=0)
-
-
-def test_some_noise_is_always_fresh():
-    """A fifth of tau, even where x_sigma alone is noisier than tau."""
-    tau, sigma, delta = torch.tensor([0.1, 0.4]), torch.tensor([0.3, 0.4]), torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(fresh_noise(tau, delta, sigma), torch.tensor([0.02, 0.4]))
 
 
 def test_network_evaluations_are_the_blocks():

@@ -29,11 +29,13 @@ FORMAT = 1
 class SamplerConfig:
     """Defaults of a call and where the model comes from; stored in ``config.json`` of an export.
 
-    ``num_steps`` (N) and ``eta`` are the defaults of sampling; ``sigma_y`` is the noise level of training and ``info``
+    ``num_steps`` (N) and ``eta`` are the defaults of sampling, ``grid_power`` the exponent of its levels
+    (``VPSchedule.grid``), which are those of training; ``sigma_y`` is the noise level of training and ``info``
     what else is known of it (information, not a limit).
     """
 
     num_steps: int = 3
+    grid_power: float = 2.0
     eta: float | str = 1.0
     sigma_y: float = 0.01
     info: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +44,8 @@ class SamplerConfig:
         """Raise ValueError for defaults that no call could use."""
         check_count("num_steps (N)", self.num_steps)
         check_eta(self.eta)
+        if not isinstance(self.grid_power, int | float) or not 0 < self.grid_power < math.inf:
+            raise ValueError(f"grid_power must be a positive number, got {self.grid_power!r}")
         if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
         if not isinstance(self.info, dict):
@@ -113,7 +117,7 @@ class PosteriorSampler:
         self._check_image(image_shape)
         seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
         rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
-        levels = self.prior.schedule.grid(num_steps)
+        levels = self.prior.schedule.grid(num_steps, self.config.grid_power)
         samples = [
             sample_posterior(
                 self.network,

@@ -109,10 +109,12 @@ class VPSchedule(nn.Module):
         The power 2 is the grid of the authors (t = 999, 444, 111 for N = 3).
 
         Raises:
-            ValueError: when ``num_steps`` < 1.
+            ValueError: when ``num_steps`` < 1 or the power is not positive.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps (N) must be at least 1, got {num_steps}")
+        if not power > 0:
+            raise ValueError(f"the power of the grid must be positive, got {power}")
         n = torch.arange(num_steps, 0, -1, dtype=torch.float64, device=self.log_sigmas.device)
         return self.sigma((self.num_times - 1) * (n / num_steps) ** power).to(torch.get_default_dtype())
 

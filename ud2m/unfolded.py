@@ -19,12 +19,7 @@ NOTHING_KNOWN = 1e3
 
 
 class Rule(Protocol):
-    """Initial (delta_k, tau_k) of module k = 0..K-1, as a function of the noise levels [B], and how modules use them.
-
-    ``counts_carried`` says whether noise that x_sigma brings into a module counts towards tau_k (``fresh_noise``).
-    """
-
-    counts_carried: bool
+    """Initial (delta_k, tau_k) of module k = 0..K-1, as a function of the noise levels [B], and of the closing prox."""
 
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step size delta_k (a variance) and the inner noise level tau_k, each [B]."""
@@ -43,8 +38,6 @@ def rho(sigma: Tensor, sigma_y: Tensor) -> Tensor:
 class PaperRule:
     """tau_k = delta_k^(1/2) = rho for every module, the authors' choice [UD2M, section 4]."""
 
-    counts_carried = False
-
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return (rho^2, rho)."""
         level = rho(sigma, sigma_y)
@@ -59,11 +52,9 @@ class AnnealedRule:
 
     Differs from [UD2M]: with the paper's rule and sigma_y = 0.01 every module calls the prior almost without noise, so
     that it can change nothing; here early modules see coarse noise and late ones fine noise. K = 1 takes the geometric
-    mean of both ends. The noise of x_sigma counts towards tau_k, and a last prox with deviation ``closing`` times the
-    lowest level returns to the data what the last network lost of it.
+    mean of both ends. A last prox with deviation ``closing`` times the lowest level returns to the data what the last
+    network lost of it.
     """
-
-    counts_carried = True
 
     def __init__(self, tau_max: float = 0.4, floor: float = 3.0, width: float = 1.0, closing: float = 0.3):
         if min(tau_max, floor, width, closing) <= 0:
@@ -85,34 +76,16 @@ class AnnealedRule:
         return (self.closing_width * self.floor * rho(sigma, sigma_y)) ** 2
 
 
-LEAST_FRESH = 0.2
-"""Share of tau_k that is fresh in any case: without it the outputs would not be random, nor tau_k have a gradient."""
-
-
-def fresh_noise(tau: Tensor, delta: Tensor, sigma: Tensor) -> Tensor:
-    """Return the level [B] of new noise that brings the noise of a prox up to tau.
-
-    Where the data say nothing the prox is c = (x_sigma / sigma^2 + x / delta) v, which carries the noise
-    n = sigma v / sigma^2 = sigma delta / (delta + sigma^2) of x_sigma, so that sqrt(tau^2 - n^2) is missing.
-    """
-    carried = sigma * delta / (delta + sigma**2)
-    return (tau**2 - carried**2).clamp(min=(LEAST_FRESH * tau) ** 2).sqrt()
-
-
 class LatinoModule(nn.Module):
     """One step of LATINO [LATINO, algorithm 1; UD2M, section 3] with learned (delta_k, tau_k, lam_k).
 
-    u = prox of the data terms at x; z = u + n_k eps; x' = denoiser(z, tau_k), where n_k = tau_k in the paper.
+    u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
     The three numbers are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly
     and follow the noise levels that a call brings.
-
-    Differs from [UD2M, section 3]: u already holds noise of x_sigma; with ``counts_carried`` only the rest is added
-    (``fresh_noise``), so that the noise of z is what the denoiser is told.
     """
 
-    def __init__(self, counts_carried: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.counts_carried = counts_carried
         self.log_delta = nn.Parameter(torch.zeros(()))
         self.log_tau = nn.Parameter(torch.zeros(()))
         self.log_lam = nn.Parameter(torch.zeros(()))
@@ -134,8 +107,7 @@ class LatinoModule(nn.Module):
         tau = initial[1] * self.log_tau.exp()
         lam = self.log_lam.exp().expand_as(tau)
         u = joint_prox(physics, y, x_sigma, x, sigma, delta, lam, sigma_y)
-        fresh = fresh_noise(tau, delta, sigma) if self.counts_carried else tau
-        z = u + fresh.view(-1, 1, 1, 1) * randn_like(u, generator)
+        z = u + tau.view(-1, 1, 1, 1) * randn_like(u, generator)
         return denoiser(z, tau)
 
 
@@ -235,7 +207,7 @@ class UnfoldedNetwork(nn.Module):
             raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
         self.spec: dict[str, Any] = {}
         self.denoiser = denoiser
-        self.blocks = nn.ModuleList(LatinoModule(rule.counts_carried) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(LatinoModule() for _ in range(num_blocks))
         one = torch.ones(1)
         self.closing = None if rule.closing(one, one) is None else ClosingProx()
         self.rule = rule

@@ -77,7 +77,7 @@ class DistillationModule(SteppedModule):
         discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
         discriminator_loss: the loss of D.
         optimizer: keyword arguments of ``OptimizerSettings``.
-        sampling: N (``num_steps``) and ``eta`` of the sampler that validates and is exported.
+        sampling: N (``num_steps``), ``grid_power`` and ``eta`` of the sampler that validates and is exported.
         validation: ``num_samples`` per image, ``lpips`` (backbone, or None to do without), and ``metric`` (one of
             ``METRICS``), the score of the sampler that selects the best checkpoint.
         info: plain values that the export keeps, such as the configuration of the operator.
