@@ -11,8 +11,9 @@ from ud2m.schedule import VPSchedule
 class Levels:
     """Draw the levels that inference visits, and with probability ``spread`` any level between the extremes.
 
-    The visited levels are ``schedule.grid(num_steps, grid_power)``; the others are log-uniform in [sigma_low, sigma_high]. Training
-    on the visited levels alone is the best use of a small budget; a spread lets N be chosen at inference.
+    The visited levels are ``schedule.grid(num_steps, grid_power)``; the others are log-uniform in
+    [sigma_low, sigma_high]. Training on the visited levels alone is the best use of a small budget; a spread lets N be
+    chosen at inference.
 
     Raises:
         ValueError: for numbers out of range.
