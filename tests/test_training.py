@@ -371,12 +371,12 @@ def test_without_adapter_psi_alone_is_trained(prior, tmp_path):
     module = distillation(prior, adversarial=0.0, lora={"rank": 0})
     (optimizer,) = module.configure_optimizers()
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
-        id(p) for p in module.network.blocks.parameters()
+        id(p) for part in (module.network.blocks, module.network.closing) for p in part.parameters()
     }
     fit(module, tmp_path)
-    assert sorted(k for k in module.state_dict() if not k.startswith("ema.")) == sorted(
-        f"network.blocks.{k}.log_{name}" for k in range(2) for name in ("delta", "tau", "lam")
-    )
+    modules = [f"network.blocks.{k}.log_{name}" for k in range(2) for name in ("delta", "tau", "lam")]
+    closing = ["network.closing.log_delta", "network.closing.log_lam"]
+    assert sorted(k for k in module.state_dict() if not k.startswith("ema.")) == sorted(modules + closing)
 
 
 def test_neither_player_leaves_a_gradient_with_the_other_and_one_backward_gives_both(prior):
