@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
+from ud2m.data.augmentation import Augmentation
 from ud2m.data.store import ImageStore
 
 SCALES = (1.0, 0.71, 0.5, 0.35, 0.25)
@@ -18,8 +19,8 @@ class RandomCrops(Dataset[Tensor]):
     """Endless random crops: item i >= 0 is a pure function of (images, settings, seed, i).
 
     Workers, ranks and resumed runs therefore see the same crops whenever they ask for the same numbers. An
-    item is: an image (by weight), a level of its pyramid (by probability), a place, and a left-right flip in
-    half of the cases; up and down stay, as they differ in photographs.
+    item is: an image (by weight), a level of its pyramid (by probability), a place, a left-right flip in half
+    of the cases, and what ``augmentation`` makes of it.
 
     Args:
         images: the images to cut from.
@@ -29,6 +30,9 @@ class RandomCrops(Dataset[Tensor]):
             smaller than the crop.
         probabilities: the share of each level.
         weights: relative share of each image; equal by default.
+        augmentation: further random changes; none by default.
+        candidates: places drawn per crop, of which the one with the most ``detail`` is taken. Half of many photographs
+            is smooth background, which teaches little.
         cache_bytes: memory for decoded images and levels, kept while recently used; None keeps everything.
 
     Returns (per item):
@@ -46,25 +50,35 @@ class RandomCrops(Dataset[Tensor]):
         scales: Sequence[float] = SCALES,
         probabilities: Sequence[float] = PROBABILITIES,
         weights: Sequence[float] | None = None,
+        augmentation: Augmentation | None = None,
+        candidates: int = 1,
         cache_bytes: int | None = None,
     ):
         check_levels(scales, probabilities)
         check_sizes(images, crop_size)
+        if candidates < 1:
+            raise ValueError(f"candidates, the places drawn per crop, must be at least 1, got {candidates}")
         self.pyramid = Pyramid(images, cache_bytes)
-        self.crop_size, self.seed = crop_size, seed
+        self.crop_size, self.seed, self.candidates = crop_size, seed, candidates
+        self.augmentation = augmentation or Augmentation()
         self.choices, self.cumulative = choices(images.sizes, crop_size, scales, probabilities, weights)
         if cache_bytes is None:  # once here rather than once per worker
             for image, scale in self.choices:
                 self.pyramid.level(image, scale)
 
     def __getitem__(self, index: int) -> Tensor:
-        which, down, right, flip = np.random.default_rng([self.seed, index]).random(4)
+        rng = np.random.default_rng([self.seed, index])
+        which, flip = rng.random(2)
         image, scale = self.choices[int(np.searchsorted(self.cumulative, which, side="right"))]
         level = self.pyramid.level(image, scale)
+        crop = max((self._crop(level, *rng.random(2)) for _ in range(self.candidates)), key=detail)
+        crop = crop.flip(2) if flip < 0.5 else crop.clone()  # never a view of the kept image
+        return self.augmentation(crop, rng)
+
+    def _crop(self, level: Tensor, down: float, right: float) -> Tensor:
         top = int(down * (level.shape[1] - self.crop_size + 1))
         left = int(right * (level.shape[2] - self.crop_size + 1))
-        crop = level[:, top : top + self.crop_size, left : left + self.crop_size]
-        return crop.flip(2) if flip < 0.5 else crop.clone()  # never a view of the kept image
+        return level[:, top : top + self.crop_size, left : left + self.crop_size]
 
 
 class Tiles(Dataset[Tensor]):
@@ -119,6 +133,11 @@ class Pyramid:
         self.kept_bytes += value.nbytes
         while self.cache_bytes is not None and self.kept_bytes > self.cache_bytes and len(self.kept) > 1:
             self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
+
+
+def detail(image: Tensor) -> float:
+    """Return the mean square difference of neighbouring pixels of [C, H, W]."""
+    return sum(image.diff(dim=axis).square().mean().item() for axis in (1, 2))
 
 
 def downscale(image: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The user's own folder of images."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
 from ud2m.images import FORMATS, SUFFIXES, read_image
@@ -25,6 +26,7 @@ class FolderData(ImageDataModule):
         root: folder of images of any sizes, searched with all its subfolders. If it has a subfolder
             ``train``, ``val`` or ``test``, these are the splits; otherwise `split_files` splits the files.
         scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
+        augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
         cache_mb: memory per process for decoded images, in MiB.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey, 3 repeats grey.
     """
@@ -34,19 +36,29 @@ class FolderData(ImageDataModule):
         root: str | Path,
         scales: Sequence[float] = SCALES,
         probabilities: Sequence[float] = PROBABILITIES,
+        augment: Mapping[str, float] | None = None,
+        candidates: int = 1,
         cache_mb: int = 512,
         **common: Any,
     ):
         super().__init__(**common)
         self.root = Path(root).expanduser()
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
+        self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
         self.cache_bytes = cache_mb * 2**20
 
     def train_set(self) -> Dataset[Tensor]:
         """Return endless crops of the training files."""
         images = FolderImages(self.root, files_of(self.root, "train"), self.channels)
         return RandomCrops(
-            images, self.crop_size, self.seed, self.scales, self.probabilities, cache_bytes=self.cache_bytes
+            images,
+            self.crop_size,
+            self.seed,
+            self.scales,
+            self.probabilities,
+            augmentation=self.augmentation,
+            candidates=self.candidates,
+            cache_bytes=self.cache_bytes,
         )
 
     def all_images(self, split: Split) -> NamedImages:

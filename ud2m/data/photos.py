@@ -1,6 +1,6 @@
 """Real colour photographs that installed wheels contain: a data set without any download."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
 from ud2m.data.store import MemoryImages
@@ -110,20 +111,38 @@ class PhotoData(ImageDataModule):
 
     Args:
         scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
+        augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
         common: the arguments of ``ImageDataModule``; ``channels`` must be 3.
     """
 
-    def __init__(self, scales: Sequence[float] = SCALES, probabilities: Sequence[float] = PROBABILITIES, **common: Any):
+    def __init__(
+        self,
+        scales: Sequence[float] = SCALES,
+        probabilities: Sequence[float] = PROBABILITIES,
+        augment: Mapping[str, float] | None = None,
+        candidates: int = 1,
+        **common: Any,
+    ):
         super().__init__(**common)
         if self.channels != 3:
             raise ValueError(f"data=photos is in colour: channels must be 3, got {self.channels}")
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
+        self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
 
     def train_set(self) -> Dataset[Tensor]:
         """Return endless crops of the training photographs."""
         weights = [photo.weight for photo in PHOTOS if photo.split == "train"]
         images = MemoryImages(load_photos("train"))
-        return RandomCrops(images, self.crop_size, self.seed, self.scales, self.probabilities, weights)
+        return RandomCrops(
+            images,
+            self.crop_size,
+            self.seed,
+            self.scales,
+            self.probabilities,
+            weights,
+            self.augmentation,
+            self.candidates,
+        )
 
     def all_images(self, split: Split) -> NamedImages:
         """Return the tiles of the photographs of a split."""

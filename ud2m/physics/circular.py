@@ -1,5 +1,6 @@
 """Blur and blur with decimation under circular boundaries: everything exact, in the Fourier domain."""
 
+import math
 from typing import Any
 
 import torch
@@ -238,4 +239,5 @@ def tile(half: Tensor, factor: int, width: int) -> Tensor:
     if factor == 1:
         return half
     full = full_spectrum(half, width // factor)
-    return full.repeat(1, 1, factor, factor)[..., : width // 2 + 1]
+    columns = width // 2 + 1
+    return full.repeat(1, 1, factor, math.ceil(columns / full.shape[-1]))[..., :columns]
