@@ -40,10 +40,9 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 
 def build(physics: str) -> DistillationModule:
-    """Return the training module of the default experiment, with a discriminator and without a perceptual term."""
-    losses = ["loss.adversarial=0.01"]
+    """Return the training module of the operator's experiment, with a discriminator and without a perceptual term."""
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", ["experiment=demo", f"physics={physics}", "name=cost", *losses])
+        config = compose("train", [f"experiment=photos_{physics}", "name=cost", "loss.adversarial=0.01"])
     return instantiate(config.training, _convert_="all")
 
 

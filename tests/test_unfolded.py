@@ -231,7 +231,7 @@ def test_annealed_rule_of_one_module_is_the_geometric_mean_of_the_ends():
 @each_rule
 def test_psi_starts_at_the_rule(rule):
     assert set(tiny_network(Squash(), 3, rule).psi().values()) == {1.0}
-    names = [f"{n}_{k}" for k in (1, 2) for n in ("delta", "tau", "lam")]
+    names = [f"{n}_{k}" for k in (1, 2) for n in ("delta", "lam", "tau")]
     closing = ["delta_closing", "lam_closing"] if rule == "annealed" else []
     assert list(tiny_network(Squash(), 2, rule).psi()) == names + closing
 

@@ -76,19 +76,42 @@ class AnnealedRule:
         return (self.closing_width * self.floor * rho(sigma, sigma_y)) ** 2
 
 
-class LatinoModule(nn.Module):
-    """One step of LATINO [LATINO, algorithm 1; UD2M, section 3] with learned (delta_k, tau_k, lam_k).
+class LearnedProx(nn.Module):
+    """Prox of the data terms with learned (delta, lam) [UD2M, section 3].
 
-    u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
-    The three numbers are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly
-    and follow the noise levels that a call brings.
+    Both are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly and follow the
+    noise levels that a call brings.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.log_delta = nn.Parameter(torch.zeros(()))
-        self.log_tau = nn.Parameter(torch.zeros(()))
         self.log_lam = nn.Parameter(torch.zeros(()))
+
+    def prox(
+        self,
+        x: Tensor,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        y: Tensor,
+        physics: LinearPhysics,
+        sigma_y: Tensor,
+        initial_delta: Tensor,
+    ) -> Tensor:
+        """Return u [B, C, H, W] near x; ``initial_delta`` is the rule's, [B]."""
+        delta = initial_delta * self.log_delta.exp()
+        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.log_lam.exp().expand_as(delta), sigma_y)
+
+
+class LatinoModule(LearnedProx):
+    """One step of LATINO [LATINO, algorithm 1; UD2M, section 3] with learned (delta_k, tau_k, lam_k).
+
+    u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_tau = nn.Parameter(torch.zeros(()))
 
     def forward(
         self,
@@ -103,38 +126,9 @@ class LatinoModule(nn.Module):
         generator: Generators,
     ) -> Tensor:
         """Return x^(k) [B, C, H, W] from x = x^(k-1); ``initial`` is the rule's (delta_k, tau_k), each [B]."""
-        delta = initial[0] * self.log_delta.exp()
+        u = self.prox(x, x_sigma, sigma, y, physics, sigma_y, initial[0])
         tau = initial[1] * self.log_tau.exp()
-        lam = self.log_lam.exp().expand_as(tau)
-        u = joint_prox(physics, y, x_sigma, x, sigma, delta, lam, sigma_y)
-        z = u + tau.view(-1, 1, 1, 1) * randn_like(u, generator)
-        return denoiser(z, tau)
-
-
-class ClosingProx(nn.Module):
-    """Prox of the data terms after the last module, with learned delta and lam.
-
-    Differs from [UD2M, section 3], where the last network's output is the result; LATINO ends with a prox too.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_delta = nn.Parameter(torch.zeros(()))
-        self.log_lam = nn.Parameter(torch.zeros(()))
-
-    def forward(
-        self,
-        x: Tensor,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        y: Tensor,
-        physics: LinearPhysics,
-        sigma_y: Tensor,
-        initial: Tensor,
-    ) -> Tensor:
-        """Return the prox at x [B, C, H, W]; ``initial`` is the rule's delta [B]."""
-        delta = initial * self.log_delta.exp()
-        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.log_lam.exp().expand_as(delta), sigma_y)
+        return denoiser(u + tau.view(-1, 1, 1, 1) * randn_like(u, generator), tau)
 
 
 class PinvStart(nn.Module):
@@ -194,6 +188,9 @@ def start_from_y(start: nn.Module, like: Tensor, y: Tensor, physics: LinearPhysi
 class UnfoldedNetwork(nn.Module):
     """L(x_sigma, y): K LATINO modules that share one denoiser, unrolled from a warm start [UD2M, section 3].
 
+    Differs from [UD2M, section 3], where the last network's output is the result: with a rule that has a closing step a
+    prox follows, as LATINO ends with one too.
+
     Args:
         denoiser: ``denoiser(x_sigma, sigma [B]) -> x0_hat``, usually a ``Prior`` with its adapter.
         num_blocks: K >= 1.
@@ -209,7 +206,7 @@ class UnfoldedNetwork(nn.Module):
         self.denoiser = denoiser
         self.blocks = nn.ModuleList(LatinoModule() for _ in range(num_blocks))
         one = torch.ones(1)
-        self.closing = None if rule.closing(one, one) is None else ClosingProx()
+        self.closing = None if rule.closing(one, one) is None else LearnedProx()
         self.rule = rule
         self.warm_start = warm_start
 
@@ -238,7 +235,7 @@ class UnfoldedNetwork(nn.Module):
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:
             return x
-        return self.closing(x, x_sigma, sigma, y, physics, sigma_y, closing)
+        return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing)
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""
