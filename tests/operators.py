@@ -7,13 +7,16 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.physics import (
+    BoundedBlur,
     CircularBlur,
     CircularDownsampling,
     GaussianBlur,
     Inpainting,
+    MotionBlur,
     OperatorFamily,
     PixelMask,
     SuperResolution,
+    UniformBlur,
 )
 
 BATCH = 2
@@ -36,7 +39,7 @@ def drawn(family: OperatorFamily, shape: Shape) -> tuple[LinearPhysics, Shape]:
 
 
 def made(
-    operator: Callable[..., LinearPhysics], values: Tensor, shape: Shape, *args: int
+    operator: Callable[..., LinearPhysics], values: Tensor, shape: Shape, *args: int | str
 ) -> tuple[LinearPhysics, Shape]:
     return operator(values, shape, *args), shape
 
@@ -47,6 +50,12 @@ CASES: dict[str, Callable[[], tuple[LinearPhysics, Shape]]] = {
     "wide blur": lambda: drawn(GaussianBlur(1.6), (1, 13, 16)),
     "blur per sample": lambda: made(CircularBlur, kernel(BATCH, 1, 5, 4), (2, 7, 8)),
     "blur per channel": lambda: made(CircularBlur, kernel(1, 2, 3, 5), (2, 8, 7)),
+    "anisotropic blur": lambda: drawn(GaussianBlur((0.6, 1.1), angle=30), (1, 11, 9)),
+    "uniform blur": lambda: drawn(UniformBlur(3), (1, 8, 10)),
+    "motion blur": lambda: drawn(MotionBlur(5), (2, 8, 7)),
+    "valid blur": lambda: drawn(GaussianBlur(0.6, boundary="valid"), (1, 10, 9)),
+    "valid blur per sample": lambda: made(BoundedBlur, kernel(BATCH, 1, 5, 4), (2, 8, 9), "valid"),
+    "zero blur": lambda: made(BoundedBlur, kernel(1, 1, 3, 5), (2, 7, 8), "zero"),
     "sr 2": lambda: drawn(SuperResolution(2), (2, 8, 10)),
     "sr 3": lambda: drawn(SuperResolution(3), (1, 12, 15)),
     "sr 4": lambda: drawn(SuperResolution(4), (1, 16, 20)),

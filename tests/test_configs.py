@@ -61,11 +61,12 @@ def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, pri
 
 @pytest.mark.parametrize("choice", choices("physics"))
 def test_every_operator_instantiates(choice, priors, tmp_path):
-    if choice == "mask":
+    file = choice in ("mask", "kernel")
+    if file:
         from ud2m.images import write_image
 
         write_image((torch.rand(1, IMAGE, IMAGE) < 0.5).float(), tmp_path / "mask.png")
-    path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if choice == "mask" else []
+    path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if file else []
     with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
         operator = instantiate(config.physics.operator, _convert_="all")
     assert isinstance(operator, OperatorFamily)

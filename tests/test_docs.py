@@ -329,12 +329,13 @@ def extensions():
 
 
 def test_the_operator_of_the_guide(extensions, generator):
-    physics = extensions["BoxBlur"](side=3).draw(2, (3, 8, 8))
+    physics = extensions["DiscBlur"](radius=1.0).draw(2, (3, 8, 8))  # a pixel and its four neighbours
     x = torch.rand(2, 3, 8, 8, generator=generator)
-    expected = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), 3, 1)
+    expected = (x + sum(x.roll(shift, axis) for shift in (-1, 1) for axis in (2, 3))) / 5
     torch.testing.assert_close(physics.A(x), expected)
+    assert extensions["DiscBlur"](radius=2.0, boundary="valid").image_shape((3, 8, 8)) == (3, 12, 12)
     with pytest.raises(ValueError, match="larger than the image"):
-        extensions["BoxBlur"](side=9).check((3, 8, 8))
+        extensions["DiscBlur"](radius=4.0).check((3, 8, 8))
 
 
 def test_the_loss_of_the_guide(extensions):

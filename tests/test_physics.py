@@ -26,6 +26,7 @@ from ud2m.physics import (
     residual,
     select_samples,
 )
+from ud2m.physics.iterative import ConjugateGradients
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "physics"
 each_operator = pytest.mark.parametrize("case", CASES)
@@ -89,6 +90,8 @@ def test_images_keep_their_dtype(case, dtype):
     ]:
         assert result.dtype == dtype
         error = 2 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * 20) * expected.abs().max().item()
+        if isinstance(physics, ConjugateGradients):
+            error = max(error, 1e-4)  # of the iteration in float32
         if case != "wide blur":  # its pseudo-inverse amplifies rounding by up to 1e5
             torch.testing.assert_close(result.float(), expected, rtol=0, atol=error)
 

@@ -1,22 +1,27 @@
 """Measurement operators A of y = A x0 + sigma_y w: families to draw them from, and what to ask them."""
 
+from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, UniformBlur
+from ud2m.physics.boundary import BoundedBlur
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.family import OperatorFamily
-from ud2m.physics.gaussian_blur import GaussianBlur
 from ud2m.physics.inpainting import Inpainting, MaskFile, PixelMask
 from ud2m.physics.measurement import measured, observe, residual
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.super_resolution import SuperResolution
 
 __all__ = [
+    "BoundedBlur",
     "CircularBlur",
     "CircularDownsampling",
     "GaussianBlur",
     "Inpainting",
+    "KernelFile",
     "MaskFile",
+    "MotionBlur",
     "OperatorFamily",
     "PixelMask",
     "SuperResolution",
+    "UniformBlur",
     "at_least_float32",
     "measured",
     "observe",

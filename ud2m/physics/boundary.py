@@ -1,0 +1,83 @@
+"""Blurs whose boundaries are not circular."""
+
+from typing import Any
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ud2m.physics.circular import CircularBlur, check_kernel
+from ud2m.physics.immutable import Immutable
+from ud2m.physics.iterative import ConjugateGradients
+
+BOUNDARIES = ("circular", "valid", "zero")
+
+
+class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
+    """Convolution with known boundaries, computed as a circular one on a torus that is large enough.
+
+    ``valid``: y holds the pixels whose kernel lies inside the image, as a camera sees a scene that goes on beyond its
+    sensor: for a kernel of h x w taps y is h - 1 rows and w - 1 columns smaller than x. ``zero``: the image is black
+    outside, and y has its size. The prox is solved by ``ConjugateGradients``.
+
+    Args:
+        kernel: [1 or B, 1 or C, h, w]; the centre is the pixel (h // 2, w // 2).
+        image_shape: (C, H, W).
+        boundary: ``valid`` or ``zero``.
+        device: where the operator lives.
+
+    Raises:
+        ValueError: for another boundary; for kernels as ``CircularBlur``.
+    """
+
+    torus: CircularBlur
+
+    def __init__(
+        self, kernel: Tensor, image_shape: tuple[int, int, int], boundary: str, device: torch.device | str = "cpu"
+    ):
+        if boundary not in BOUNDARIES[1:]:
+            raise ValueError(f"boundary must be valid or zero here, got {boundary!r}; CircularBlur is circular")
+        check_kernel(kernel, image_shape)
+        super().__init__(img_size=tuple(image_shape))
+        self.img_size = tuple(image_shape)
+        channels, height, width = image_shape
+        rows, columns = kernel.shape[-2:]
+        if boundary == "valid":
+            self.margin = (0, 0)
+            self.first, self.size = (
+                (rows - 1 - rows // 2, columns - 1 - columns // 2),
+                (
+                    height - rows + 1,
+                    width - columns + 1,
+                ),
+            )
+        else:
+            self.margin, self.first, self.size = (rows - 1, columns - 1), (0, 0), (height, width)
+        torus = (channels, height + self.margin[0], width + self.margin[1])
+        self.torus = CircularBlur(kernel, torus, device)
+
+    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Return A x: [B, C, H, W] -> [B, C, H', W']."""
+        self.update_parameters(**kwargs)
+        self._check_size(x, self.img_size[1:])
+        return self._window(self.torus.A(pad(x, (0, self.margin[1], 0, self.margin[0]))))
+
+    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """Return A^T y: [B, C, H', W'] -> [B, C, H, W]."""
+        self.update_parameters(**kwargs)
+        self._check_size(y, self.size)
+        (top, left), (height, width) = self.first, self.torus.img_size[1:]
+        spread = pad(y, (left, width - left - self.size[1], top, height - top - self.size[0]))
+        return self.torus.A_adjoint(spread)[..., : self.img_size[1], : self.img_size[2]]
+
+    def _window(self, x: Tensor) -> Tensor:
+        (top, left), (height, width) = self.first, self.size
+        return x[..., top : top + height, left : left + width]
+
+    def _check_size(self, image: Tensor, size: tuple[int, ...]) -> None:
+        if image.ndim != 4 or tuple(image.shape[-2:]) != tuple(size):
+            raise ValueError(
+                f"the operator was made for {self.img_size[1]}x{self.img_size[2]} pixels and takes "
+                f"[B, C, {size[0]}, {size[1]}] here, got {list(image.shape)}"
+            )
