@@ -67,6 +67,7 @@ def test_every_operator_instantiates(choice, priors, tmp_path):
 
         write_image((torch.rand(1, IMAGE, IMAGE) < 0.5).float(), tmp_path / "mask.png")
     path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if file else []
+    path += ["physics.class=Denoising"] if choice == "deepinv" else []
     with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
         operator = instantiate(config.physics.operator, _convert_="all")
     assert isinstance(operator, OperatorFamily)

@@ -4,7 +4,8 @@ from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, UniformBlur
 from ud2m.physics.boundary import BoundedBlur
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.family import OperatorFamily
-from ud2m.physics.inpainting import Inpainting, MaskFile, PixelMask
+from ud2m.physics.general import Colorization, DeepinvOperator, Denoising
+from ud2m.physics.inpainting import Inpainting, MaskFile, MissingBoxes, MissingStrokes, PixelMask
 from ud2m.physics.measurement import measured, observe, residual
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.super_resolution import SuperResolution
@@ -13,10 +14,15 @@ __all__ = [
     "BoundedBlur",
     "CircularBlur",
     "CircularDownsampling",
+    "Colorization",
+    "DeepinvOperator",
+    "Denoising",
     "GaussianBlur",
     "Inpainting",
     "KernelFile",
     "MaskFile",
+    "MissingBoxes",
+    "MissingStrokes",
     "MotionBlur",
     "OperatorFamily",
     "PixelMask",

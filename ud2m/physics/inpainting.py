@@ -1,12 +1,14 @@
-"""Random inpainting."""
+"""Inpainting: masks of random pixels, boxes and strokes, and the user's own."""
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import deepinv
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 from ud2m.noise import Generators, rand
@@ -66,22 +68,14 @@ class PixelMask(Immutable, deepinv.physics.Inpainting):
         return (mean + step * (y - mean)).to(z.dtype)
 
 
-class Inpainting(OperatorFamily):
-    """y = mask x with pixels missing at random, all channels together, another mask for every sample.
-
-    Args:
-        missing: probability that a pixel is missing, inside (0, 1). At least one pixel is always measured.
-
-    Raises:
-        ValueError: when ``missing`` is not inside (0, 1).
-    """
+class RandomMask(OperatorFamily):
+    """y = mask x, all channels together, another mask for every sample."""
 
     random = True
 
-    def __init__(self, missing: float = 0.7):
-        if not 0 < missing < 1:
-            raise ValueError(f"missing (share of unmeasured pixels) must be inside (0, 1), got {missing}")
-        self.missing = missing
+    @abstractmethod
+    def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
+        """Return B independent masks [B, 1, H, W], true where a pixel is measured."""
 
     def draw(
         self,
@@ -92,10 +86,115 @@ class Inpainting(OperatorFamily):
     ) -> PixelMask:
         """Return B independent masks."""
         self.check(image_shape)
-        score = rand((batch_size, 1, *image_shape[1:]), generator, device)
-        # the pixel of highest score is measured whatever happens
-        threshold = score.amax((-2, -1), keepdim=True).clamp(max=self.missing)
-        return PixelMask(score >= threshold, image_shape, device)
+        return PixelMask(self.masks(batch_size, image_shape[1:], generator), image_shape, device)
+
+
+class Inpainting(RandomMask):
+    """Pixels are missing at random.
+
+    Args:
+        missing: probability that a pixel is missing, inside (0, 1). At least one pixel is always measured.
+
+    Raises:
+        ValueError: when ``missing`` is not inside (0, 1).
+    """
+
+    def __init__(self, missing: float = 0.7):
+        if not 0 < missing < 1:
+            raise ValueError(f"missing (share of unmeasured pixels) must be inside (0, 1), got {missing}")
+        self.missing = missing
+
+    def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
+        """Return independent masks; the pixel of the highest score is measured whatever happens."""
+        score = rand((batch_size, 1, *size), generator)
+        return score >= score.amax((-2, -1), keepdim=True).clamp(max=self.missing)
+
+
+class MissingBoxes(RandomMask):
+    """Rectangles are missing, at random places.
+
+    Args:
+        side: height and width of a rectangle as a share of the image's, inside (0, 1).
+        count: rectangles per image, which may overlap.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(self, side: float = 0.5, count: int = 1):
+        if not 0 < side < 1 or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"side (share of the image's height and width) must be inside (0, 1) and count at least 1, got {side} "
+                f"and {count!r}"
+            )
+        self.side, self.count = side, count
+
+    def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
+        """Return masks without the boxes; where several cover everything, the last one is left out."""
+        place = rand((batch_size, self.count, 2), generator)
+        covered = [self._covered(place[..., axis], length) for axis, length in enumerate(size)]
+        boxes = covered[0].unsqueeze(-1) & covered[1].unsqueeze(-2)  # [B, count, H, W]
+        missing = boxes.any(1, keepdim=True)
+        full = missing.flatten(1).all(1).view(-1, 1, 1, 1)
+        return ~torch.where(full, boxes[:, :1], missing)
+
+    def _covered(self, place: Tensor, length: int) -> Tensor:
+        """Return which of ``length`` pixels of an axis each box covers, [B, count, length]."""
+        extent = min(max(1, round(self.side * length)), max(1, length - 1))
+        first = (place * (length - extent + 1)).long().unsqueeze(-1)
+        pixel = torch.arange(length)
+        return (pixel >= first) & (pixel < first + extent)
+
+
+class MissingStrokes(RandomMask):
+    """Brush strokes are missing: bent lines of random places, widths and lengths, until a share is covered.
+
+    Free-form masks as in Yu et al., "Free-form image inpainting with gated convolution", ICCV 2019.
+
+    Args:
+        share: lowest and highest share of missing pixels, inside (0, 0.9]; each mask aims at its own in between, and
+            passes it by its last stroke.
+
+    Raises:
+        ValueError: for shares out of range.
+    """
+
+    def __init__(self, share: Sequence[float] = (0.2, 0.3)):
+        low, high = share
+        if not 0 < low <= high <= 0.9:
+            raise ValueError(
+                f"share (lowest and highest share of missing pixels) must rise inside (0, 0.9], got {share}"
+            )
+        self.share = (float(low), float(high))
+
+    def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
+        """Return masks without the strokes."""
+        seeds = (rand((batch_size, 1), generator)[:, 0].double() * 2**24).long().tolist()
+        return torch.stack([self._mask(np.random.default_rng(seed), size) for seed in seeds]).unsqueeze(1)
+
+    def _mask(self, rng: np.random.Generator, size: tuple[int, int]) -> Tensor:
+        canvas = Image.new("1", (size[1], size[0]), 1)
+        target, before = rng.uniform(*self.share), canvas
+        while np.mean(np.array(canvas)) > 1 - target:
+            before = canvas.copy()
+            draw_stroke(canvas, rng)
+        painted = np.array(canvas)
+        return torch.from_numpy(painted if painted.any() else np.array(before))
+
+
+def draw_stroke(canvas: Image.Image, rng: np.random.Generator) -> None:
+    """Paint one bent line of zeros with round joints, about a third of the image long."""
+    width, height = canvas.size
+    scale = min(width, height)
+    brush = max(1, round(scale * rng.uniform(0.03, 0.1)))
+    point, angle = rng.uniform((0, 0), (width, height)), rng.uniform(0, 2 * np.pi)
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(2, 6)):
+        angle += rng.uniform(-1, 1)
+        end = point + scale * rng.uniform(0.05, 0.15) * np.array([np.cos(angle), np.sin(angle)])
+        pen.line([*point, *end], fill=0, width=brush)
+        pen.ellipse([*(end - brush / 2), *(end + brush / 2)], fill=0)
+        point = end
 
 
 class MaskFile(OperatorFamily):

@@ -1,5 +1,8 @@
 """Super-resolution."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,19 +21,22 @@ class SuperResolution(OperatorFamily):
     Args:
         factor: integer >= 2 that divides height and width.
         filter: ``bicubic`` (Keys' cubic with a = -1/2, stretched by the factor: 4 factor taps, one fewer
-            where the factor is odd) or ``box`` (mean of each block).
+            where the factor is odd), ``box`` (mean of each block) or ``gaussian``.
+        width: standard deviation of the Gaussian in pixels of x; by default 0.4 factor, 1.6 for a factor of 4.
 
     Raises:
-        ValueError: for another factor or filter.
+        ValueError: for another factor or filter, or a width that is not positive or not a Gaussian's.
     """
 
-    def __init__(self, factor: int = 4, filter: str = "bicubic"):
+    def __init__(self, factor: int = 4, filter: str = "bicubic", width: float | None = None):
         if not isinstance(factor, int) or factor < 2:
             raise ValueError(f"factor must be an integer of at least 2, got {factor!r}")
         if filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; allowed: {', '.join(FILTERS)}")
+        if width is not None and (filter != "gaussian" or not 0 < width < math.inf):
+            raise ValueError(f"width must be positive, and belongs to filter=gaussian; got {width} for {filter!r}")
         self.factor = factor
-        taps = FILTERS[filter](factor)
+        taps = gaussian_taps(factor, width or 0.4 * factor) if filter == "gaussian" else FILTERS[filter](factor)
         self.kernel = torch.outer(taps, taps)[None, None]
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
@@ -69,4 +75,12 @@ def box_taps(factor: int) -> Tensor:
     return torch.full((factor,), 1 / factor, dtype=torch.float64)
 
 
-FILTERS = {"bicubic": bicubic_taps, "box": box_taps}
+def gaussian_taps(factor: int, width: float) -> Tensor:
+    """Return a Gaussian at the pixels' distances to the block's centre, cut at 3.3 widths or later."""
+    taps = 2 * math.ceil(3.3 * width) + factor % 2
+    d = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2
+    weights = torch.exp(-0.5 * (d / width) ** 2)
+    return weights / weights.sum()
+
+
+FILTERS: dict[str, Callable[..., Tensor]] = {"bicubic": bicubic_taps, "box": box_taps, "gaussian": gaussian_taps}
