@@ -7,6 +7,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.physics import (
+    BlurMixture,
     BoundedBlur,
     CircularBlur,
     CircularDownsampling,
@@ -15,6 +16,7 @@ from ud2m.physics import (
     Denoising,
     GaussianBlur,
     Inpainting,
+    Mixture,
     MotionBlur,
     OperatorFamily,
     PixelMask,
@@ -67,6 +69,8 @@ CASES: dict[str, Callable[[], tuple[LinearPhysics, Shape]]] = {
     "denoising": lambda: drawn(Denoising(), (2, 4, 5)),
     "colorization": lambda: drawn(Colorization(), (3, 5, 4)),
     "mri": lambda: drawn(DeepinvOperator("MRI", {"mask": (torch.eye(8) + torch.ones(8, 1) > 1).float()}), (2, 8, 8)),
+    "blur mixture": lambda: drawn(BlurMixture([UniformBlur(2), GaussianBlur(0.6)]), (1, 8, 9)),
+    "mixture": lambda: drawn(Mixture([SuperResolution(2), Inpainting(0.5)]), (1, 8, 10)),
     "inpainting": lambda: drawn(Inpainting(0.7), (3, 6, 7)),
     "inpainting per channel": lambda: (PixelMask(1 - torch.eye(6).expand(1, 2, 6, 6), (2, 6, 6)), (2, 6, 6)),
 }

@@ -13,7 +13,7 @@ from deepinv.physics.generator import MotionBlurGenerator
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ud2m.noise import Generators
+from ud2m.noise import Generators, rand
 from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.family import OperatorFamily
@@ -96,6 +96,35 @@ class GaussianBlur(Blur):
     def kernels(self, batch_size: int, generator: Generators = None) -> Tensor:
         """Return the kernel; nothing about it is random."""
         return self.kernel
+
+
+class RandomGaussianBlur(Blur):
+    """Blur by an anisotropic Gaussian kernel, another one for every sample.
+
+    Args:
+        widths: lowest and highest standard deviation in pixels; both axes of a sample draw from them.
+        boundary: see ``Blur``.
+
+    Raises:
+        ValueError: for widths that are not positive and rising.
+    """
+
+    random = True
+
+    def __init__(self, widths: Sequence[float] = (0.5, 3.0), boundary: str = "circular"):
+        super().__init__(boundary)
+        low, high = widths
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"widths (lowest and highest, in pixels) must be positive and rise, got {list(widths)}")
+        self.widths = (float(low), float(high))
+        side = 2 * math.ceil(3.3 * high) + 1
+        self.taps = (side, side)
+
+    def kernels(self, batch_size: int, generator: Generators = None) -> Tensor:
+        """Return B kernels."""
+        uniform = rand((batch_size, 3), generator).double()
+        widths = self.widths[0] + (self.widths[1] - self.widths[0]) * uniform[:, :2]
+        return gaussian_blur(psf_size=self.taps, sigma=widths, angle=180 * uniform[:, 2], dtype=torch.float64)
 
 
 class UniformBlur(Blur):

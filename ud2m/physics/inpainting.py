@@ -93,21 +93,25 @@ class Inpainting(RandomMask):
     """Pixels are missing at random.
 
     Args:
-        missing: probability that a pixel is missing, inside (0, 1). At least one pixel is always measured.
+        missing: probability that a pixel is missing, inside (0, 1); two numbers: another one for every sample, uniform
+            between them. At least one pixel is always measured.
 
     Raises:
         ValueError: when ``missing`` is not inside (0, 1).
     """
 
-    def __init__(self, missing: float = 0.7):
-        if not 0 < missing < 1:
+    def __init__(self, missing: float | Sequence[float] = 0.7):
+        low, high = (missing, missing) if isinstance(missing, int | float) else missing
+        if not 0 < low <= high < 1:
             raise ValueError(f"missing (share of unmeasured pixels) must be inside (0, 1), got {missing}")
-        self.missing = missing
+        self.missing = (float(low), float(high))
 
     def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
         """Return independent masks; the pixel of the highest score is measured whatever happens."""
         score = rand((batch_size, 1, *size), generator)
-        return score >= score.amax((-2, -1), keepdim=True).clamp(max=self.missing)
+        low, high = self.missing
+        missing = low if low == high else low + (high - low) * rand((batch_size, 1, 1, 1), generator)
+        return score >= score.amax((-2, -1), keepdim=True).clamp(max=missing)
 
 
 class MissingBoxes(RandomMask):

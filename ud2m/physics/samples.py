@@ -1,6 +1,7 @@
 """Parameters per sample: of a call, and of an operator."""
 
 import copy
+from functools import singledispatch
 from typing import TypeVar
 
 import torch
@@ -39,11 +40,13 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+@singledispatch
 def select_samples(physics: AnyPhysics, index: Tensor) -> AnyPhysics:
     """Return the operator of the samples ``index`` (int64, may repeat) of the batch it was drawn for.
 
     For example ``arange(B).repeat_interleave(S)`` serves S samples per measurement. Works on any deepinv
-    operator that keeps parameters per sample as buffers [B, C, H, W]; what all samples share is not copied.
+    operator that keeps parameters per sample as buffers [B, C, H, W], others register; what all samples share is not
+    copied.
     """
     replaced = {
         id(buffer): buffer[index.to(buffer.device)] if buffer.ndim >= 4 and len(buffer) > 1 else buffer
