@@ -10,12 +10,15 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 
 from ud2m import comparison
 from ud2m.baselines import LatinoSetting
-from ud2m.cli.sample import main
+from ud2m.cli import describe
+from ud2m.cli.sample import main, trained_operator
 from ud2m.images import read_image, write_image
 from ud2m.physics import PixelMask, SuperResolution
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
@@ -194,3 +197,15 @@ def test_misspelt_key_and_unknown_physics_are_refused_by_the_command(tmp_path):
         assert result.returncode != 0
         assert expected in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_an_export_names_the_parts_of_its_operator():
+    """What training writes down is what sampling makes again, whatever the nesting."""
+    config = OmegaConf.load(REPOSITORY / "conf" / "physics" / "general.yaml")
+    made, again = instantiate(config.operator, _convert_="all"), trained_operator(describe(config.operator))
+    shape, streams = (3, 32, 32), [[torch.Generator().manual_seed(i) for i in range(12)] for _ in range(2)]
+    x = torch.rand(12, *shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made.draw(12, shape, streams[0]).A(x), again.draw(12, shape, streams[1]).A(x))
+    stranger = describe(config.operator) | {"families": [{"class": "os.system", "command": "true"}]}
+    with pytest.raises(ValueError, match="names no operator of this package"):
+        trained_operator(stranger)

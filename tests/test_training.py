@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import perturb, save_tiny_prior, tiny_prior, trained
+from tiny import SIZE, perturb, save_tiny_prior, tiny_prior, trained
 from tiny_training import (
     EPOCHS,
     STEPS,
@@ -24,6 +24,7 @@ from torch import nn
 
 from ud2m.evaluation import evaluate
 from ud2m.losses import L2, build_generator_loss
+from ud2m.physics import observe
 from ud2m.prior import Prior
 from ud2m.training import Levels
 from ud2m.training.checkpoints import read_checkpoint
@@ -527,11 +528,32 @@ def test_a_prior_that_diverges_says_so(tmp_path):
         fit(module, tmp_path)
 
 
+def test_noise_levels_of_a_range_are_log_uniform_and_reach_the_observations(prior, monkeypatch):
+    seen = []
+
+    def spy(physics, x0, sigma_y, streams):
+        seen.append(sigma_y)
+        return observe(physics, x0, sigma_y, streams)
+
+    monkeypatch.setattr("ud2m.training.distillation.observe", spy)
+    module = distillation(prior, sigma_y_range=[0.01, 0.16])
+    streams = [torch.Generator().manual_seed(i) for i in range(400)]
+    position = (module.draw_sigma_y(400, streams) / 0.01).log() / math.log(16)
+    assert 0 <= position.min() < 0.02
+    assert 0.98 < position.max() <= 1
+    assert position.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 400) ** 0.5)
+    module.predict(torch.rand(4, 3, SIZE, SIZE), streams[:4])
+    assert len(seen[0].unique()) == 4
+    assert module.problem.sigma_y == module.sampler.config.sigma_y == 0.05
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"sigma_y": 0.0}, "sigma_y must be a positive noise level in image units, got 0"),
         ({"sigma_y": -0.1}, "sigma_y must be a positive"),
+        ({"sigma_y_range": [0.0, 0.1]}, "sigma_y_range must hold two positive noise levels that rise"),
+        ({"sigma_y_range": [0.2, 0.1]}, "sigma_y_range must hold"),
         ({"network": {"num_blocks": 0, "rule": {"name": "paper"}, "warm_start": {"name": "pinv"}}}, "num_blocks"),
         ({"sampling": {"num_steps": 2, "eta": 1.5}}, "eta must be"),
         ({"validation": {"num_samples": 0, "lpips": None, "metric": "psnr"}}, "num_samples must be at least 1"),

@@ -225,7 +225,14 @@ def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     family = getattr(ud2m.physics, name, None) if module == "ud2m.physics" else None
     if not (isinstance(family, type) and issubclass(family, OperatorFamily)):
         raise ValueError(f"the model names no operator of this package ({name or 'none'}); choose one: physics=...")
-    return family(**options)
+    return family(**{key: _parts(value) for key, value in options.items()})
+
+
+def _parts(value: Any) -> Any:
+    """Return an option of an operator, with the operators that it consists of."""
+    if isinstance(value, list):
+        return [_parts(part) for part in value]
+    return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
 
 
 def write_pictures(folder: Path, y: Tensor, samples: Tensor, mean: Tensor, std: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Lightning module: unfold a frozen prior and distil it into a few-step posterior sampler."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class DistillationModule(SteppedModule):
         prior: reference of the frozen prior. lora: keyword arguments of ``LoraSpec``, what of it is adapted.
         network: plain description for ``build_network``.
         operator: family that the physics are drawn from. sigma_y: noise level of the observations, image units.
+        sigma_y_range: lowest and highest noise level of training, log-uniform per sample; ``sigma_y`` is then that of
+            validation and the sampler's default. None: always ``sigma_y``.
         levels: draws sigma per sample.
         loss: builds the generator's loss from ``features`` and ``discriminator`` (``build_generator_loss``).
         discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
@@ -105,17 +107,22 @@ class DistillationModule(SteppedModule):
         sampling: Mapping[str, Any],
         validation: Mapping[str, Any],
         info: Mapping[str, Any] | None = None,
+        sigma_y_range: Sequence[float] | None = None,
         seed: int = 0,
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
         super().__init__(settings, seed)
         if not sigma_y > 0:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {sigma_y}")
+        low, high = sigma_y_range or (sigma_y, sigma_y)
+        if not 0 < low <= high:
+            raise ValueError(f"sigma_y_range must hold two positive noise levels that rise, got {[low, high]}")
         check_eta(sampling["eta"])
         self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
         self.operator, self.sigma_y, self.levels = operator, float(sigma_y), levels
+        self.sigma_y_range = (float(low), float(high))
         self.loss = loss(
             features=self.prior.features, discriminator=lambda: discriminator(channels=self.prior.channels)
         )
@@ -187,7 +194,7 @@ class DistillationModule(SteppedModule):
         self.prior.check_size(x0.shape[2], x0.shape[3])
         batch, outputs = len(x0), self.loss.num_outputs
         physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
-        sigma_y = x0.new_full((batch,), self.sigma_y)
+        sigma_y = self.draw_sigma_y(batch, streams).to(x0)
         y = observe(physics, x0, sigma_y, streams)
         sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
         x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
@@ -203,6 +210,13 @@ class DistillationModule(SteppedModule):
         # Differs from the paper, where D sees A^dagger y: for a blur that is mostly amplified noise.
         condition = x0 if self.discriminator is None else self.condition(y, physics, sigma_y, x0)
         return Prediction(x0, samples.unflatten(0, (batch, outputs)), sigma, condition)
+
+    def draw_sigma_y(self, batch: int, streams: list[torch.Generator]) -> Tensor:
+        """Return noise levels of observations [B], image units."""
+        low, high = self.sigma_y_range
+        if low == high:
+            return torch.full((batch,), low)
+        return low * (high / low) ** rand((batch, 1), streams)[:, 0]
 
     @torch.no_grad()
     def condition(self, y: Tensor, physics: LinearPhysics, sigma_y: Tensor, x0: Tensor) -> Tensor:
