@@ -20,6 +20,7 @@ from ud2m.physics import (
     OperatorFamily,
     PixelMask,
     SuperResolution,
+    estimate_sigma_y,
     measured,
     observe,
     per_sample,
@@ -317,6 +318,27 @@ def test_observation_noise_and_residual(family):
         assert residual(physics, x, y, sigma_y)[b].item() == pytest.approx(1, abs=4 / math.sqrt(2 * count))
     assert (y[~real] == 0).all()
     torch.testing.assert_close(residual(physics, x, y, sigma_y / 2), 2 * residual(physics, x, y, sigma_y))
+
+
+@pytest.mark.parametrize("sigma_y", [0.01, 0.05])
+@pytest.mark.parametrize("family", [GaussianBlur(1.6), GaussianBlur(1.6, boundary="valid"), SuperResolution(2)])
+def test_the_noise_of_an_observation_is_estimated(family, sigma_y):
+    from skimage import data
+
+    pixels = torch.from_numpy(np.stack([data.chelsea()[:256, :256], data.coffee()[:256, :256]]))
+    x = pixels.permute(0, 3, 1, 2) / 255
+    physics = family.draw(2, (3, 256, 256))
+    estimate = estimate_sigma_y(physics, observe(physics, x, sigma_y, generator(1)))
+    assert estimate.shape == (2,)
+    assert (estimate / sigma_y - 1).abs().max() < 0.1
+
+
+def test_the_noise_of_holes_is_not_estimated():
+    physics = Inpainting(0.5).draw(1, (1, 32, 32), generator(0))
+    with pytest.raises(ValueError, match="missing entries cannot be estimated; give sigma_y"):
+        estimate_sigma_y(physics, physics.A(images(1, 1, 32, 32)))
+    with pytest.raises(ValueError, match=r"at least 32x32 pixels, got \[1, 31, 40\]"):
+        estimate_sigma_y(physics, images(1, 1, 31, 40))
 
 
 def test_residual_by_hand():

@@ -18,7 +18,7 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from ud2m import comparison
 from ud2m.baselines import LatinoSetting
 from ud2m.cli import describe
-from ud2m.cli.sample import main, trained_operator
+from ud2m.cli.sample import main, misfit, trained_operator
 from ud2m.images import read_image, write_image
 from ud2m.physics import PixelMask, SuperResolution
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
@@ -92,7 +92,7 @@ def test_degraded_file_is_taken_as_the_observation(model, tmp_path):
     write_image(y[0].clamp(0, 1), tmp_path / "y.png")
     sample(f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", f"output={tmp_path / 'out'}", "show=0")
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(row) == {"method", "nfe", "residual"}  # no reference, no scores against it
+    assert set(row) == {"method", "nfe", "residual", "sigma_y"}  # no reference, no scores against it
     assert read_image(tmp_path / "out" / "samples" / "000.png").shape == (3, SIZE, SIZE)
     assert read_image(tmp_path / "out" / "observation.png").equal(read_image(tmp_path / "y.png"))
 
@@ -209,3 +209,42 @@ def test_an_export_names_the_parts_of_its_operator():
     stranger = describe(config.operator) | {"families": [{"class": "os.system", "command": "true"}]}
     with pytest.raises(ValueError, match="names no operator of this package"):
         trained_operator(stranger)
+
+
+# --- the noise level of one's own observation -----------------------------------------------------------------
+
+
+def test_the_noise_level_is_estimated_when_asked(model, tmp_path):
+    scene = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), 4 * SIZE
+    )
+    noise = torch.randn(scene.shape, generator=torch.Generator().manual_seed(1))
+    write_image((0.6 * scene + 0.2 + 0.03 * noise)[0], tmp_path / "y.png")
+    sample(
+        f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", "sigma_y=auto", f"output={tmp_path / 'out'}"
+    )
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]
+    assert row["sigma_y"] == pytest.approx(0.03, rel=0.25)
+    assert "sigma_y estimated" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("overrides", [[], ["degraded=true"], ["input=picture.png"]])
+def test_only_an_own_observation_has_a_noise_level_to_estimate(capsys, model, overrides):
+    assert "input=... degraded=true" in refusal(capsys, f"model={model}", "sigma_y=auto", *overrides)
+
+
+def test_another_word_for_the_noise_level(capsys, model, picture):
+    message = refusal(capsys, f"model={model}", f"input={picture}", "degraded=true", "sigma_y=automatic")
+    assert "or auto; got automatic" in message
+
+
+@pytest.mark.parametrize(("sigma_y", "hint"), [("1e-4", "sigma_y is too small"), ("5.0", "sigma_y may be too large")])
+def test_a_residual_far_from_one_is_explained(capsys, model, picture, tmp_path, sigma_y, hint):
+    sample(f"model={model}", f"input={picture}", "degraded=true", f"sigma_y={sigma_y}", f"output={tmp_path / 'out'}")
+    assert hint in capsys.readouterr().out
+    assert hint in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("value", "silent"), [(0.59, False), (0.61, True), (1.0, True), (1.49, True), (1.51, False)])
+def test_residuals_near_one_are_left_alone(value, silent):
+    assert (misfit(value) == "") == silent

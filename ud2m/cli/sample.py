@@ -22,19 +22,26 @@ from ud2m.images import list_images, read_image, write_image
 from ud2m.losses import FeatureDistance
 from ud2m.metrics import psnr, ssim
 from ud2m.output import atomic_folder, write_json
-from ud2m.physics import OperatorFamily, measured, residual
+from ud2m.physics import OperatorFamily, estimate_sigma_y, measured, residual
 from ud2m.pipeline import PosteriorSampler
 from ud2m.prior import Prior
 from ud2m.report import Entry, Report, Section, format_table, write_report
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Case:
-    """One observation to draw samples for: y [1, ...], its operator, and the clean image [1, C, H, W] if known."""
+    """One observation to draw samples for.
+
+    Args:
+        y: [1, ...]. physics: its operator. sigma_y: its noise level. x0: the clean image [1, C, H, W] if known.
+    """
 
     name: str
     y: Tensor
     physics: LinearPhysics
+    sigma_y: float
     x0: Tensor | None
 
 
@@ -59,9 +66,15 @@ class Job:
         chosen = config.get("physics")
         self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
-        self.sigma_y = default if config.sigma_y is None else config.sigma_y
-        if not self.sigma_y > 0:
-            raise ValueError(f"sigma_y must be a positive noise level, images lie in [0, 1]; got {self.sigma_y}")
+        self.sigma_y = default if config.sigma_y in (None, AUTO) else config.sigma_y
+        if isinstance(self.sigma_y, str) or not self.sigma_y > 0:
+            raise ValueError(
+                f"sigma_y must be a positive noise level, images lie in [0, 1], or {AUTO}; got {self.sigma_y}"
+            )
+        if config.sigma_y == AUTO and not (config.input is not None and config.degraded):
+            raise ValueError(
+                f"sigma_y={AUTO} estimates the noise of your own observation: give input=... degraded=true"
+            )
         self.problem = Problem(self.operator, self.sigma_y, config.seed)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
         self.options = {"num_steps": config.num_steps, "eta": config.eta, "chunk_size": config.chunk_size}
@@ -79,11 +92,12 @@ class Job:
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
         steps = self.config.num_steps or self.sampler.config.num_steps
+        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.sigma_y:g}"
         return (
             f"UD2M posterior samples: {self.config.model}",
             f"{self.config.num_samples} samples per observation, {self.sampler.nfe(steps)} network evaluations each "
             f"(K = {self.sampler.network.num_blocks} modules, N = {steps} steps); operator "
-            f"{type(self.operator).__name__}, sigma_y = {self.sigma_y:g} for images in [0, 1]. Bright places of the "
+            f"{type(self.operator).__name__}, sigma_y {noise} for images in [0, 1]. Bright places of the "
             "standard deviation are those that the observation does not determine.",
         )
 
@@ -110,12 +124,17 @@ class Job:
             image = read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
             try:
                 if self.config.degraded:
-                    yield Case(path.stem, image, self.known_operator(image), None)
+                    physics = self.known_operator(image)
+                    yield Case(path.stem, image, physics, self.noise_level(image, physics), None)
                 else:
                     y, physics = self.problem.observe(image, index)
-                    yield Case(path.stem, y, physics, image)
+                    yield Case(path.stem, y, physics, self.sigma_y, image)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+
+    def noise_level(self, y: Tensor, physics: LinearPhysics) -> float:
+        """Return the given or estimated noise level of an observation y [1, C, h, w] that was made elsewhere."""
+        return estimate_sigma_y(physics, y).item() if self.config.sigma_y == AUTO else self.sigma_y
 
     def known_operator(self, y: Tensor) -> LinearPhysics:
         """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
@@ -167,7 +186,7 @@ class Job:
     def case(self, name: str, image: Tensor, index: int) -> Case:
         """Observe a clean image [C, H, W], as scoring did."""
         x0 = image.unsqueeze(0).to(self.config.device)
-        return Case(name, *self.problem.observe(x0, index), x0)
+        return Case(name, *self.problem.observe(x0, index), self.sigma_y, x0)
 
     # --- one observation -----------------------------------------------------------------------------------------
 
@@ -176,7 +195,7 @@ class Job:
         generator = torch.Generator(case.y.device).manual_seed(self.config.seed)
         try:
             samples = self.sampler(
-                case.y, case.physics, self.sigma_y, self.config.num_samples, generator=generator, **self.options
+                case.y, case.physics, case.sigma_y, self.config.num_samples, generator=generator, **self.options
             )[0]
         except ValueError as error:
             raise ValueError(f"{case.name}: {error}") from error
@@ -187,18 +206,33 @@ class Job:
         mask = measured(case.physics, case.y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(case.y)[0].amax(0) > 0
         reference = None if case.x0 is None else case.x0[0]
-        return Entry(case.name, reference, case.y[0], samples, mean, std, numbers, measured=holes)
+        note = misfit(numbers["residual"])
+        if note:
+            tqdm.write(f"{case.name}: {note}")
+        return Entry(case.name, reference, case.y[0], samples, mean, std, numbers, note=note, measured=holes)
 
     def numbers(self, case: Case, samples: Tensor) -> dict[str, Tensor]:
         """Return the scores of samples [S, C, H, W]: the data residual always, the others where x0 is known."""
         y = case.y.expand(len(samples), *case.y.shape[1:])
-        values = {"residual": residual(case.physics, samples, y, self.sigma_y)}
+        values = {"residual": residual(case.physics, samples, y, case.sigma_y)}
         if case.x0 is None:
-            return values
+            return values | {"sigma_y": torch.tensor(case.sigma_y)}
         x0 = case.x0.expand_as(samples)
         scores = {"psnr_mean": psnr(samples.mean(0, keepdim=True), case.x0), "psnr": psnr(samples, x0)}
         distances = {name: d(samples, x0) for name, d in self.distances.items() if takes(d, x0)}
         return scores | {"ssim": ssim(samples, x0)} | distances | values
+
+
+def misfit(value: float) -> str:
+    """Return a hint where the residual |A x - y| / (sigma_y sqrt(m)) of samples is far from 1, else nothing."""
+    if value > 1.5:
+        return (
+            f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): the operator is "
+            f"another one than given, or sigma_y is too small"
+        )
+    if value < 0.6:
+        return f"the samples follow the noise of the observation (residual {value:.2f}): sigma_y may be too large"
+    return ""
 
 
 def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:

@@ -6,7 +6,7 @@ from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.general import Colorization, DeepinvOperator, Denoising
 from ud2m.physics.inpainting import Inpainting, MaskFile, MissingBoxes, MissingStrokes, PixelMask
-from ud2m.physics.measurement import measured, observe, residual
+from ud2m.physics.measurement import estimate_sigma_y, measured, observe, residual
 from ud2m.physics.mixture import BlurMixture, Mixture
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.super_resolution import SuperResolution
@@ -33,6 +33,7 @@ __all__ = [
     "SuperResolution",
     "UniformBlur",
     "at_least_float32",
+    "estimate_sigma_y",
     "measured",
     "observe",
     "per_sample",

@@ -4,6 +4,7 @@ from functools import singledispatch
 
 import deepinv
 import torch
+from deepinv.models import PatchCovarianceNoiseEstimator
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
@@ -59,3 +60,25 @@ def residual(physics: LinearPhysics, x: Tensor, y: Tensor, sigma_y: Tensor | flo
         raise ValueError(f"sigma_y must be positive to judge a residual, got {level.min().item():g}")
     weight = measured(physics, error).expand_as(error)
     return (weight * error / level).flatten(1).norm(dim=1) / weight.flatten(1).sum(1).sqrt()
+
+
+def estimate_sigma_y(physics: LinearPhysics, y: Tensor) -> Tensor:
+    """Return estimates of the noise level of observations y [B, C, h, w], in image units, [B].
+
+    From the small eigenvalues of the covariance of patches, which a scene does not reach (Chen et al., "An efficient
+    statistical method for image noise level estimation", ICCV 2015; deepinv's estimator), in the central 1024 x 1024
+    pixels. White noise is assumed: grain that a camera has smoothed or compressed is underestimated.
+
+    Raises:
+        ValueError: when y is no image of at least 32 x 32 pixels, or has holes.
+    """
+    if y.ndim != 4 or min(y.shape[2:]) < 32:
+        raise ValueError(
+            f"the noise level is estimated of images of at least 32x32 pixels, got {list(y.shape[1:])}; give sigma_y"
+        )
+    if not bool((measured(physics, y) == 1).all()):
+        raise ValueError("the noise level of an observation with missing entries cannot be estimated; give sigma_y")
+    top, left = (max(0, (side - 1024) // 2) for side in y.shape[2:])
+    centre = y[:, :, top : top + 1024, left : left + 1024].float()
+    stride = 1 if min(centre.shape[2:]) < 128 else 2  # enough patches of a small image, few enough of a large one
+    return PatchCovarianceNoiseEstimator.estimate_noise(centre, stride=stride)
