@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     {"noise", "output"},
     {"schedule", "physics", "discriminator", "losses", "metrics"},
-    {"prior", "prox"},
+    {"prior", "prox", "tiling"},
     {"unfolded"},
     {"sampler"},
     {"pipeline", "baselines"},

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class PosteriorSampler:
         eta: float | str | None = None,
         generator: torch.Generator | None = None,
         chunk_size: int = 64,
+        tile: int | None = None,
     ) -> Tensor:
         """Return samples [B, num_samples, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
 
@@ -102,6 +104,8 @@ class PosteriorSampler:
             generator: source of randomness (on any device); each sample draws from its own stream, so that it does not
                 depend on the chunk size.
             chunk_size: how many images the network sees at once; bounds the memory.
+            tile: pictures larger than tile x tile pixels go through the network in overlapping tiles of that size
+                (``ud2m.tiling``), and fewer at once: it sees at most chunk_size tile^2 pixels. None: the whole picture.
 
         Raises:
             ValueError: for numbers out of range, or an image size that the prior cannot take.
@@ -118,9 +122,11 @@ class PosteriorSampler:
         seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
         rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
         levels = self.prior.schedule.grid(num_steps, self.config.grid_power)
+        if tile is not None:
+            chunk_size = max(1, min(chunk_size, chunk_size * tile**2 // (image_shape[1] * image_shape[2])))
         samples = [
             sample_posterior(
-                self.network,
+                partial(self.network, tile=tile),
                 y[chunk],
                 select_samples(physics, chunk),
                 sigma_y[chunk],

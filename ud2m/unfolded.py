@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ud2m.noise import Generators, randn_like
 from ud2m.prox import joint_prox
+from ud2m.tiling import Denoiser, tiled
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 NOTHING_KNOWN = 1e3
 """A noise level at which x_sigma says nothing about an image in [0, 1]."""
 
@@ -223,15 +223,18 @@ class UnfoldedNetwork(nn.Module):
         physics: LinearPhysics,
         sigma_y: Tensor,
         generator: Generators = None,
+        tile: int | None = None,
     ) -> Tensor:
         """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
 
-        ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``.
+        ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``. The denoiser sees at
+        most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture.
         """
+        denoiser = tiled(self.denoiser, tile)
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y)
         for k, block in enumerate(self.blocks):
             initial = self.rule(k, self.num_blocks, sigma, sigma_y)
-            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, self.denoiser, generator)
+            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, denoiser, generator)
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:
             return x
