@@ -211,6 +211,23 @@ def test_an_export_names_the_parts_of_its_operator():
         trained_operator(stranger)
 
 
+def test_a_grey_photograph_gets_colours(model, tmp_path):
+    grey = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    write_image(grey, tmp_path / "grey.png")
+    sample(
+        f"model={model}",
+        f"input={tmp_path / 'grey.png'}",
+        "degraded=true",
+        "physics=colorization",
+        "num_samples=1",
+        f"output={tmp_path / 'out'}",
+    )
+    colour = read_image(tmp_path / "out" / "mean.png")
+    assert colour.shape == (3, SIZE, SIZE)
+    luminance = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * colour).sum(0)
+    assert (luminance - grey[0]).abs().mean() < 0.1
+
+
 # --- the noise level of one's own observation -----------------------------------------------------------------
 
 

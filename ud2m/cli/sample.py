@@ -121,6 +121,8 @@ class Job:
     def file_cases(self) -> Iterator[Case]:
         """Yield what each input file asks for."""
         channels = self.prior.channels
+        if self.config.degraded:
+            channels = self.operator.y_channels(channels)
         for index, path in enumerate(list_images(self.config.input)):
             image = read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
             try:

@@ -48,3 +48,7 @@ class OperatorFamily(ABC):
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return (C, H, W) of the images whose observations have the shape ``y_shape``; by default the same."""
         return y_shape
+
+    def y_channels(self, channels: int) -> int:
+        """Return the channels of observations of images with ``channels`` channels; by default as many."""
+        return channels

@@ -61,6 +61,10 @@ class Colorization(OperatorFamily):
         """Return (3, H, W)."""
         return 3, y_shape[1], y_shape[2]
 
+    def y_channels(self, channels: int) -> int:
+        """Return 1."""
+        return 1
+
 
 class Luminance(Immutable, LinearPhysics):
     """A x = sum_c w_c x_c with the ``LUMINANCE`` weights: [B, 3, H, W] -> [B, 1, H, W].
