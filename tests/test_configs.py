@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
@@ -120,3 +121,11 @@ def test_composing_leaves_no_trace(tmp_path):
     with composed(folder=tmp_path):
         assert HydraConfig.initialized()
     assert not HydraConfig.initialized()
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "demo"])
+def test_no_command_leaves_an_empty_log_file(command):
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        config = compose(command, return_hydra_config=True)
+    assert set(config.hydra.job_logging.handlers) == {"console"}
+    assert config.hydra.job_logging.root.level == "WARNING"
