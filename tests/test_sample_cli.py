@@ -211,6 +211,14 @@ def test_an_export_names_the_parts_of_its_operator():
         trained_operator(stranger)
 
 
+def test_an_operator_that_differs_between_samples(model, tmp_path):
+    x0 = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    write_image(x0, tmp_path / "picture.png")
+    sample(f"model={model}", f"input={tmp_path}", "physics=general", "num_samples=3", f"output={tmp_path / 'out'}")
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())[0]
+    assert 0 < row["residual"] < 10
+
+
 def test_a_grey_photograph_gets_colours(model, tmp_path):
     grey = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     write_image(grey, tmp_path / "grey.png")

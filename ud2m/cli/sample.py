@@ -22,7 +22,7 @@ from ud2m.images import list_images, read_image, write_image
 from ud2m.losses import FeatureDistance
 from ud2m.metrics import psnr, ssim
 from ud2m.output import atomic_folder, write_json
-from ud2m.physics import OperatorFamily, estimate_sigma_y, measured, residual
+from ud2m.physics import OperatorFamily, estimate_sigma_y, measured, residual, select_samples
 from ud2m.pipeline import PosteriorSampler
 from ud2m.prior import Prior
 from ud2m.report import Entry, Report, Section, format_table, write_report
@@ -217,7 +217,8 @@ class Job:
     def numbers(self, case: Case, samples: Tensor) -> dict[str, Tensor]:
         """Return the scores of samples [S, C, H, W]: the data residual always, the others where x0 is known."""
         y = case.y.expand(len(samples), *case.y.shape[1:])
-        values = {"residual": residual(case.physics, samples, y, case.sigma_y)}
+        physics = select_samples(case.physics, torch.zeros(len(samples), dtype=torch.int64))
+        values = {"residual": residual(physics, samples, y, case.sigma_y)}
         if case.x0 is None:
             return values | {"sigma_y": torch.tensor(case.sigma_y)}
         x0 = case.x0.expand_as(samples)
