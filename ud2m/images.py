@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision.io import decode_png
 
 from ud2m.output import write_bytes
+from ud2m.physics.general import LUMINANCE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PNG and JPEG tools call grey
 _NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
 _PNG_DEPTH = 24  # offset of the bit depth in a PNG's header
 
@@ -238,4 +238,4 @@ def _with_channels(image: Tensor, channels: int | None) -> Tensor:
         return image
     if channels == 3:
         return image.expand(3, -1, -1).contiguous()
-    return torch.einsum("chw,c->hw", image, torch.tensor(_LUMA))[None]
+    return torch.einsum("chw,c->hw", image, torch.tensor(LUMINANCE))[None]

@@ -77,8 +77,7 @@ class Job:
             )
         self.problem = Problem(self.operator, self.sigma_y, config.seed)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
-        self.options = {"num_steps": config.num_steps, "eta": config.eta, "chunk_size": config.chunk_size}
-        self.options["tile"] = config.tile
+        self.options = {key: config[key] for key in ("num_steps", "eta", "chunk_size", "tile")}
         self.distances = distances(self.prior, config.lpips)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:

@@ -45,13 +45,8 @@ class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
         rows, columns = kernel.shape[-2:]
         if boundary == "valid":
             self.margin = (0, 0)
-            self.first, self.size = (
-                (rows - 1 - rows // 2, columns - 1 - columns // 2),
-                (
-                    height - rows + 1,
-                    width - columns + 1,
-                ),
-            )
+            self.first = (rows - 1 - rows // 2, columns - 1 - columns // 2)
+            self.size = (height - rows + 1, width - columns + 1)
         else:
             self.margin, self.first, self.size = (rows - 1, columns - 1), (0, 0), (height, width)
         torus = (channels, height + self.margin[0], width + self.margin[1])

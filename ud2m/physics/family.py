@@ -52,3 +52,22 @@ class OperatorFamily(ABC):
     def y_channels(self, channels: int) -> int:
         """Return the channels of observations of images with ``channels`` channels; by default as many."""
         return channels
+
+
+class FixedOperator(OperatorFamily):
+    """A family with a single member: nothing about it is random, and all samples share it."""
+
+    @abstractmethod
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> LinearPhysics:
+        """Return the operator for images (C, H, W) that ``check`` has passed."""
+
+    def draw(
+        self,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        generator: Generators = None,
+        device: torch.device | str = "cpu",
+    ) -> LinearPhysics:
+        """Return the operator."""
+        self.check(image_shape)
+        return self.operator(image_shape, device)

@@ -11,33 +11,25 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from ud2m.noise import Generators
-from ud2m.physics.family import OperatorFamily
+from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.iterative import ConjugateGradients
 from ud2m.physics.samples import at_least_float32, per_sample
 
 LUMINANCE = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601)."""
+"""Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
 
 
-class Denoising(OperatorFamily):
+class Denoising(FixedOperator):
     """y = x + sigma_y w: every pixel is seen, A = I."""
 
-    def draw(
-        self,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> PixelMask:
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> PixelMask:
         """Return the identity, as a mask without holes."""
-        self.check(image_shape)
         return PixelMask(torch.ones(1, 1, *image_shape[1:]), image_shape, device)
 
 
-class Colorization(OperatorFamily):
+class Colorization(FixedOperator):
     """y = the luminance of a colour image (``Luminance``)."""
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
@@ -46,15 +38,8 @@ class Colorization(OperatorFamily):
         if image_shape[0] != 3:
             raise ValueError(f"colorization needs images with 3 channels, got {image_shape[0]}")
 
-    def draw(
-        self,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> "Luminance":
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> "Luminance":
         """Return the operator; nothing about it is random."""
-        self.check(image_shape)
         return Luminance(image_shape, device)
 
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -113,7 +98,7 @@ class Luminance(Immutable, LinearPhysics):
             )
 
 
-class DeepinvOperator(OperatorFamily):
+class DeepinvOperator(FixedOperator):
     """Any linear operator of ``deepinv.physics`` by its name, the same for all samples.
 
     The prox is solved by ``ConjugateGradients``, whatever the operator brings, so that it is right for all of them.
@@ -145,19 +130,12 @@ class DeepinvOperator(OperatorFamily):
             raise ValueError(f"deepinv's {name} has no parameter {', '.join(unknown)}; it has {names}")
         self.size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
 
-    def draw(
-        self,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> "Adopted":
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> "Adopted":
         """Return the operator for images of this shape.
 
         Raises:
             ValueError: when deepinv cannot build it, or it does not take these images.
         """
-        self.check(image_shape)
         sizes = {"img_size": tuple(image_shape), "img_width": image_shape[-1]}
         parameters: dict[str, Any] = {k: v for k, v in sizes.items() if k in self.arguments} | self.parameters
         # an operator whose precision is a parameter takes no other

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 from ud2m.noise import Generators, rand
-from ud2m.physics.family import OperatorFamily
+from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.samples import at_least_float32, per_sample
 
@@ -134,7 +134,7 @@ class MissingBoxes(RandomMask):
         self.side, self.count = side, count
 
     def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
-        """Return masks without the boxes; where several cover everything, the last one is left out."""
+        """Return masks without the boxes; where several cover everything, only the first is left."""
         place = rand((batch_size, self.count, 2), generator)
         covered = [self._covered(place[..., axis], length) for axis, length in enumerate(size)]
         boxes = covered[0].unsqueeze(-1) & covered[1].unsqueeze(-2)  # [B, count, H, W]
@@ -201,7 +201,7 @@ def draw_stroke(canvas: Image.Image, rng: np.random.Generator) -> None:
         point = end
 
 
-class MaskFile(OperatorFamily):
+class MaskFile(FixedOperator):
     """y = mask x with the user's own mask, from an image file: white (above half) is measured, black is missing.
 
     Raises:
@@ -216,15 +216,8 @@ class MaskFile(OperatorFamily):
             raise ValueError(f"the mask {path} is not an image; give a black and white PNG") from error
         self.mask = torch.from_numpy(levels)[None, None] > 127
 
-    def draw(
-        self,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> PixelMask:
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> PixelMask:
         """Return the mask, the same for all samples."""
-        self.check(image_shape)
         return PixelMask(self.mask, image_shape, device)
 
     def check(self, image_shape: tuple[int, int, int]) -> None:

@@ -56,7 +56,11 @@ class Mixture(OperatorFamily):
         for number, family in enumerate(self.families):
             rows = torch.nonzero(which == number)[:, 0]
             if len(rows):
-                groups.append((rows, family.draw(len(rows), image_shape, of_rows(generator, rows), device)))
+                physics = family.draw(len(rows), image_shape, of_rows(generator, rows), device)
+                y = select_samples(physics, torch.zeros(1, dtype=torch.int64)).A(
+                    torch.zeros(1, *image_shape, device=device)
+                )
+                groups.append((rows, physics, tuple(y.shape[1:])))
         return Mixed(groups, image_shape, device)
 
 
@@ -98,48 +102,49 @@ class Mixed(Immutable, LinearPhysics):
     and the rest is 0 and no measurement (``measured``).
 
     Args:
-        groups: pairs of the samples' numbers, int64 [n], and the operator of those n samples; together all samples.
+        groups: the samples' numbers, int64 [n], the operator of those n samples, and the shape of one of its
+            observations; together all samples.
         image_shape: (C, H, W).
         device: where the operator lives.
     """
 
     def __init__(
         self,
-        groups: Sequence[tuple[Tensor, LinearPhysics]],
+        groups: Sequence[tuple[Tensor, LinearPhysics, tuple[int, ...]]],
         image_shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
     ):
         super().__init__(img_size=tuple(image_shape))
         self.img_size = self.image_shape = image_shape
-        self.rows = [rows.to(device) for rows, _ in groups]
-        self.parts = torch.nn.ModuleList(physics for _, physics in groups)
-        empty, first = torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64)
-        self.y_shapes = [tuple(select_samples(physics, first).A(empty).shape[1:]) for _, physics in groups]
+        self.rows = [rows.to(device) for rows, _, _ in groups]
+        self.parts = torch.nn.ModuleList(physics for _, physics, _ in groups)
+        self.y_shapes = [y_shape for _, _, y_shape in groups]
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Return A_b x_b for every sample."""
         self.update_parameters(**kwargs)
-        return self._join(lambda part, rows, _: part.A(x[rows]), x)
+        return self.join(lambda part, rows, _: part.A(x[rows]), x)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return A_b^T y_b for every sample."""
         self.update_parameters(**kwargs)
-        return self._join(lambda part, rows, shape: part.A_adjoint(corner(y[rows], shape)), y)
+        return self.join(lambda part, rows, shape: part.A_adjoint(corner(y[rows], shape)), y)
 
     def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Return A_b^dagger y_b for every sample."""
         self.update_parameters(**kwargs)
-        return self._join(lambda part, rows, shape: part.A_dagger(corner(y[rows], shape)), y)
+        return self.join(lambda part, rows, shape: part.A_dagger(corner(y[rows], shape)), y)
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
         """Return the prox of every sample's own data term; ``gamma`` as for the operators of this package."""
         self.update_parameters(**kwargs)
         weight = per_sample(gamma, z).reshape(-1).expand(len(z))
-        return self._join(
+        return self.join(
             lambda part, rows, shape: part.prox_l2(z[rows], corner(y[rows], shape), weight[rows].view(-1, 1, 1, 1)), z
         )
 
-    def _join(self, product: Callable[[LinearPhysics, Tensor, tuple[int, ...]], Tensor], like: Tensor) -> Tensor:
+    def join(self, product: Callable[[LinearPhysics, Tensor, tuple[int, ...]], Tensor], like: Tensor) -> Tensor:
+        """Return ``product(operator, samples' numbers, shape of y)`` of all groups, in the order of the samples."""
         if tuple(like.shape[1:]) != tuple(self.img_size) or len(like) != sum(map(len, self.rows)):
             raise ValueError(
                 f"the operators were made for {sum(map(len, self.rows))} images {list(self.img_size)} and take "
@@ -154,13 +159,13 @@ class Mixed(Immutable, LinearPhysics):
     def select(self, index: Tensor) -> "Mixed":
         """Return the operator of the samples ``index``."""
         groups = []
-        for rows, part in zip(self.rows, self.parts, strict=True):
+        for rows, part, y_shape in zip(self.rows, self.parts, self.y_shapes, strict=True):
             place = torch.full((sum(map(len, self.rows)),), -1, device=rows.device)
             place[rows] = torch.arange(len(rows), device=rows.device)
             wanted = place[index.to(rows.device)]
             chosen = torch.nonzero(wanted >= 0)[:, 0]
             if len(chosen):
-                groups.append((chosen, select_samples(part, wanted[chosen])))
+                groups.append((chosen, select_samples(part, wanted[chosen]), y_shape))
         return Mixed(groups, self.image_shape, self.rows[0].device)
 
 
@@ -171,11 +176,11 @@ def _(physics: Mixed, index: Tensor) -> Mixed:
 
 @measured.register
 def _(physics: Mixed, y: Tensor) -> Tensor:
-    parts = []
-    for part, rows, shape in zip(physics.parts, physics.rows, physics.y_shapes, strict=True):
+    def of_part(part: LinearPhysics, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         own = corner(y[rows], shape)
-        parts.append(enlarged(measured(part, own).to(y).expand_as(own), physics.img_size))
-    return torch.cat(parts)[torch.cat(physics.rows).argsort()]
+        return measured(part, own).to(y).expand_as(own)
+
+    return physics.join(of_part, y)
 
 
 def corner(y: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,12 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ud2m.noise import Generators
 from ud2m.physics.circular import CircularDownsampling, check_factor, check_kernel
-from ud2m.physics.family import OperatorFamily
+from ud2m.physics.family import FixedOperator
 
 
-class SuperResolution(OperatorFamily):
+class SuperResolution(FixedOperator):
     """y = every factor-th pixel of h * x, with circular boundaries; pixel i of y is centred on its block.
 
     Pixel i of y averages around (i + 1/2) factor - 1/2, as antialiased resizing in PIL, Matlab and PyTorch
@@ -45,15 +44,8 @@ class SuperResolution(OperatorFamily):
         check_factor(self.factor, image_shape)
         check_kernel(self.kernel, image_shape)
 
-    def draw(
-        self,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        generator: Generators = None,
-        device: torch.device | str = "cpu",
-    ) -> CircularDownsampling:
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> CircularDownsampling:
         """Return the operator; nothing about it is random."""
-        self.check(image_shape)
         return CircularDownsampling(self.kernel, image_shape, self.factor, device)
 
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
