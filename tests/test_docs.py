@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -81,13 +82,19 @@ def inline_commands() -> Iterator[tuple[str, Command]]:
 
 
 def scripted_commands(tmp_path: Path) -> list[Command]:
-    """Return the commands of all parts of run_results.sh, which runs with a stub in place of Python."""
+    """Return the commands of all parts of run_results.sh, which runs with a stub in place of Python.
+
+    It runs as a copy, where no results are that it would not make again.
+    """
     stub = tmp_path / "python"
     stub.write_text('#!/usr/bin/env bash\nprintf "python"\nprintf " %q" "$@"\necho\n')
     stub.chmod(0o755)
     parts = re.search(r"Parts, in order .*: ([a-z ]+)\.", SCRIPT.read_text())
     assert parts
-    script = ["bash", str(SCRIPT), *parts[1].split()]
+    copy = tmp_path / "copy" / SCRIPT.relative_to(REPOSITORY)
+    copy.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, copy)
+    script = ["bash", str(copy), *parts[1].split()]
     done = subprocess.run(script, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True, check=True)
     return [words(line) for line in done.stdout.splitlines()]
 

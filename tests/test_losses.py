@@ -500,9 +500,8 @@ def built(config, discriminator=None):
 
 def test_every_term_can_be_switched_on_from_the_command_line():
     # Oracle: the terms made by hand. One discriminator is made, by the partial of its own config.
-    config = configured(
-        "loss.l2=1", "loss.perceptual=2", "loss.energy=3", "loss.feature_energy=4", "loss.adversarial=5"
-    )
+    weights = ["loss.l2=1", "loss.perceptual=2", "loss.energy=3", "loss.feature_energy=4", "loss.adversarial=5"]
+    config = configured(*weights, "loss.terms.energy.term.spread=0.85")
     made = []
 
     def discriminator():

@@ -6,19 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.noise import randn_like
+from ud2m.physics import DataTerm, image_shape
 from ud2m.pipeline import noise_levels
 from ud2m.prior import Prior
 from ud2m.prox import joint_prox
 from ud2m.unfolded import SmoothingStart, start_from_y
 
 
-def pseudo_inverse(
-    y: Tensor, physics: LinearPhysics, sigma_y: Any = None, num_samples: int = 1, **options: Any
-) -> Tensor:
+def pseudo_inverse(y: Tensor, physics: DataTerm, sigma_y: Any = None, num_samples: int = 1, **options: Any) -> Tensor:
     """Return A^dagger y as every sample, [B, S, C, H, W] clamped to [0, 1]."""
     return physics.A_dagger(y).clamp(0, 1).unsqueeze(1).repeat(1, num_samples, 1, 1, 1)
 
@@ -31,10 +29,10 @@ class WarmStart:
 
     @torch.no_grad()
     def __call__(
-        self, y: Tensor, physics: LinearPhysics, sigma_y: float | Tensor = 0.01, num_samples: int = 1, **options: Any
+        self, y: Tensor, physics: DataTerm, sigma_y: float | Tensor = 0.01, num_samples: int = 1, **options: Any
     ) -> Tensor:
         """Return f(y) [B, S, C, H, W] for observations y [B, ...]."""
-        x = start_from_y(self.start, physics.A_adjoint(y), y, physics, noise_levels(sigma_y, y))
+        x = start_from_y(self.start, image_shape(physics, y), y, physics, noise_levels(sigma_y, y))
         return x.clamp(0, 1).unsqueeze(1).repeat(1, num_samples, 1, 1, 1)
 
 
@@ -72,7 +70,7 @@ class Latino:
     def __call__(
         self,
         y: Tensor,
-        physics: LinearPhysics,
+        physics: DataTerm,
         sigma_y: float | Tensor = 0.01,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
@@ -85,7 +83,7 @@ class Latino:
         return torch.stack(samples, dim=1)
 
     def _sample(
-        self, x: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor, generator: torch.Generator | None
+        self, x: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor, generator: torch.Generator | None
     ) -> Tensor:
         for tau in self.setting.levels():
             level = torch.full_like(sigma_y, tau)

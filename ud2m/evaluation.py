@@ -7,11 +7,10 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.metrics import LPIPSDistance, available_lpips, psnr, ssim
-from ud2m.physics import OperatorFamily, observe, residual
+from ud2m.physics import DataTerm, OperatorFamily, observe, residual
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,17 +32,23 @@ def lpips_if_available(net: str) -> dict[str, Distance]:
 
 @dataclass(frozen=True)
 class Problem:
-    """An operator family with its noise level; image i always gets the operator and the noise of stream (seed, i)."""
+    """An operator family with its noise level; image i always gets the operator and the noise of stream (seed, i).
+
+    Args:
+        sigma_y: noise level that methods are told, > 0.
+        noise: the one that observations have, where it is another, as 0 in noise-free protocols. None: ``sigma_y``.
+    """
 
     operator: OperatorFamily
     sigma_y: float
     seed: int = 0
+    noise: float | None = None
 
-    def observe(self, x0: Tensor, first: int = 0) -> tuple[Tensor, LinearPhysics]:
+    def observe(self, x0: Tensor, first: int = 0) -> tuple[Tensor, DataTerm]:
         """Return y and the operator for images x0 [B, C, H, W], which are numbers ``first``... of their set."""
         streams = [torch.Generator(x0.device).manual_seed(1_000_003 * self.seed + first + i) for i in range(len(x0))]
         physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
-        return observe(physics, x0, self.sigma_y, streams), physics
+        return observe(physics, x0, self.sigma_y if self.noise is None else self.noise, streams), physics
 
 
 class Evaluation:
@@ -98,7 +103,7 @@ class Evaluation:
         means["seconds_per_image"] = self.seconds / (self.count * self.num_samples)
         return means
 
-    def _scores(self, x0: Tensor, samples: Tensor, y: Tensor, physics: LinearPhysics) -> dict[str, Tensor]:
+    def _scores(self, x0: Tensor, samples: Tensor, y: Tensor, physics: DataTerm) -> dict[str, Tensor]:
         mean = samples.mean(1)
 
         def single(score: Distance) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepinv.physics import LinearPhysics
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ud2m.output import atomic_folder
-from ud2m.physics import select_samples
+from ud2m.physics import DataTerm, image_shape, select_samples
 from ud2m.prior import LoraSpec, Prior, shipped_folder
 from ud2m.sampler import check_eta, sample_posterior
 from ud2m.unfolded import UnfoldedNetwork, build_network
@@ -85,7 +84,7 @@ class PosteriorSampler:
     def __call__(
         self,
         y: Tensor,
-        physics: LinearPhysics,
+        physics: DataTerm,
         sigma_y: float | Tensor | None = None,
         num_samples: int = 1,
         num_steps: int | None = None,
@@ -117,13 +116,13 @@ class PosteriorSampler:
             check_count(name, value)
         y = y.to(next(self.prior.parameters()).dtype)
         sigma_y = noise_levels(self.config.sigma_y if sigma_y is None else sigma_y, y)
-        image_shape = tuple(physics.A_adjoint(y).shape[1:])
-        self._check_image(image_shape)
+        shape = image_shape(physics, y)
+        self._check_image(shape)
         seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
         rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
         levels = self.prior.schedule.grid(num_steps, self.config.grid_power)
         if tile is not None:
-            chunk_size = max(1, min(chunk_size, chunk_size * tile**2 // (image_shape[1] * image_shape[2])))
+            chunk_size = max(1, min(chunk_size, chunk_size * tile**2 // (shape[1] * shape[2])))
         samples = [
             sample_posterior(
                 partial(self.network, tile=tile),
@@ -131,7 +130,7 @@ class PosteriorSampler:
                 select_samples(physics, chunk),
                 sigma_y[chunk],
                 levels,
-                image_shape,
+                shape,
                 eta,
                 [torch.Generator(y.device).manual_seed(seed) for seed in part],
             )

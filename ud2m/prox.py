@@ -1,14 +1,13 @@
 """The proximal step that joins the measurement, the noisy image and the current estimate."""
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from ud2m.physics import at_least_float32, per_sample
+from ud2m.physics import DataTerm, at_least_float32, per_sample
 
 
 def joint_prox(
-    physics: LinearPhysics,
+    physics: DataTerm,
     y: Tensor,
     x_sigma: Tensor,
     x: Tensor,
@@ -24,7 +23,7 @@ def joint_prox(
     the answer. It is exact for the operators of ``ud2m.physics``, and differentiable in every argument but
     the operator.
 
-    Computed in float32 at least. Any deepinv ``LinearPhysics`` is served as well as its ``prox_l2`` solves
+    Computed in float32 at least. Any deepinv ``DataTerm`` is served as well as its ``prox_l2`` solves
     for gamma shaped [B, 1, 1, 1]; when all four parameters are single numbers gamma has no dimensions.
 
     Args:

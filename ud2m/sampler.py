@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.noise import Generators, randn_like
+from ud2m.physics import DataTerm
 
 FRESH = "fresh"
 
@@ -43,7 +43,7 @@ def check_eta(eta: float | str) -> None:
 def sample_posterior(
     network: Callable[..., Tensor],
     y: Tensor,
-    physics: LinearPhysics,
+    physics: DataTerm,
     sigma_y: Tensor,
     levels: Tensor,
     image_shape: tuple[int, int, int],

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.noise import Generators, randn_like
+from ud2m.physics import DataTerm
 from ud2m.prox import joint_prox
 from ud2m.tiling import Denoiser, tiled
 
@@ -94,7 +94,7 @@ class LearnedProx(nn.Module):
         x_sigma: Tensor,
         sigma: Tensor,
         y: Tensor,
-        physics: LinearPhysics,
+        physics: DataTerm,
         sigma_y: Tensor,
         initial_delta: Tensor,
     ) -> Tensor:
@@ -119,7 +119,7 @@ class LatinoModule(LearnedProx):
         x_sigma: Tensor,
         sigma: Tensor,
         y: Tensor,
-        physics: LinearPhysics,
+        physics: DataTerm,
         sigma_y: Tensor,
         initial: tuple[Tensor, Tensor],
         denoiser: Denoiser,
@@ -134,7 +134,7 @@ class LatinoModule(LearnedProx):
 class PinvStart(nn.Module):
     """x^(0) = A^dagger y, the authors' start without a network; amplifies noise and leaves holes black."""
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
         return physics.A_dagger(y)
 
@@ -160,7 +160,7 @@ class SmoothingStart(nn.Module):
             raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")
         self.scales, self.deviation = tuple(scales), deviation
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
         delta = torch.full_like(sigma, self.deviation**2)
         lam = torch.ones_like(sigma)
@@ -180,9 +180,12 @@ def smooth(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
 
 
-def start_from_y(start: nn.Module, like: Tensor, y: Tensor, physics: LinearPhysics, sigma_y: Tensor) -> Tensor:
-    """Return a warm start from y alone: x_sigma is grey, shaped as ``like`` [B, C, H, W], and says nothing."""
-    return start(torch.full_like(like, 0.5), torch.full_like(sigma_y, NOTHING_KNOWN), y, physics, sigma_y)
+def start_from_y(
+    start: nn.Module, image_shape: tuple[int, ...], y: Tensor, physics: DataTerm, sigma_y: Tensor
+) -> Tensor:
+    """Return a warm start [B, C, H, W] from y alone: x_sigma is grey and says nothing; ``image_shape`` is (C, H, W)."""
+    grey = torch.full((len(y), *image_shape), 0.5, dtype=sigma_y.dtype, device=y.device)
+    return start(grey, torch.full_like(sigma_y, NOTHING_KNOWN), y, physics, sigma_y)
 
 
 class UnfoldedNetwork(nn.Module):
@@ -220,7 +223,7 @@ class UnfoldedNetwork(nn.Module):
         x_sigma: Tensor,
         sigma: Tensor,
         y: Tensor,
-        physics: LinearPhysics,
+        physics: DataTerm,
         sigma_y: Tensor,
         generator: Generators = None,
         tile: int | None = None,

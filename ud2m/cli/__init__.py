@@ -15,4 +15,5 @@ def describe(node: Any) -> Any:
 
 OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(int(factor) for factor in factors), replace=True)
 OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), replace=True)
-OmegaConf.register_new_resolver("describe", describe, replace=True)
+# as a configuration again: --cfg job --resolve takes no plain dictionaries
+OmegaConf.register_new_resolver("describe", lambda node: OmegaConf.create(describe(node)), replace=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from deepinv.physics import LinearPhysics
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -22,7 +21,7 @@ from ud2m.images import list_images, read_image, write_image
 from ud2m.losses import FeatureDistance
 from ud2m.metrics import psnr, ssim
 from ud2m.output import atomic_folder, write_json
-from ud2m.physics import OperatorFamily, estimate_sigma_y, measured, residual, select_samples
+from ud2m.physics import DataTerm, OperatorFamily, estimate_sigma_y, measured, misfit, residual, select_samples
 from ud2m.pipeline import PosteriorSampler
 from ud2m.prior import Prior
 from ud2m.report import Entry, Report, Section, format_table, write_report
@@ -40,7 +39,7 @@ class Case:
 
     name: str
     y: Tensor
-    physics: LinearPhysics
+    physics: DataTerm
     sigma_y: float
     x0: Tensor | None
 
@@ -75,7 +74,8 @@ class Job:
             raise ValueError(
                 f"sigma_y={AUTO} estimates the noise of your own observation: give input=... degraded=true"
             )
-        self.problem = Problem(self.operator, self.sigma_y, config.seed)
+        noise = chosen.get("noise") if chosen else trained.get("noise")
+        self.problem = Problem(self.operator, self.sigma_y, config.seed, noise)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
         self.options = {key: config[key] for key in ("num_steps", "eta", "chunk_size", "tile")}
         self.distances = distances(self.prior, config.lpips)
@@ -119,26 +119,31 @@ class Job:
 
     def file_cases(self) -> Iterator[Case]:
         """Yield what each input file asks for."""
-        channels = self.prior.channels
-        if self.config.degraded:
-            channels = self.operator.y_channels(channels)
         for index, path in enumerate(list_images(self.config.input)):
-            image = read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
             try:
                 if self.config.degraded:
-                    physics = self.known_operator(image)
-                    yield Case(path.stem, image, physics, self.noise_level(image, physics), None)
+                    y, physics = self.observed(path)
+                    yield Case(path.stem, y, physics, self.noise_level(y, physics), None)
                 else:
+                    image = read_image(path, channels=self.prior.channels).unsqueeze(0).to(self.config.device)
                     y, physics = self.problem.observe(image, index)
                     yield Case(path.stem, y, physics, self.sigma_y, image)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 
-    def noise_level(self, y: Tensor, physics: LinearPhysics) -> float:
+    def observed(self, path: Path) -> tuple[Tensor, DataTerm]:
+        """Return an observation [1, ...] that was made elsewhere, and its operator."""
+        known = self.operator.read_observation(path, self.prior.channels, self.config.device)
+        if known is not None:
+            return known
+        y = read_image(path, channels=self.operator.y_channels(self.prior.channels)).unsqueeze(0).to(self.config.device)
+        return y, self.known_operator(y)
+
+    def noise_level(self, y: Tensor, physics: DataTerm) -> float:
         """Return the given or estimated noise level of an observation y [1, C, h, w] that was made elsewhere."""
         return estimate_sigma_y(physics, y).item() if self.config.sigma_y == AUTO else self.sigma_y
 
-    def known_operator(self, y: Tensor) -> LinearPhysics:
+    def known_operator(self, y: Tensor) -> DataTerm:
         """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
         if self.operator.random:
             raise ValueError(
@@ -208,7 +213,7 @@ class Job:
         mask = measured(case.physics, case.y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(case.y)[0].amax(0) > 0
         reference = None if case.x0 is None else case.x0[0]
-        note = misfit(numbers["residual"])
+        note = misfit(case.physics, numbers["residual"])
         if note:
             tqdm.write(f"{case.name}: {note}")
         return Entry(case.name, reference, case.y[0], samples, mean, std, numbers, note=note, measured=holes)
@@ -224,18 +229,6 @@ class Job:
         scores = {"psnr_mean": psnr(samples.mean(0, keepdim=True), case.x0), "psnr": psnr(samples, x0)}
         distances = {name: d(samples, x0) for name, d in self.distances.items() if takes(d, x0)}
         return scores | {"ssim": ssim(samples, x0)} | distances | values
-
-
-def misfit(value: float) -> str:
-    """Return a hint where the residual |A x - y| / (sigma_y sqrt(m)) of samples is far from 1, else nothing."""
-    if value > 1.5:
-        return (
-            f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): the operator is "
-            f"another one than given, or sigma_y is too small"
-        )
-    if value < 0.6:
-        return f"the samples follow the noise of the observation (residual {value:.2f}): sigma_y may be too large"
-    return ""
 
 
 def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:

@@ -3,10 +3,13 @@
 from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, RandomGaussianBlur, UniformBlur
 from ud2m.physics.boundary import BoundedBlur
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
+from ud2m.physics.data_term import DataTerm
+from ud2m.physics.ddrm import DdrmBlur, DdrmJpeg, DdrmSuperResolution
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.general import Colorization, DeepinvOperator, Denoising
-from ud2m.physics.inpainting import Inpainting, MaskFile, MissingBoxes, MissingStrokes, PixelMask
-from ud2m.physics.measurement import estimate_sigma_y, measured, observe, residual
+from ud2m.physics.inpainting import Inpainting, MaskCollection, MaskFile, MissingBoxes, MissingStrokes, PixelMask
+from ud2m.physics.jpeg import Jpeg, JpegCodec
+from ud2m.physics.measurement import estimate_sigma_y, image_shape, measured, misfit, observe, residual
 from ud2m.physics.mixture import BlurMixture, Mixture
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.super_resolution import SuperResolution
@@ -17,11 +20,18 @@ __all__ = [
     "CircularBlur",
     "CircularDownsampling",
     "Colorization",
+    "DataTerm",
+    "DdrmBlur",
+    "DdrmJpeg",
+    "DdrmSuperResolution",
     "DeepinvOperator",
     "Denoising",
     "GaussianBlur",
     "Inpainting",
+    "Jpeg",
+    "JpegCodec",
     "KernelFile",
+    "MaskCollection",
     "MaskFile",
     "MissingBoxes",
     "MissingStrokes",
@@ -34,7 +44,9 @@ __all__ = [
     "UniformBlur",
     "at_least_float32",
     "estimate_sigma_y",
+    "image_shape",
     "measured",
+    "misfit",
     "observe",
     "per_sample",
     "residual",

@@ -1,11 +1,13 @@
 """What a training run or a user asks for operators."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
-from deepinv.physics import LinearPhysics
+from torch import Tensor
 
 from ud2m.noise import Generators
+from ud2m.physics.data_term import DataTerm
 
 
 class OperatorFamily(ABC):
@@ -24,7 +26,7 @@ class OperatorFamily(ABC):
         image_shape: tuple[int, int, int],
         generator: Generators = None,
         device: torch.device | str = "cpu",
-    ) -> LinearPhysics:
+    ) -> DataTerm:
         """Return an operator for a batch of images.
 
         It is immutable: per-sample parameters, [B, ...], belong to it for good, and no call changes it. The
@@ -53,12 +55,25 @@ class OperatorFamily(ABC):
         """Return the channels of observations of images with ``channels`` channels; by default as many."""
         return channels
 
+    def read_observation(
+        self, path: str | Path, channels: int, device: torch.device | str
+    ) -> tuple[Tensor, DataTerm] | None:
+        """Return y [1, ...] and its operator from a file that says both; None, the default: the file is a picture y.
+
+        Args:
+            path: the user's file. channels: of the unknown image. device: for both results.
+
+        Raises:
+            ValueError: for a file that this family cannot read.
+        """
+        return None
+
 
 class FixedOperator(OperatorFamily):
     """A family with a single member: nothing about it is random, and all samples share it."""
 
     @abstractmethod
-    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> LinearPhysics:
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> DataTerm:
         """Return the operator for images (C, H, W) that ``check`` has passed."""
 
     def draw(
@@ -67,7 +82,7 @@ class FixedOperator(OperatorFamily):
         image_shape: tuple[int, int, int],
         generator: Generators = None,
         device: torch.device | str = "cpu",
-    ) -> LinearPhysics:
+    ) -> DataTerm:
         """Return the operator."""
         self.check(image_shape)
         return self.operator(image_shape, device)

@@ -1,5 +1,6 @@
 """Inpainting: masks of random pixels, boxes and strokes, and the user's own."""
 
+import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,7 +206,8 @@ class MaskFile(FixedOperator):
     """y = mask x with the user's own mask, from an image file: white (above half) is measured, black is missing.
 
     Raises:
-        FileNotFoundError: when there is no such file. ValueError: when it is not an image.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is not an image, or grey: a quarter of the range around half is nobody's black or white.
     """
 
     def __init__(self, path: str | Path):
@@ -214,6 +216,9 @@ class MaskFile(FixedOperator):
                 levels = np.array(image.convert("L"))
         except UnidentifiedImageError as error:
             raise ValueError(f"the mask {path} is not an image; give a black and white PNG") from error
+        unclear = np.mean((levels > 96) & (levels < 160))
+        if unclear > 0:
+            raise ValueError(f"the mask {path} must be black and white, {100 * unclear:.2g} % of its pixels are grey")
         self.mask = torch.from_numpy(levels)[None, None] > 127
 
     def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> PixelMask:
@@ -228,3 +233,46 @@ class MaskFile(FixedOperator):
                 f"the mask has {self.mask.shape[2]}x{self.mask.shape[3]} pixels (height x width), the image "
                 f"{image_shape[1]}x{image_shape[2]}; they must be equal"
             )
+
+
+class MaskCollection(RandomMask):
+    """One of many stored masks for every sample, as Palette's free-form masks, which I2SB uses too.
+
+    Args:
+        path: an ``.npz`` file whose arrays hold masks of ``size`` x ``size`` pixels as packed bits, 1 where a pixel is
+            missing.
+        key: name of the array, e.g. ``"20-30% freeform"``.
+        size: side of the masks in pixels.
+
+    Raises:
+        FileNotFoundError: when there is no such file. ValueError: when it is no such file or has no such array.
+    """
+
+    def __init__(self, path: str | Path, key: str = "20-30% freeform", size: int = 256):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                names = list(arrays.files)
+                packed = arrays[key] if key in names else None
+        except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz file of masks: {error}") from error
+        if packed is None:
+            raise ValueError(f"{path} has no masks named {key!r}; choose one of {', '.join(names)}")
+        bits = packed.reshape(-1)
+        self.size, self.count = size, bits.size * 8 // size**2
+        if packed.dtype != np.uint8 or self.count < 1:
+            raise ValueError(f"{path} does not hold masks of {size}x{size} pixels as packed bits under {key!r}")
+        self.bits = bits
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for images of another size than the masks."""
+        super().check(image_shape)
+        if tuple(image_shape[1:]) != (self.size, self.size):
+            raise ValueError(f"the masks have {self.size}x{self.size} pixels, got {image_shape[1]}x{image_shape[2]}")
+
+    def masks(self, batch_size: int, size: tuple[int, int], generator: Generators) -> Tensor:
+        """Return B masks of the collection."""
+        numbers = (rand((batch_size, 1), generator)[:, 0] * self.count).long().clamp(max=self.count - 1).tolist()
+        pixels = self.size**2
+        chosen = [np.unpackbits(self.bits[n * pixels // 8 : -(-(n + 1) * pixels // 8)]) for n in numbers]
+        holes = [bits[n * pixels % 8 :][:pixels] for n, bits in zip(numbers, chosen, strict=True)]
+        return torch.from_numpy(np.stack(holes)).view(batch_size, 1, *size) == 0

@@ -1,6 +1,7 @@
 """Making measurements, and judging images by them."""
 
 from functools import singledispatch
+from typing import cast
 
 import deepinv
 import torch
@@ -9,11 +10,12 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.noise import Generators, randn_like
+from ud2m.physics.data_term import DataTerm
 from ud2m.physics.samples import at_least_float32, per_sample
 
 
 @singledispatch
-def measured(physics: LinearPhysics, y: Tensor) -> Tensor:
+def measured(physics: DataTerm, y: Tensor) -> Tensor:
     """Return 1 where an entry of y [B, ...] is a measurement, 0 where the operator gives 0 whatever x is.
 
     The result broadcasts against y. By default everything is measured; operators with dead entries register.
@@ -26,7 +28,15 @@ def _(physics: deepinv.physics.Inpainting, y: Tensor) -> Tensor:
     return (physics.mask != 0).to(y)
 
 
-def observe(physics: LinearPhysics, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None) -> Tensor:
+@singledispatch
+def image_shape(physics: DataTerm, y: Tensor) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images whose observations y [B, ...] are; by default that of A^T y."""
+    channels, height, width = cast(LinearPhysics, physics).A_adjoint(y[:1]).shape[1:]
+    return channels, height, width
+
+
+@singledispatch
+def observe(physics: DataTerm, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None) -> Tensor:
     """Return y = A x0 + sigma_y w, w ~ N(0, I) where something is measured and 0 elsewhere.
 
     Args:
@@ -45,10 +55,12 @@ def observe(physics: LinearPhysics, x0: Tensor, sigma_y: Tensor | float, generat
     return y + level * measured(physics, y) * randn_like(y, generator)
 
 
-def residual(physics: LinearPhysics, x: Tensor, y: Tensor, sigma_y: Tensor | float) -> Tensor:
+@singledispatch
+def residual(physics: DataTerm, x: Tensor, y: Tensor, sigma_y: Tensor | float) -> Tensor:
     """Return |A x - y| / (sigma_y sqrt(m)) per sample, [B], with m the number of real measurements.
 
-    About 1 where x explains y; the true image has 1 +- 1 / sqrt(2 m).
+    About 1 where x explains y; the true image has 1 +- 1 / sqrt(2 m). An observation that is no A x + noise registers
+    what it has instead (``JpegCodec``: the share of coefficients that are not the file's).
 
     Raises:
         ValueError: when ``sigma_y`` is not positive.
@@ -62,7 +74,21 @@ def residual(physics: LinearPhysics, x: Tensor, y: Tensor, sigma_y: Tensor | flo
     return (weight * error / level).flatten(1).norm(dim=1) / weight.flatten(1).sum(1).sqrt()
 
 
-def estimate_sigma_y(physics: LinearPhysics, y: Tensor) -> Tensor:
+@singledispatch
+def misfit(physics: DataTerm, value: float) -> str:
+    """Return a hint where the ``residual`` of samples says that they do not fit the observation, else nothing."""
+    if value > 1.5:
+        return (
+            f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): the operator is "
+            f"another one than given, or sigma_y is too small"
+        )
+    if value < 0.6:
+        return f"the samples follow the noise of the observation (residual {value:.2f}): sigma_y may be too large"
+    return ""
+
+
+@singledispatch
+def estimate_sigma_y(physics: DataTerm, y: Tensor) -> Tensor:
     """Return estimates of the noise level of observations y [B, C, h, w], in image units, [B].
 
     From the small eigenvalues of the covariance of patches, which a scene does not reach (Chen et al., "An efficient

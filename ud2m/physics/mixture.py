@@ -1,7 +1,7 @@
 """One batch, many operators: every sample gets its own, drawn from weighted families."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepinv.physics import LinearPhysics
@@ -165,7 +165,7 @@ class Mixed(Immutable, LinearPhysics):
             wanted = place[index.to(rows.device)]
             chosen = torch.nonzero(wanted >= 0)[:, 0]
             if len(chosen):
-                groups.append((chosen, select_samples(part, wanted[chosen]), y_shape))
+                groups.append((chosen, select_samples(cast(LinearPhysics, part), wanted[chosen]), y_shape))
         return Mixed(groups, self.image_shape, self.rows[0].device)
 
 

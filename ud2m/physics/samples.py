@@ -2,13 +2,14 @@
 
 import copy
 from functools import singledispatch
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from deepinv.physics import Physics
-from torch import Tensor
+from torch import Tensor, nn
 
-AnyPhysics = TypeVar("AnyPhysics", bound=Physics)
+from ud2m.physics.data_term import DataTerm
+
+AnyPhysics = TypeVar("AnyPhysics", bound=DataTerm)
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def select_samples(physics: AnyPhysics, index: Tensor) -> AnyPhysics:
     """
     replaced = {
         id(buffer): buffer[index.to(buffer.device)] if buffer.ndim >= 4 and len(buffer) > 1 else buffer
-        for buffer in physics.buffers()
+        for buffer in cast(nn.Module, physics).buffers()
     }
     # deepcopy takes these replacements for copies it has already made
     return copy.deepcopy(physics, memo=replaced)

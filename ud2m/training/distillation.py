@@ -7,13 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.evaluation import Evaluation, Problem, lpips_if_available
 from ud2m.losses import DiscriminatorLoss, GeneratorLoss, Prediction
 from ud2m.noise import rand, randn_like
-from ud2m.physics import OperatorFamily, observe, select_samples
+from ud2m.physics import DataTerm, OperatorFamily, observe, select_samples
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import LoraSpec, Prior
 from ud2m.sampler import check_eta
@@ -74,6 +73,8 @@ class DistillationModule(SteppedModule):
         operator: family that the physics are drawn from. sigma_y: noise level of the observations, image units.
         sigma_y_range: lowest and highest noise level of training, log-uniform per sample; ``sigma_y`` is then that of
             validation and the sampler's default. None: always ``sigma_y``.
+        noise: noise level that the observations have where the network is told another one, as 0 in noise-free
+            protocols. None: what it is told.
         levels: draws sigma per sample.
         loss: builds the generator's loss from ``features`` and ``discriminator`` (``build_generator_loss``).
         discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
@@ -108,6 +109,7 @@ class DistillationModule(SteppedModule):
         validation: Mapping[str, Any],
         info: Mapping[str, Any] | None = None,
         sigma_y_range: Sequence[float] | None = None,
+        noise: float | None = None,
         seed: int = 0,
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
@@ -131,7 +133,8 @@ class DistillationModule(SteppedModule):
         self.ema = Ema(self.generator_parameters(), settings.ema_decay)
         config = SamplerConfig(**sampling, sigma_y=self.sigma_y, info=dict(info or {}))
         self.sampler = PosteriorSampler(self.network, self.prior, config)
-        self.problem = Problem(operator, self.sigma_y, seed)
+        self.noise = noise
+        self.problem = Problem(operator, self.sigma_y, seed, noise)
         self.distances = lpips_if_available(validation["lpips"]) if validation["lpips"] else {}
         self.num_samples, self.metric = validation["num_samples"], validation["metric"]
         self.check_validation()
@@ -195,7 +198,7 @@ class DistillationModule(SteppedModule):
         batch, outputs = len(x0), self.loss.num_outputs
         physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
         sigma_y = self.draw_sigma_y(batch, streams).to(x0)
-        y = observe(physics, x0, sigma_y, streams)
+        y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
         sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
         x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
         rows = torch.arange(batch, device=self.device).repeat_interleave(outputs)
@@ -219,9 +222,9 @@ class DistillationModule(SteppedModule):
         return low * (high / low) ** rand((batch, 1), streams)[:, 0]
 
     @torch.no_grad()
-    def condition(self, y: Tensor, physics: LinearPhysics, sigma_y: Tensor, x0: Tensor) -> Tensor:
+    def condition(self, y: Tensor, physics: DataTerm, sigma_y: Tensor, x0: Tensor) -> Tensor:
         """Return the warm start from y alone [B, C, H, W], which brings y to image size for the discriminator."""
-        return start_from_y(self.network.warm_start, x0, y, physics, sigma_y)
+        return start_from_y(self.network.warm_start, tuple(x0.shape[1:]), y, physics, sigma_y)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for adapter and psi (own rate), and a second one for the discriminator when there is one."""
