@@ -15,6 +15,7 @@ OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
 SHORT="steps=240 validate_every=240" # of the comparisons of losses and of initialisations
+THIRD="data.test_limit=114"           # their test pieces: every third one
 
 # train NAME overrides...: a run in runs/results/NAME
 train() {
@@ -74,7 +75,7 @@ operators() {
 # Deblurring at sigma_y = 0.05: the shipped model, which was trained at 0.01, and models trained at 0.05.
 noisier() {
     train demo_noise05 experiment=demo physics.sigma_y=0.05
-    train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05
+    train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05 steps=2000
     for size in 32 128; do
         sample noise05_$size model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
         sample trained_noise05_$size model=$RUNS/photos_gaussian_blur_noise05/export data.tile_size=$size
@@ -91,7 +92,7 @@ losses() {
     local sources=() name label overrides
     while IFS='|' read -r name label overrides; do
         train "losses/$name" experiment=demo $SHORT $overrides
-        sample "losses/$name" model="$RUNS/losses/$name/export"
+        sample "losses/$name" model="$RUNS/losses/$name/export" $THIRD
         sources+=("$label=$OUT/losses/$name")
     done <<'VARIANTS'
 default|energy (default)|
@@ -122,7 +123,7 @@ initialisation() {
                 local steps=$SHORT
                 [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9"
                 train "$name" ${!images} network=paper $overrides $steps
-                sample "$name" model="$RUNS/$name/export" data=$images
+                sample "$name" model="$RUNS/$name/export" data=$images $THIRD
                 sources+=("$label, $budget=$OUT/$name")
             done
         done <<'STARTS'

@@ -11,7 +11,7 @@ from ud2m.evaluation import Problem, evaluate
 from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
-from ud2m.unfolded import PinvStart, SmoothingStart
+from ud2m.warm_start import PinvStart, SmoothingStart
 
 SHAPE = (3, SIZE, SIZE)
 each_family = pytest.mark.parametrize("family", [GaussianBlur(), SuperResolution(), Inpainting()])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -69,6 +70,10 @@ def test_every_operator_instantiates(choice, priors, tmp_path):
         write_image((torch.rand(1, IMAGE, IMAGE) < 0.5).float(), tmp_path / "mask.png")
     path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if file else []
     path += ["physics.class=Denoising"] if choice == "deepinv" else []
+    if choice == "mask_collection":
+        masks = np.packbits(np.random.default_rng(0).integers(0, 2, (3, IMAGE, IMAGE), dtype=np.uint8))
+        np.savez(tmp_path / "masks.npz", **{"20-30% freeform": masks})
+        path = [f"physics.operator.path={tmp_path / 'masks.npz'}", f"physics.operator.size={IMAGE}"]
     with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
         operator = instantiate(config.physics.operator, _convert_="all")
     assert isinstance(operator, OperatorFamily)
@@ -88,12 +93,16 @@ def test_every_part_can_be_chosen(override, priors, tmp_path, request, monkeypat
     if override == "loss/distance=lpips":
         monkeypatch.setenv("TORCH_HOME", str(request.getfixturevalue("shared") / "torch_home"))
     overrides = [override, f"prior={priors[3]}", "loss.adversarial=0.01"]
+    if override == "network=ram":
+        overrides.append("network.warm_start.weights=null")  # the real architecture, with random weights
     with composed(*overrides, folder=tmp_path) as config:
         module = instantiate(config.training, _convert_="all")
     x0 = torch.rand(1, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
     total, _ = module.losses(x0, [torch.Generator().manual_seed(0)])
     total.backward()
-    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    # RAM has heads for other numbers of channels too
+    unused = {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
+    assert all("warm_start.network" in name and override == "network=ram" for name in unused)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -32,7 +32,8 @@ from ud2m.losses import GeneratorLoss, Prediction
 from ud2m.physics import GaussianBlur
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
-from ud2m.unfolded import WARM_STARTS, build_network
+from ud2m.unfolded import build_network
+from ud2m.warm_start import WARM_STARTS
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "data_prep")]
 results = importlib.import_module("results")

@@ -16,6 +16,7 @@ FLOORS = [
     {"noise", "output"},
     {"schedule", "physics", "discriminator", "losses", "metrics"},
     {"prior", "prox", "tiling"},
+    {"warm_start"},
     {"unfolded"},
     {"sampler"},
     {"pipeline", "baselines"},

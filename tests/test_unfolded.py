@@ -12,16 +12,8 @@ from ud2m.metrics import psnr
 from ud2m.noise import randn_like
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
 from ud2m.prior import LoraSpec
-from ud2m.unfolded import (
-    AnnealedRule,
-    PaperRule,
-    PinvStart,
-    SmoothingStart,
-    UnfoldedNetwork,
-    build_network,
-    rho,
-    smooth,
-)
+from ud2m.unfolded import AnnealedRule, PaperRule, UnfoldedNetwork, build_network, rho
+from ud2m.warm_start import PinvStart, SmoothingStart, smooth
 
 FAMILIES = {"blur": GaussianBlur(), "super-resolution": SuperResolution(), "inpainting": Inpainting()}
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -369,7 +361,7 @@ def test_a_network_is_built_from_its_description():
         ({"rule": {"name": "annealed", "tau_max": "x"}}, "rule 'annealed' does not take these options"),
         ({"rule": {"name": "annealed", "tau_max": 0.0}}, "tau_max, floor, width and closing must be positive"),
         ({"rule": {"name": "annealed", "floor": -1}}, "tau_max, floor, width and closing must be positive"),
-        ({"warm_start": {"name": "ram"}}, "unknown warm_start .*'ram'.*names pinv, smoothing"),
+        ({"warm_start": {"name": "rma"}}, "unknown warm_start .*'rma'.*names pinv, smoothing"),
         ({"warm_start": {"name": "smoothing", "scales": []}}, "scales must be >= 1"),
         ({"warm_start": {"name": "smoothing", "scales": [2, 0]}}, "scales must be >= 1"),
         ({"warm_start": {"name": "smoothing", "deviation": 0}}, "deviation > 0"),

@@ -79,6 +79,7 @@ def distillation(prior: str, adversarial: float = 0.1, **overrides: Any) -> Dist
     optimizer = {
         "lr": 1e-2,
         "lr_psi": 1e-2,
+        "lr_start": 1e-3,
         "lr_discriminator": 1e-2,
         "weight_decay": 0.01,
         "warmup": 2,

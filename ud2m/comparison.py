@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.baselines import Latino, LatinoSetting, WarmStart, latino_settings, pseudo_inverse
 from ud2m.evaluation import Distance, Evaluation, Method, Problem
 from ud2m.pipeline import PosteriorSampler
 from ud2m.prior import Prior
+from ud2m.warm_start import SmoothingStart, Start
 
 Rows = list[dict[str, Any]]
 
@@ -33,11 +34,12 @@ def compare(
         num_samples: samples per image. distances: as for ``Evaluation``; the first one also chooses a LATINO setting.
         options: of the sampler, e.g. ``num_steps``.
     """
+    trained = sampler.network.warm_start
+    start = SmoothingStart() if trained.evaluations else trained  # what needs no training starts from no network
     methods: list[tuple[str, int, Method, dict[str, Any]]] = [
         ("A^dagger y", 0, pseudo_inverse, {}),
-        ("warm start", 0, WarmStart(sampler.network.warm_start), {}),
+        ("warm start", 0, WarmStart(start), {}),
     ]
-    start = sampler.network.warm_start
     for label, setting in search_latino(prior, problem, validation, distances, start).items():
         zero_shot = Latino(prior, setting, start)
         methods.append((f"LATINO, best {label}", zero_shot.nfe, zero_shot, {"setting": setting.describe()}))
@@ -68,7 +70,7 @@ def search_latino(
     problem: Problem,
     validation: Sequence[Tensor],
     distances: Mapping[str, Distance],
-    warm_start: nn.Module | None = None,
+    warm_start: Start | None = None,
 ) -> dict[str, LatinoSetting]:
     """Return LATINO's best settings on validation images: by PSNR of the mean, and by the first distance."""
     results = []

@@ -77,8 +77,8 @@ class PosteriorSampler:
         return self
 
     def nfe(self, num_steps: int | None = None) -> int:
-        """Return the network evaluations per sample, K N."""
-        return self.network.num_blocks * (num_steps or self.config.num_steps)
+        """Return the network evaluations per sample, K N (and N more where a network makes the warm start)."""
+        return self.network.evaluations * (num_steps or self.config.num_steps)
 
     @torch.no_grad()
     def __call__(

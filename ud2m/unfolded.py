@@ -1,21 +1,16 @@
 """The unfolded network: K LATINO modules around one shared denoiser, behind a warm start."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ud2m.noise import Generators, randn_like
 from ud2m.physics import DataTerm
 from ud2m.prox import joint_prox
 from ud2m.tiling import Denoiser, tiled
-
-NOTHING_KNOWN = 1e3
-"""A noise level at which x_sigma says nothing about an image in [0, 1]."""
+from ud2m.warm_start import WARM_STARTS, Start
 
 
 class Rule(Protocol):
@@ -131,63 +126,6 @@ class LatinoModule(LearnedProx):
         return denoiser(u + tau.view(-1, 1, 1, 1) * randn_like(u, generator), tau)
 
 
-class PinvStart(nn.Module):
-    """x^(0) = A^dagger y, the authors' start without a network; amplifies noise and leaves holes black."""
-
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
-        """Return x^(0) [B, C, H, W]."""
-        return physics.A_dagger(y)
-
-
-class SmoothingStart(nn.Module):
-    """Regularised, hole-filling start: smooth at falling scales and go back to the data after each.
-
-    x <- argmin_u |y - A u|^2 / (2 sigma_y^2) + |u - x_sigma|^2 / (2 sigma^2) + |u - m|^2 / (2 deviation^2), from grey
-    0.5, with m = S_s x for the last scale and m = 2 S_s x - x before, where S_s averages over s x s pixels and
-    interpolates back. Over-relaxation fills holes in half as many steps; 2 is the most that amplifies no frequency. Any
-    linear operator is served: a blur is inverted with Tikhonov damping, holes are filled from coarse to fine.
-
-    Differs from [UD2M, section 4.1]: the paper starts from A^dagger y or RAM.
-
-    Args:
-        scales: widths s of the averages in pixels, coarse to fine.
-        deviation: how far, in image units, a pixel may lie from its smooth neighbourhood.
-    """
-
-    def __init__(self, scales: Sequence[int] = (32, 16, 8, 4, 4, 2, 2, 2), deviation: float = 0.07):
-        super().__init__()
-        if not scales or min(scales) < 1 or deviation <= 0:
-            raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")
-        self.scales, self.deviation = tuple(scales), deviation
-
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
-        """Return x^(0) [B, C, H, W]."""
-        delta = torch.full_like(sigma, self.deviation**2)
-        lam = torch.ones_like(sigma)
-        back_to_data = partial(joint_prox, physics, y, x_sigma, sigma=sigma, delta=delta, lam=lam, sigma_y=sigma_y)
-        x = back_to_data(torch.full_like(x_sigma, 0.5))
-        *coarse, last = self.scales
-        for scale in coarse:
-            x = back_to_data(2 * smooth(x, scale) - x)
-        return back_to_data(smooth(x, last))
-
-
-def smooth(x: Tensor, scale: int) -> Tensor:
-    """Average x [B, C, H, W] over about scale x scale pixels and interpolate back to its size."""
-    size = x.shape[-2:]
-    coarse = [max(1, math.ceil(length / scale)) for length in size]
-    low = F.interpolate(x, size=coarse, mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
-
-
-def start_from_y(
-    start: nn.Module, image_shape: tuple[int, ...], y: Tensor, physics: DataTerm, sigma_y: Tensor
-) -> Tensor:
-    """Return a warm start [B, C, H, W] from y alone: x_sigma is grey and says nothing; ``image_shape`` is (C, H, W)."""
-    grey = torch.full((len(y), *image_shape), 0.5, dtype=sigma_y.dtype, device=y.device)
-    return start(grey, torch.full_like(sigma_y, NOTHING_KNOWN), y, physics, sigma_y)
-
-
 class UnfoldedNetwork(nn.Module):
     """L(x_sigma, y): K LATINO modules that share one denoiser, unrolled from a warm start [UD2M, section 3].
 
@@ -201,7 +139,7 @@ class UnfoldedNetwork(nn.Module):
         warm_start: module that makes x^(0); the same one at training and at sampling.
     """
 
-    def __init__(self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: nn.Module):
+    def __init__(self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: Start):
         super().__init__()
         if num_blocks < 1:
             raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
@@ -215,8 +153,13 @@ class UnfoldedNetwork(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """K, which is also the number of network evaluations of one call."""
+        """K."""
         return len(self.blocks)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one call: K, and one more where a network makes the warm start."""
+        return self.num_blocks + self.warm_start.evaluations
 
     def forward(
         self,
@@ -245,7 +188,8 @@ class UnfoldedNetwork(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("denoiser.")}
+        foreign = ("denoiser.", "warm_start.") if self.warm_start.frozen else ("denoiser.",)
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(foreign)}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``own_state`` returned; raises ValueError when names or shapes differ."""
@@ -270,7 +214,6 @@ class UnfoldedNetwork(nn.Module):
 
 
 RULES: dict[str, Callable[..., Rule]] = {"paper": PaperRule, "annealed": AnnealedRule}
-WARM_STARTS: dict[str, Callable[..., nn.Module]] = {"pinv": PinvStart, "smoothing": SmoothingStart}
 
 
 def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwork:
@@ -290,7 +233,8 @@ def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwo
         raise ValueError(f"num_blocks (K) must be an integer, got {spec['num_blocks']!r}")
     rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
     network = UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start)
-    network.spec = {"num_blocks": spec["num_blocks"]} | {k: dict(spec[k]) for k in ("rule", "warm_start")}
+    start = {"name": spec["warm_start"]["name"]} | warm_start.stored_options(dict(spec["warm_start"]))
+    network.spec = {"num_blocks": spec["num_blocks"], "rule": dict(spec["rule"]), "warm_start": start}
     return network
 
 

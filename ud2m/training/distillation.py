@@ -20,7 +20,8 @@ from ud2m.training.ema import Ema
 from ud2m.training.images import contact_sheet, log_images
 from ud2m.training.levels import Levels
 from ud2m.training.steps import SteppedModule, StepSettings
-from ud2m.unfolded import build_network, start_from_y
+from ud2m.unfolded import build_network
+from ud2m.warm_start import start_from_y
 
 METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
 """Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
@@ -31,23 +32,25 @@ class OptimizerSettings(StepSettings):
     """Learning rates and the plan of the steps (see ``StepSettings``).
 
     Args:
-        lr: peak rate of the adapter. lr_psi: of psi (logarithms) and a learned warm start. lr_discriminator: of D.
+        lr: peak rate of the adapter. lr_psi: of psi (logarithms). lr_start: of a learned warm start.
+        lr_discriminator: of D.
         weight_decay: of the adapter. steps: optimiser steps of the whole run, over which the rates fall to 0.
     """
 
     lr: float
     lr_psi: float
+    lr_start: float
     lr_discriminator: float
     steps: int
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not min(self.lr, self.lr_psi, self.lr_discriminator) > 0 or self.weight_decay < 0:
+        if not min(self.lr, self.lr_psi, self.lr_start, self.lr_discriminator) > 0 or self.weight_decay < 0:
             raise ValueError(
                 "learning rates must be positive and weight_decay at least 0, got "
-                f"lr={self.lr}, lr_psi={self.lr_psi}, lr_discriminator={self.lr_discriminator}, "
-                f"weight_decay={self.weight_decay}"
+                f"lr={self.lr}, lr_psi={self.lr_psi}, lr_start={self.lr_start}, "
+                f"lr_discriminator={self.lr_discriminator}, weight_decay={self.weight_decay}"
             )
 
     @classmethod
@@ -227,14 +230,17 @@ class DistillationModule(SteppedModule):
         return start_from_y(self.network.warm_start, tuple(x0.shape[1:]), y, physics, sigma_y)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW for adapter and psi (own rate), and a second one for the discriminator when there is one."""
+        """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
         settings = self.optimizer_settings
         adapter = [p for p in self.prior.parameters() if p.requires_grad]
-        adapted = {id(p) for p in adapter}
-        psi = [p for p in self.generator_parameters() if id(p) not in adapted]
+        start = [p for p in self.network.warm_start.parameters() if p.requires_grad]
+        others = {id(p) for p in [*adapter, *start]}
+        psi = [p for p in self.generator_parameters() if id(p) not in others]
         groups: list[dict[str, Any]] = [{"params": psi, "lr": settings.lr_psi, "weight_decay": 0.0}]
         if adapter:
             groups.append({"params": adapter, "lr": settings.lr, "weight_decay": settings.weight_decay})
+        if start:
+            groups.append({"params": start, "lr": settings.lr_start, "weight_decay": 0.0})
         optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups)]
         if self.discriminator is not None:
             rate, betas = settings.lr_discriminator, (0.5, 0.99)
