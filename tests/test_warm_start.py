@@ -4,7 +4,8 @@ import pytest
 import torch
 from deepinv.models import RAM
 from lightning import seed_everything
-from tiny import SIZE, adapted, save_tiny_prior
+from tiny import SIZE, SPECS, adapted, save_tiny_prior
+from tiny_training import distillation, everything, fit
 
 from ud2m.comparison import compare
 from ud2m.evaluation import Problem
@@ -82,6 +83,33 @@ def test_a_trained_start_is_exported_whole_and_counted(start, prior, tmp_path):
     again = PosteriorSampler.from_pretrained(tmp_path / "export")
     _, y, physics = problem()
     one, other = (s(y, physics, 0.05, generator=torch.Generator().manual_seed(3)) for s in (sampler, again))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["network", pytest.param("ram", marks=pytest.mark.slow), pytest.param("frozen ram", marks=pytest.mark.slow)],
+)
+def test_a_run_trains_the_start_at_its_own_rate_unless_it_is_frozen(start, ram_file, tmp_path):
+    options = {
+        "network": SMALL,
+        "ram": {"name": "ram", "weights": str(ram_file)},
+        "frozen ram": {"name": "ram", "weights": str(ram_file), "trainable": False},
+    }[start]
+    network = {"num_blocks": 1, "rule": SPECS["annealed"], "warm_start": options}
+    module = distillation(save_tiny_prior(tmp_path / "prior"), 0.0, network=network, operator=GaussianBlur(1.0))
+    before = {k: v.clone() for k, v in module.network.warm_start.state_dict().items()}
+    fit(module, tmp_path / "run")
+    moved = {k for k, v in module.network.warm_start.state_dict().items() if not torch.equal(v, before[k])}
+    groups = module.configure_optimizers()[0].param_groups
+    assert [group["lr"] for group in groups] == [1e-2, 1e-2, 1e-3][: 2 if start == "frozen ram" else 3]
+    stored = [k for k in everything(tmp_path / "run" / "checkpoints" / "last.ckpt") if "warm_start" in k]
+    assert bool(moved) == bool(stored) == (start != "frozen ram")
+    with module.ema.applied():
+        module.sampler.save_pretrained(tmp_path / "export")
+        again = PosteriorSampler.from_pretrained(tmp_path / "export")
+        _, y, physics = problem()
+        one, other = (s(y, physics, 0.05, generator=torch.Generator().manual_seed(3)) for s in (module.sampler, again))
     torch.testing.assert_close(one, other)
 
 
