@@ -8,9 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+import torchvision
+from PIL import Image, ImageCms, ImageOps
 
-from ud2m.images import list_images, read_image, std_image, std_scale, to_png_bytes, write_image
+from ud2m.images import (
+    PixelFormat,
+    list_images,
+    pixel_format,
+    read_image,
+    std_image,
+    std_scale,
+    to_png_bytes,
+    write_image,
+)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -58,6 +68,25 @@ def test_16_bit_png_keeps_every_bit(tmp_path, channels):
     colours = levels[..., : 1 if channels < 3 else 3]
     image = read_image(tmp_path / "a.png", channels=None)
     assert torch.equal((image.double() * 65535).round(), torch.from_numpy(colours).permute(2, 0, 1).double())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_and_the_colour_profile_are_written_and_found_again(tmp_path, channels):
+    # Oracles: torchvision's decoder for the levels, Pillow's for the profile.
+    levels = torch.randint(0, 65536, (channels, 5, 7), generator=torch.Generator().manual_seed(0))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for bits, top in ((16, 65535), (8, 255)):
+        pixels = PixelFormat(bits, profile)
+        path = tmp_path / f"{bits}.png"
+        write_image(levels / 65535, path, pixels)
+        assert pixel_format(path) == pixels
+        with Image.open(path) as image:
+            image.load()
+            assert image.info["icc_profile"] == profile
+        expected = (levels * (top / 65535)).round()
+        decoded = torchvision.io.decode_png(torchvision.io.read_file(str(path)))
+        assert (decoded.double() - expected).abs().max() <= (0 if bits == 16 else 1)
+        assert torch.allclose(read_image(path, channels), levels / 65535, atol=0.51 / top)
 
 
 def test_8_bit_values_are_k_over_255(tmp_path):

@@ -12,15 +12,15 @@ from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageCms
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 
 from ud2m import comparison
 from ud2m.baselines import LatinoSetting
 from ud2m.cli import describe
-from ud2m.cli.sample import main, misfit, trained_operator
-from ud2m.images import read_image, write_image
-from ud2m.physics import PixelMask, SuperResolution
+from ud2m.cli.sample import main, trained_operator
+from ud2m.images import PixelFormat, pixel_format, read_image, write_image
+from ud2m.physics import PixelMask, SuperResolution, misfit
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
 
@@ -272,4 +272,42 @@ def test_a_residual_far_from_one_is_explained(capsys, model, picture, tmp_path, 
 
 @pytest.mark.parametrize(("value", "silent"), [(0.59, False), (0.61, True), (1.0, True), (1.49, True), (1.51, False)])
 def test_residuals_near_one_are_left_alone(value, silent):
-    assert (misfit(value) == "") == silent
+    physics = SuperResolution(2).draw(1, (3, SIZE, SIZE))
+    assert (misfit(physics, value) == "") == silent
+
+
+def test_results_have_the_depth_and_the_colour_profile_of_the_file(model, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    x0 = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    write_image(x0, tmp_path / "deep.png", PixelFormat(16, profile))
+    sample(f"model={model}", f"input={tmp_path / 'deep.png'}", f"output={tmp_path / 'out'}", "num_samples=2")
+    for name in ("mean.png", "observation.png", "samples/000.png"):
+        assert pixel_format(tmp_path / "out" / name) == PixelFormat(16, profile)
+
+
+def test_a_clean_picture_is_cut_to_what_the_operator_takes(model, tmp_path, capsys):
+    x0 = torch.rand(3, SIZE + 1, SIZE + 3, generator=torch.Generator().manual_seed(0))
+    write_image(x0, tmp_path / "odd.png")
+    sample(f"model={model}", f"input={tmp_path / 'odd.png'}", f"output={tmp_path / 'out'}", "num_samples=2")
+    assert read_image(tmp_path / "out" / "mean.png").shape == (3, SIZE, SIZE + 2)
+    assert f"cut to {SIZE}x{SIZE + 2}, multiples of 2" in "".join(capsys.readouterr())
+
+
+def test_a_jpeg_file_is_restored_from_its_own_coefficients(model, tmp_path):
+    jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install 'ud2m[jpeg]'")
+    # grey enough that no sample is clipped to [0, 1], which would move it out of its cell
+    pixels = (torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0)) * 60 + 100).byte().numpy()
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(pixels).save(path, quality=30, subsampling=2)
+    arguments = [f"model={model}", "physics=jpeg", "degraded=true", f"input={path}", "num_samples=2"]
+    sample(*arguments, f"output={tmp_path / 'out'}")
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    restored = Image.open(tmp_path / "out" / "samples" / "000.png")
+    assert restored.size == (48, 32)
+    restored.save(tmp_path / "again.jpg", quality=30, subsampling=2)
+    first, again = (jpeglib.read_dct(str(p)) for p in (path, tmp_path / "again.jpg"))
+    changed = sum((getattr(first, c) != getattr(again, c)).sum() for c in ("Y", "Cb", "Cr"))
+    count = sum(getattr(first, c).size for c in ("Y", "Cb", "Cr"))
+    # the row is the mean over two samples
+    assert changed / count == pytest.approx(row["residual"], rel=0.5, abs=0.01)
+    assert changed / count < 0.02

@@ -2,6 +2,9 @@
 
 import io
 import math
+import struct
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
 
@@ -20,6 +23,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
 
 _NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
 _PNG_DEPTH = 24  # offset of the bit depth in a PNG's header
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How the pixels of a file are to be understood.
+
+    Args:
+        bits: per channel, 8 or 16.
+        profile: ICC colour profile, as the file holds it; None: none.
+    """
+
+    bits: int = 8
+    profile: bytes | None = None
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -48,7 +64,7 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
 
     PNG (8 and 16 bit, grey, palette or colour), JPEG, WebP and BMP are understood by content, not by name,
     and turned upright by their EXIF orientation. An alpha channel is dropped where it is opaque and refused
-    where it is not: no background would be right for every use. Colour profiles are not applied.
+    where it is not: no background would be right for every use. Colour profiles are not applied (``pixel_format``).
 
     ``.npy`` files hold floats [H, W], [H, W, C] or [C, H, W] in [0, 1]; they keep noise that an 8-bit file
     would clip, hence values a little outside pass (down to -0.5 and up to 1.5).
@@ -72,8 +88,23 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     return _with_channels(image, channels)
 
 
-def write_image(image: Tensor, path: str | Path) -> None:
-    """Write [C, H, W] (C = 1 or 3) as an 8-bit PNG, atomically; values are clamped to [0, 1].
+def pixel_format(path: str | Path) -> PixelFormat:
+    """Return depth and colour profile of an image file that ``read_image`` has read; ``.npy`` counts as 16 bit.
+
+    Numbers are the profile's own, unchanged by ``read_image``: what is made of them has the same profile.
+    """
+    if Path(path).suffix.lower() == ".npy":
+        return PixelFormat(16)
+    with Image.open(path, formats=FORMATS) as image:
+        profile = image.info.get("icc_profile")
+        is_png = image.format == "PNG"
+    with Path(path).open("rb") as stream:
+        header = stream.read(_PNG_DEPTH + 1)
+    return PixelFormat(16 if is_png and header[_PNG_DEPTH] == 16 else 8, profile)
+
+
+def write_image(image: Tensor, path: str | Path, pixels: PixelFormat | None = None) -> None:
+    """Write [C, H, W] (C = 1 or 3) as a PNG, atomically; values are clamped to [0, 1]. Default: 8 bit, no profile.
 
     Raises:
         ValueError: when the name does not end in ``.png``, the shape is no image or a value is not finite.
@@ -81,11 +112,11 @@ def write_image(image: Tensor, path: str | Path) -> None:
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"images are written as PNG, got the name {path}; let it end in .png")
-    write_bytes(path, to_png_bytes(image))
+    write_bytes(path, to_png_bytes(image, pixels))
 
 
-def to_png_bytes(image: Tensor) -> bytes:
-    """Encode [C, H, W] (C = 1 or 3) as an 8-bit PNG; values are clamped to [0, 1] and rounded to k / 255.
+def to_png_bytes(image: Tensor, pixels: PixelFormat | None = None) -> bytes:
+    """Encode [C, H, W] (C = 1 or 3) as a PNG; values are clamped to [0, 1] and rounded to k / (2^bits - 1).
 
     Raises:
         ValueError: when the shape is no image or a value is not finite.
@@ -95,11 +126,31 @@ def to_png_bytes(image: Tensor) -> bytes:
     values = image.detach().float().cpu()
     if not values.isfinite().all():
         raise ValueError("an image to be written holds NaN or infinite values; see what made it")
-    levels = (values.clamp(0, 1) * 255).round().to(torch.uint8)
-    array = levels[0].numpy() if len(levels) == 1 else levels.permute(1, 2, 0).numpy()
+    pixels = pixels or PixelFormat()
+    top = 2**pixels.bits - 1
+    levels = (values.double().clamp(0, 1) * top).round().permute(1, 2, 0).numpy()
+    if pixels.bits == 16:
+        return _deep_png(levels.astype(">u2"), pixels.profile)
+    array = levels.astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(
+        buffer, format="PNG", icc_profile=pixels.profile
+    )
     return buffer.getvalue()
+
+
+def _deep_png(levels: np.ndarray, profile: bytes | None) -> bytes:
+    # Pillow and torchvision write 8 bits per colour; the container itself is four chunks [PNG specification, section 5]
+    height, width, channels = levels.shape
+    rows = np.hstack([np.zeros((height, 1), np.uint8), levels.reshape(height, -1).view(np.uint8)])  # no filter
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0))]
+    if profile is not None:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(profile)))
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def std_scale(std: Tensor) -> float:

@@ -17,7 +17,7 @@ from ud2m.cli.train import quiet_libraries
 from ud2m.comparison import compare, sampler_row
 from ud2m.data import ImageDataModule
 from ud2m.evaluation import Distance, Problem, lpips_if_available, takes
-from ud2m.images import list_images, read_image, write_image
+from ud2m.images import PixelFormat, list_images, pixel_format, read_image, write_image
 from ud2m.losses import FeatureDistance
 from ud2m.metrics import psnr, ssim
 from ud2m.output import atomic_folder, write_json
@@ -35,6 +35,7 @@ class Case:
 
     Args:
         y: [1, ...]. physics: its operator. sigma_y: its noise level. x0: the clean image [1, C, H, W] if known.
+        pixels: of the file that it comes from, and of those that are made of it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     physics: DataTerm
     sigma_y: float
     x0: Tensor | None
+    pixels: PixelFormat | None = None
 
 
 @user_facing
@@ -123,13 +125,22 @@ class Job:
             try:
                 if self.config.degraded:
                     y, physics = self.observed(path)
-                    yield Case(path.stem, y, physics, self.noise_level(y, physics), None)
+                    yield Case(path.stem, y, physics, self.noise_level(y, physics), None, pixel_format(path))
                 else:
-                    image = read_image(path, channels=self.prior.channels).unsqueeze(0).to(self.config.device)
+                    image = self.clean(path)
                     y, physics = self.problem.observe(image, index)
-                    yield Case(path.stem, y, physics, self.sigma_y, image)
+                    yield Case(path.stem, y, physics, self.sigma_y, image, pixel_format(path))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+
+    def clean(self, path: Path) -> Tensor:
+        """Return a clean picture [1, C, H, W], without the rows and columns that the operator cannot take."""
+        image = read_image(path, channels=self.prior.channels).unsqueeze(0).to(self.config.device)
+        height, width = (side - side % self.operator.multiple for side in image.shape[-2:])
+        if (height, width) != image.shape[-2:] and min(height, width) > 0:
+            tqdm.write(f"{path.name}: cut to {height}x{width}, multiples of {self.operator.multiple}")
+            return image[..., :height, :width]
+        return image
 
     def observed(self, path: Path) -> tuple[Tensor, DataTerm]:
         """Return an observation [1, ...] that was made elsewhere, and its operator."""
@@ -209,7 +220,7 @@ class Job:
         mean = samples.mean(0)
         std = samples.std(0) if len(samples) > 1 else None
         numbers = {k: v.mean().item() for k, v in self.numbers(case, samples).items()}
-        write_pictures(folder, case.y[0], samples, mean, std)
+        write_pictures(folder, case.y[0], samples, mean, std, case.pixels)
         mask = measured(case.physics, case.y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(case.y)[0].amax(0) > 0
         reference = None if case.x0 is None else case.x0[0]
@@ -265,12 +276,17 @@ def _parts(value: Any) -> Any:
     return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
 
 
-def write_pictures(folder: Path, y: Tensor, samples: Tensor, mean: Tensor, std: Tensor | None) -> None:
-    """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation)."""
+def write_pictures(
+    folder: Path, y: Tensor, samples: Tensor, mean: Tensor, std: Tensor | None, pixels: PixelFormat | None
+) -> None:
+    """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation).
+
+    All but the last have the depth and the colour profile of the file that they were made of.
+    """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_image(y, folder / "observation.png")
+    write_image(y, folder / "observation.png", pixels)
     for k, sample in enumerate(samples):
-        write_image(sample, folder / "samples" / f"{k:03d}.png")
-    write_image(mean, folder / "mean.png")
+        write_image(sample, folder / "samples" / f"{k:03d}.png", pixels)
+    write_image(mean, folder / "mean.png", pixels)
     deviation = torch.zeros_like(mean) if std is None else std
     write_image(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")

@@ -79,7 +79,7 @@ class DdrmSuperResolution(FixedOperator):
     def __init__(self, factor: int = 4):
         if not isinstance(factor, int) or factor < 2:
             raise ValueError(f"factor must be an integer of at least 2, got {factor}")
-        self.factor = factor
+        self.factor = self.multiple = factor
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
         """Raise ValueError for images that are not square, not divisible, or smaller than half the kernel."""

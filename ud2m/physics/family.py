@@ -14,10 +14,12 @@ class OperatorFamily(ABC):
     """A kind of operator whose members are drawn per batch.
 
     A new operator is one subclass and one YAML under ``conf/physics``. ``random`` says whether draws differ, so that
-    an observation made elsewhere cannot be explained by another draw.
+    an observation made elsewhere cannot be explained by another draw. Heights and widths of images must be multiples of
+    ``multiple``.
     """
 
     random: bool = False
+    multiple: int = 1
 
     @abstractmethod
     def draw(

@@ -1,5 +1,6 @@
 """One batch, many operators: every sample gets its own, drawn from weighted families."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ class Mixture(OperatorFamily):
 
     def __init__(self, families: Sequence[OperatorFamily], weights: Sequence[float] | None = None):
         self.families = list(families)
+        self.multiple = math.lcm(*(family.multiple for family in self.families))
         self.cumulative = cumulative_weights(len(self.families), weights)
 
     def check(self, image_shape: tuple[int, int, int]) -> None:

@@ -34,7 +34,7 @@ class SuperResolution(FixedOperator):
             raise ValueError(f"unknown filter {filter!r}; allowed: {', '.join(FILTERS)}")
         if width is not None and (filter != "gaussian" or not 0 < width < math.inf):
             raise ValueError(f"width must be positive, and belongs to filter=gaussian; got {width} for {filter!r}")
-        self.factor = factor
+        self.factor = self.multiple = factor
         taps = gaussian_taps(factor, width or 0.4 * factor) if filter == "gaussian" else FILTERS[filter](factor)
         self.kernel = torch.outer(taps, taps)[None, None]
 
