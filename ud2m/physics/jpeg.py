@@ -28,7 +28,7 @@ from ud2m.physics.samples import at_least_float32
 TOLERANCE = 1e-3
 """Change of a sweep, in grey levels of 255, at which the projection onto the quantisation cell stops."""
 MAX_SWEEPS = 100
-MARGIN = 0.5
+MARGIN = 1.0
 """Grey levels by which a cell is made smaller: rounding to 8 bits must not take a coefficient across its border."""
 
 
