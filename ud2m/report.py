@@ -73,7 +73,13 @@ COLUMNS = (
     Column("lpips_backend", "LPIPS network"),
     Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
     Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
-    Column("residual", "Residual", "|A x - y| / (σ_y √m); about 1 when x explains y", ".3g", "one"),
+    Column(
+        "residual",
+        "Residual",
+        "|A x - y| / (σ_y √m); about 1 when x explains y; JPEG: share of changed DCT coefficients",
+        ".3g",
+        "one",
+    ),
     Column("seconds_per_image", "Time [s]", "seconds of computing for one sample of one image", ".3g"),
 )
 _SETTING_KEYS = ("data", "size", "operator", "sigma_y")  # scores compare only where these agree
