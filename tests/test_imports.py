@@ -16,7 +16,7 @@ FLOORS = [
     {"noise", "output"},
     {"schedule", "physics", "discriminator", "losses", "metrics"},
     {"prior", "prox", "tiling"},
-    {"warm_start"},
+    {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},
     {"pipeline", "baselines"},

@@ -13,7 +13,7 @@ from ud2m.noise import randn_like
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
 from ud2m.prior import LoraSpec
 from ud2m.unfolded import AnnealedRule, PaperRule, UnfoldedNetwork, build_network, rho
-from ud2m.warm_start import PinvStart, SmoothingStart, smooth
+from ud2m.warm_start import PinvStart, SmoothingStart, Start, smooth
 
 FAMILIES = {"blur": GaussianBlur(), "super-resolution": SuperResolution(), "inpainting": Inpainting()}
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -384,7 +384,7 @@ def test_options_of_the_defaults_are_those_of_the_classes():
     assert set(inspect.signature(SmoothingStart).parameters) == set(options("smoothing"))
 
 
-class LearnedStart(nn.Module):
+class LearnedStart(Start):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))

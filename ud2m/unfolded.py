@@ -1,11 +1,12 @@
 """The unfolded network: K LATINO modules around one shared denoiser, behind a warm start."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ud2m.conditioning import FEATURES, describe
 from ud2m.noise import Generators, randn_like
 from ud2m.physics import DataTerm
 from ud2m.prox import joint_prox
@@ -75,13 +76,25 @@ class LearnedProx(nn.Module):
     """Prox of the data terms with learned (delta, lam) [UD2M, section 3].
 
     Both are learned as log-factors on the initial rule, so they stay positive, start at the rule exactly and follow the
-    noise levels that a call brings.
+    noise levels that a call brings: delta = rule exp(log_delta + slope_delta . features). The slopes, 0 at first, are
+    there when the network is conditioned on features of the problem (``ud2m.conditioning``).
     """
 
-    def __init__(self) -> None:
+    learned: tuple[str, ...] = ("delta", "lam")
+
+    def __init__(self, num_features: int = 0) -> None:
         super().__init__()
-        self.log_delta = nn.Parameter(torch.zeros(()))
-        self.log_lam = nn.Parameter(torch.zeros(()))
+        for name in self.learned:
+            self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(())))
+            if num_features:
+                self.register_parameter(f"slope_{name}", nn.Parameter(torch.zeros(num_features)))
+
+    def factor(self, name: str, features: Tensor) -> Tensor:
+        """Return the factor [B] on the rule's delta, lam or tau, for features [B, F]."""
+        log = self.get_parameter(f"log_{name}").expand(len(features))
+        if features.shape[1]:
+            log = log + features @ self.get_parameter(f"slope_{name}")
+        return log.exp()
 
     def prox(
         self,
@@ -92,10 +105,11 @@ class LearnedProx(nn.Module):
         physics: DataTerm,
         sigma_y: Tensor,
         initial_delta: Tensor,
+        features: Tensor,
     ) -> Tensor:
         """Return u [B, C, H, W] near x; ``initial_delta`` is the rule's, [B]."""
-        delta = initial_delta * self.log_delta.exp()
-        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.log_lam.exp().expand_as(delta), sigma_y)
+        delta = initial_delta * self.factor("delta", features)
+        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.factor("lam", features), sigma_y)
 
 
 class LatinoModule(LearnedProx):
@@ -104,9 +118,7 @@ class LatinoModule(LearnedProx):
     u = prox of the data terms at x; z = u + tau_k eps; x' = denoiser(z, tau_k).
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_tau = nn.Parameter(torch.zeros(()))
+    learned = ("delta", "lam", "tau")
 
     def forward(
         self,
@@ -117,12 +129,13 @@ class LatinoModule(LearnedProx):
         physics: DataTerm,
         sigma_y: Tensor,
         initial: tuple[Tensor, Tensor],
+        features: Tensor,
         denoiser: Denoiser,
         generator: Generators,
     ) -> Tensor:
         """Return x^(k) [B, C, H, W] from x = x^(k-1); ``initial`` is the rule's (delta_k, tau_k), each [B]."""
-        u = self.prox(x, x_sigma, sigma, y, physics, sigma_y, initial[0])
-        tau = initial[1] * self.log_tau.exp()
+        u = self.prox(x, x_sigma, sigma, y, physics, sigma_y, initial[0], features)
+        tau = initial[1] * self.factor("tau", features)
         return denoiser(u + tau.view(-1, 1, 1, 1) * randn_like(u, generator), tau)
 
 
@@ -137,17 +150,25 @@ class UnfoldedNetwork(nn.Module):
         num_blocks: K >= 1.
         rule: initial (delta_k, tau_k).
         warm_start: module that makes x^(0); the same one at training and at sampling.
+        conditioning: names of the features that psi depends on, from ``ud2m.conditioning.FEATURES``. Differs from
+            [UD2M], where psi is one number each: that suits one operator and one noise level.
     """
 
-    def __init__(self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: Start):
+    def __init__(
+        self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: Start, conditioning: Sequence[str] = ()
+    ):
         super().__init__()
+        unknown = [name for name in conditioning if name not in FEATURES]
+        if unknown:
+            raise ValueError(f"psi cannot be conditioned on {unknown}; choose from {', '.join(FEATURES)}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
         self.spec: dict[str, Any] = {}
         self.denoiser = denoiser
-        self.blocks = nn.ModuleList(LatinoModule() for _ in range(num_blocks))
+        self.conditioning = tuple(conditioning)
+        self.blocks = nn.ModuleList(LatinoModule(len(conditioning)) for _ in range(num_blocks))
         one = torch.ones(1)
-        self.closing = None if rule.closing(one, one) is None else LearnedProx()
+        self.closing = None if rule.closing(one, one) is None else LearnedProx(len(conditioning))
         self.rule = rule
         self.warm_start = warm_start
 
@@ -177,14 +198,15 @@ class UnfoldedNetwork(nn.Module):
         most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture.
         """
         denoiser = tiled(self.denoiser, tile)
+        features = describe(self.conditioning, x_sigma, sigma, physics, sigma_y)
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y)
         for k, block in enumerate(self.blocks):
             initial = self.rule(k, self.num_blocks, sigma, sigma_y)
-            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, denoiser, generator)
+            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, features, denoiser, generator)
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:
             return x
-        return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing)
+        return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing, features)
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""
@@ -202,14 +224,14 @@ class UnfoldedNetwork(nn.Module):
                 value.copy_(state[name])
 
     def psi(self) -> dict[str, float]:
-        """Return the learned factors on the rule, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
-        parts = {str(k): block for k, block in enumerate(self.blocks, start=1)}
+        """Return the learned factors on the rule where all features are 0, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
+        parts = {str(k): cast(LearnedProx, block) for k, block in enumerate(self.blocks, start=1)}
         if self.closing is not None:
             parts["closing"] = self.closing
         return {
-            f"{name.removeprefix('log_')}_{part}": value.exp().item()
+            f"{name}_{part}": module.get_parameter(f"log_{name}").exp().item()
             for part, module in parts.items()
-            for name, value in module.named_parameters()
+            for name in module.learned
         }
 
 
@@ -222,19 +244,22 @@ def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwo
     Args:
         denoiser: see ``UnfoldedNetwork``.
         spec: ``{"num_blocks": K, "rule": {"name": ..., **options}, "warm_start": {"name": ..., **options}}`` with names
-            from ``RULES`` and ``WARM_STARTS``.
+            from ``RULES`` and ``WARM_STARTS``, and ``"conditioning": [...]`` where psi depends on features.
 
     Raises:
         ValueError: for an unknown name or option.
     """
-    if not isinstance(spec, Mapping) or spec.keys() != {"num_blocks", "rule", "warm_start"}:
+    if not isinstance(spec, Mapping) or spec.keys() - {"conditioning"} != {"num_blocks", "rule", "warm_start"}:
         raise ValueError(f"a network is described by num_blocks, rule and warm_start, got {spec!r}")
     if not isinstance(spec["num_blocks"], int):
         raise ValueError(f"num_blocks (K) must be an integer, got {spec['num_blocks']!r}")
     rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
-    network = UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start)
+    conditioning = list(spec.get("conditioning") or [])
+    network = UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start, conditioning)
     start = {"name": spec["warm_start"]["name"]} | warm_start.stored_options(dict(spec["warm_start"]))
     network.spec = {"num_blocks": spec["num_blocks"], "rule": dict(spec["rule"]), "warm_start": start}
+    if conditioning:
+        network.spec["conditioning"] = conditioning
     return network
 
 

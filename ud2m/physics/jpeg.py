@@ -22,7 +22,7 @@ from ud2m.physics.jpeg_codec import (
     quality_tables,
     to_blocks,
 )
-from ud2m.physics.measurement import estimate_sigma_y, image_shape, misfit, observe, residual
+from ud2m.physics.measurement import estimate_sigma_y, image_shape, mean_gain, misfit, observe, residual
 from ud2m.physics.samples import at_least_float32
 
 TOLERANCE = 1e-3
@@ -80,7 +80,7 @@ class JpegCodec(Immutable, Physics):
         return self.cropped(y).clamp(0, 1)
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
-        """Return the point of the quantisation cell that is nearest to z (``project``).
+        """Return the point of the quantisation cell that is nearest to z (``CellProjection``).
 
         Args:
             z: [B, C, H, W]. y: as ``A`` gives it.
@@ -338,6 +338,12 @@ def _(physics: JpegCodec, x0: Tensor, sigma_y: Tensor | float, generator: Genera
 def _(physics: JpegCodec, x: Tensor, y: Tensor, sigma_y: Tensor | float) -> Tensor:
     """Return the share of DCT coefficients that come out different when x is encoded again; 0 where x explains y."""
     return physics.violations(x, y)
+
+
+@mean_gain.register
+def _(physics: JpegCodec, like: Tensor) -> Tensor:
+    """Return 1: a file says something of every pixel."""
+    return like.new_ones(len(like))
 
 
 @misfit.register

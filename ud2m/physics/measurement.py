@@ -36,6 +36,17 @@ def image_shape(physics: DataTerm, y: Tensor) -> tuple[int, int, int]:
 
 
 @singledispatch
+def mean_gain(physics: DataTerm, like: Tensor) -> Tensor:
+    """Return |A w|^2 / |w|^2 [B] for one fixed image w of white noise, shaped as ``like`` [B, C, H, W].
+
+    Near tr(A^T A) / n: about the share of pixels that a mask keeps, the sum of squares of a kernel.
+    """
+    generator = torch.Generator().manual_seed(20_250_703)  # one that nobody draws masks with
+    w = torch.randn(like.shape[1:], generator=generator).to(like).expand(like.shape)
+    return physics.A(w).flatten(1).square().sum(1) / w.flatten(1).square().sum(1)
+
+
+@singledispatch
 def observe(physics: DataTerm, x0: Tensor, sigma_y: Tensor | float, generator: Generators = None) -> Tensor:
     """Return y = A x0 + sigma_y w, w ~ N(0, I) where something is measured and 0 elsewhere.
 

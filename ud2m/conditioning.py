@@ -1,0 +1,41 @@
+"""What psi may depend on: numbers that describe the problem of each sample."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ud2m.physics import DataTerm, mean_gain
+
+TYPICAL_SIGMA_Y = 0.02
+"""Noise level of y, image units, at which the feature ``noise`` is 0."""
+
+
+def noise(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    """Return log(sigma_y / 0.02) [B]."""
+    return (sigma_y / TYPICAL_SIGMA_Y).log()
+
+
+def gain(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    """Return log(tr(A^T A) / n) [B], how much the operator keeps of an image: 0 for A = I, log 0.3 for 70 % missing."""
+    return mean_gain(physics, x_sigma).clamp_min(1e-6).log()
+
+
+def level(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    """Return log(sigma / (1 + sigma)) [B], the noise level of x_sigma against the range of an image."""
+    return (sigma / (1 + sigma)).log()
+
+
+FEATURES: dict[str, Callable[[Tensor, Tensor, DataTerm, Tensor], Tensor]] = {
+    "noise": noise,
+    "gain": gain,
+    "level": level,
+}
+
+
+def describe(names: tuple[str, ...], x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    """Return the named features of each sample, [B, F]; no gradient passes."""
+    if not names:
+        return sigma.new_zeros(len(sigma), 0)
+    with torch.no_grad():
+        return torch.stack([FEATURES[name](x_sigma, sigma, physics, sigma_y).to(sigma) for name in names], 1)
