@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts, in order (all but `models` by default): models prior operators losses initialisation cost picture.
+# Parts, in order (all but `models` by default): models prior operators losses initialisation general cost picture.
 # `models` trains the shipped prior and the three shipped models anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -136,6 +136,13 @@ STARTS
     collect initialisation "${sources[@]}" --command "bash benchmarks/run_results.sh initialisation"
 }
 
+# Both data terms of JPEG, models on operators that they were not trained for, and wrong things told to a model.
+general() {
+    "$PYTHON" benchmarks/jpeg_likelihood.py
+    "$PYTHON" benchmarks/cross_operators.py table
+    "$PYTHON" benchmarks/cross_operators.py misspecified
+}
+
 cost() {
     "$PYTHON" benchmarks/results.py cost
 }
@@ -144,10 +151,10 @@ picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
-[ $# -gt 0 ] || set -- prior operators losses initialisation cost picture
+[ $# -gt 0 ] || set -- prior operators losses initialisation general cost picture
 for part in "$@"; do
     case $part in
-        models | prior | operators | losses | initialisation | cost | picture) "$part" ;;
+        models | prior | operators | losses | initialisation | general | cost | picture) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
 done

@@ -198,6 +198,20 @@ def test_the_joint_prox_lies_in_the_cell_and_explains_the_file():
     assert "DCT coefficients" in misfit(codec, 0.2)
 
 
+def test_the_surrogate_takes_the_decoded_picture_for_a_noisy_one():
+    torch.manual_seed(5)
+    x = torch.rand(2, 3, 20, 18)
+    family = Jpeg(30, likelihood="gaussian")
+    codec = family.draw(2, (3, 20, 18))
+    y = codec.A(x)
+    torch.testing.assert_close(y, Jpeg(30).draw(2, (3, 20, 18)).A(x))
+    z, gamma = torch.rand_like(x), torch.tensor([3.0, 0.5])
+    known, weight = y[..., :20, :18], gamma.view(2, 1, 1, 1)
+    torch.testing.assert_close(codec.prox_l2(z, y, gamma), (z + weight * known) / (1 + weight))
+    with pytest.raises(ValueError, match="likelihood must be cell or gaussian, got 'laplace'"):
+        Jpeg(10, likelihood="laplace")
+
+
 def test_what_cannot_be_read_is_refused(tmp_path):
     pixels = noise(16, 16)
     png, truncated, grey = tmp_path / "picture.png", tmp_path / "half.jpg", tmp_path / "grey.jpg"

@@ -23,7 +23,7 @@ from ud2m.physics.jpeg_codec import (
     to_blocks,
 )
 from ud2m.physics.measurement import estimate_sigma_y, image_shape, mean_gain, misfit, observe, residual
-from ud2m.physics.samples import at_least_float32
+from ud2m.physics.samples import at_least_float32, per_sample
 
 TOLERANCE = 1e-3
 """Change of a sweep, in grey levels of 255, at which the projection onto the quantisation cell stops."""
@@ -177,6 +177,16 @@ class JpegCodec(Immutable, Physics):
         return torch.tensor(weights, dtype=like.dtype, device=like.device)
 
 
+class DecodedJpeg(JpegCodec):
+    """The easy surrogate: what a decoder shows is taken for x + sigma_y w, A = I."""
+
+    def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
+        """Return argmin_u gamma |u - y|^2 / 2 + |u - z|^2 / 2 = z + (y - z) / (1 + 1 / gamma), y without padding."""
+        self.update_parameters(**kwargs)
+        mean = z.to(at_least_float32(z, y))
+        return (mean + (self.cropped(y) - mean) / (1 + 1 / per_sample(gamma, mean))).to(z.dtype)
+
+
 def levels(image: Tensor) -> Tensor:
     """Return grey levels around 0: in these units T x has no offset, since Y weighs to 1 and chroma to 0."""
     return 255 * image - 128
@@ -235,6 +245,7 @@ class Jpeg(OperatorFamily):
         quality: quality factor of the Independent JPEG Group, in 1..100; two numbers: another one for every sample,
             uniform between them.
         subsampling: of chroma in colour images: "4:2:0", "4:2:2" or "4:4:4".
+        likelihood: "cell", what a file really says, or "gaussian", the surrogate (``DecodedJpeg``).
 
     Raises:
         ValueError: for values out of range.
@@ -242,7 +253,11 @@ class Jpeg(OperatorFamily):
 
     codec: type[JpegCodec] = JpegCodec
 
-    def __init__(self, quality: int | Sequence[int] = 10, subsampling: str = "4:2:0"):
+    def __init__(self, quality: int | Sequence[int] = 10, subsampling: str = "4:2:0", likelihood: str = "cell"):
+        if likelihood not in ("cell", "gaussian"):
+            raise ValueError(f"likelihood must be cell or gaussian, got {likelihood!r}")
+        if likelihood == "gaussian":
+            self.codec = DecodedJpeg
         low, high = (quality, quality) if isinstance(quality, int) else quality
         for bound in (low, high):
             quality_tables(bound, 3)
@@ -283,10 +298,12 @@ class Jpeg(OperatorFamily):
             ImportError: when jpeglib is not installed.
             ValueError: for another kind of file, or one whose colours this code cannot take.
         """
-        return read_jpeg(path, channels, device)
+        return read_jpeg(path, channels, device, self.codec)
 
 
-def read_jpeg(path: str | Path, channels: int, device: torch.device | str = "cpu") -> tuple[Tensor, JpegCodec]:
+def read_jpeg(
+    path: str | Path, channels: int, device: torch.device | str = "cpu", kind: type[JpegCodec] = JpegCodec
+) -> tuple[Tensor, JpegCodec]:
     """Return y [1, C, H', W'] and the encoder of a JPEG file, read with jpeglib.
 
     A grey file for ``channels`` = 3 is refused, and so is a colour file for 1. The picture is as stored: an EXIF
@@ -318,7 +335,7 @@ def read_jpeg(path: str | Path, channels: int, device: torch.device | str = "cpu
             f"{path} averages chroma in the unusual way {file.samp_factor.tolist()}; supported: {', '.join(FACTORS)}"
         )
     tables = torch.stack([torch.from_numpy(file.qt[n].astype("float64")) for n in file.quant_tbl_no[:channels]])
-    codec = JpegCodec(tables.unsqueeze(0), (channels, file.height, file.width), factors)
+    codec = kind(tables.unsqueeze(0), (channels, file.height, file.width), factors)
     y = codec.decode([torch.from_numpy(c.astype("float64")).unsqueeze(0) for c in components])
     return y.float().to(device), codec.to(device)
 
