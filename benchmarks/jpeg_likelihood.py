@@ -2,9 +2,9 @@
 
     python benchmarks/jpeg_likelihood.py [--size 64] [--images 24]
 
-Writes ``docs/results/jpeg.json``: per quality factor the decoder alone, and LATINO with the shipped prior and either data
-term. Levels and widths of both, and the noise level that the surrogate assumes (0.5, 1 or 2 times the rms error of the
-decoded validation pictures), are searched on validation images by the PSNR of the mean.
+Writes ``docs/results/jpeg.json``: per quality factor the decoder alone, and LATINO with the shipped prior and either
+data term. Levels and widths of both, and the noise level that the surrogate assumes (0.5, 1 or 2 times the rms error of
+the decoded validation pictures), are searched on validation images by the PSNR of the mean.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from typing import Any
 
 from cross_operators import images
 from results import store
+from torch import Tensor
 
-from ud2m.baselines import Latino, pseudo_inverse
+from ud2m.baselines import Latino, LatinoSetting, pseudo_inverse
 from ud2m.comparison import score, search_latino
 from ud2m.evaluation import Problem, lpips_if_available
 from ud2m.physics import Jpeg
@@ -38,21 +39,25 @@ def measure(size: int, limit: int) -> list[dict[str, Any]]:
         decoded = Problem(Jpeg(quality), 0.03)
         row("decoder", decoded, pseudo_inverse, quality)
         rms = 10 ** (-score(pseudo_inverse, decoded, validation, 1, {})["psnr_mean"] / 20)
-        for words, likelihood, factors in (
-            ("cell", "cell", (1.0,)),
-            ("Gaussian surrogate", "gaussian", (0.5, 1.0, 2.0)),
-        ):
-            best = None
-            for factor in factors:
-                problem = Problem(Jpeg(quality, likelihood=likelihood), factor * rms)
-                setting = search_latino(prior, problem, validation, {})["PSNR"]
-                reached = score(Latino(prior, setting), problem, validation, 2, {})["psnr_mean"]
-                if best is None or reached > best[0]:
-                    best = reached, problem, setting
-            assert best is not None
-            _, problem, setting = best
-            row(words, problem, Latino(prior, setting), quality, sigma_y=problem.sigma_y, setting=setting.describe())
+        for likelihood, factors in {"cell": (1.0,), "gaussian": (0.5, 1.0, 2.0)}.items():
+            problem, setting = best_of(likelihood, [factor * rms for factor in factors], quality, prior, validation)
+            extra = {"sigma_y": problem.sigma_y, "setting": setting.describe()}
+            row(likelihood, problem, Latino(prior, setting), quality, **extra)
     return rows
+
+
+def best_of(
+    likelihood: str, sigmas: Sequence[float], quality: int, prior: Prior, validation: Sequence[Tensor]
+) -> tuple[Problem, LatinoSetting]:
+    """Return the assumed noise level, as a problem, and LATINO's setting that reach the highest PSNR of the mean."""
+    tried = []
+    for sigma_y in sigmas:
+        problem = Problem(Jpeg(quality, likelihood=likelihood), sigma_y)
+        setting = search_latino(prior, problem, validation, {})["PSNR"]
+        reached = score(Latino(prior, setting), problem, validation, 2, {})["psnr_mean"]
+        tried.append((reached, problem, setting))
+    _, problem, setting = max(tried, key=lambda trial: trial[0])
+    return problem, setting
 
 
 def parser() -> argparse.ArgumentParser:

@@ -98,15 +98,15 @@ SECTIONS = (
         "cross_operators",
         "Models on operators that they were trained for, and on others",
         "PSNR of the mean of 8 samples [dB] / LPIPS (alex) / residual of single samples, 32x32 pieces of the test "
-        "photographs, 9 NFE. Columns: operator and sigma_y. The general model has not seen motion blur, nor a noise level "
-        "of 0.2.",
+        "photographs, 9 NFE. Columns: operator and sigma_y. The general model has not seen motion blur, nor a noise "
+        "level of 0.2.",
     ),
     Section(
         "jpeg",
         "JPEG: the quantisation cell and the Gaussian surrogate",
-        "Zero-shot LATINO with the shipped prior, each data term at its best setting on validation images; 24 pieces of "
-        "64x64 of the test photographs, chroma 4:2:0, 4 samples. The residual is the share of DCT coefficients that are "
-        "not the file's.",
+        "Zero-shot LATINO with the shipped prior, each data term at its best setting on validation images; 24 pieces "
+        "of 64x64 of the test photographs, chroma 4:2:0, 4 samples. The residual is the share of DCT coefficients that "
+        "are not the file's.",
     ),
     Section(
         "misspecified",
