@@ -421,6 +421,15 @@ def test_one_unfolded_pass_serves_both_updates(prior, tmp_path):
     assert calls == [8] * 2 * STEPS * EPOCHS
 
 
+def test_draws_of_one_sample_share_its_warm_start(prior):
+    # the energy score asks for two outputs of each of the three samples
+    module, calls = distillation(prior, adversarial=0.0), []
+    module.network.warm_start.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
+    prediction = module.predict(torch.rand(3, 3, SIZE, SIZE), [torch.Generator().manual_seed(k) for k in range(3)])
+    assert prediction.samples.shape[:2] == (3, 2)
+    assert calls == [3]
+
+
 def test_a_term_of_weight_zero_costs_nothing(prior, tmp_path):
     terms = {"l2": {"weight": 1.0, "term": L2}}
     module = distillation(prior, loss=lambda **parts: build_generator_loss(terms=terms, **parts))

@@ -191,15 +191,17 @@ class UnfoldedNetwork(nn.Module):
         sigma_y: Tensor,
         generator: Generators = None,
         tile: int | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
 
         ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``. The denoiser sees at
-        most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture.
+        most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture. ``start`` is x^(0), for
+        callers that share one among several draws.
         """
         denoiser = tiled(self.denoiser, tile)
         features = describe(self.conditioning, x_sigma, sigma, physics, sigma_y)
-        x = self.warm_start(x_sigma, sigma, y, physics, sigma_y)
+        x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
         for k, block in enumerate(self.blocks):
             initial = self.rule(k, self.num_blocks, sigma, sigma_y)
             x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, features, denoiser, generator)

@@ -204,6 +204,7 @@ class DistillationModule(SteppedModule):
         y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
         sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
         x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
+        start = self.network.warm_start(x_sigma, sigma, y, physics, sigma_y)
         rows = torch.arange(batch, device=self.device).repeat_interleave(outputs)
         samples = self.network(
             x_sigma[rows],
@@ -212,6 +213,7 @@ class DistillationModule(SteppedModule):
             select_samples(physics, rows),
             sigma_y[rows],
             [generator for generator in streams for _ in range(outputs)],
+            start=start[rows],
         )
         # Differs from the paper, where D sees A^dagger y: for a blur that is mostly amplified noise.
         condition = x0 if self.discriminator is None else self.condition(y, physics, sigma_y, x0)
