@@ -426,7 +426,7 @@ def test_draws_of_one_sample_share_its_warm_start(prior):
     module, calls = distillation(prior, adversarial=0.0), []
     module.network.warm_start.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
     prediction = module.predict(torch.rand(3, 3, SIZE, SIZE), [torch.Generator().manual_seed(k) for k in range(3)])
-    assert prediction.samples.shape[:2] == (3, 2)
+    assert prediction.outputs.shape[:2] == (3, 2)
     assert calls == [3]
 
 
