@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     {"noise", "output"},
     {"schedule", "physics", "discriminator", "losses", "metrics"},
-    {"prior", "prox", "tiling"},
+    {"prior", "prox", "tiling", "exact"},
     {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},
