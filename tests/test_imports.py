@@ -14,7 +14,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 # A part may import the parts of lower floors, and of its own as long as there is no circle.
 FLOORS = [
     {"noise", "output"},
-    {"schedule", "physics", "discriminator", "losses", "metrics"},
+    {"schedule", "physics", "discriminator", "losses", "metrics", "calibration"},
     {"prior", "prox", "tiling", "exact"},
     {"warm_start", "conditioning"},
     {"unfolded"},

@@ -1,0 +1,121 @@
+"""How well samples stand for a posterior: ranks, coverage, scores, distances and how sure of them one can be."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def ranks(samples: Tensor, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return the rank of the truth among S samples, int64 in 0..S, entry by entry.
+
+    Uniform over 0..S where x0 and the samples are draws of one distribution (simulation-based calibration, Talts et
+    al., 2018). Ties, as at the limits of clipped images, are broken at random.
+
+    Args:
+        samples: [B, S, ...]. x0: [B, ...].
+        generator: breaks ties.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+    """
+    if samples.ndim < 3 or samples.shape[:1] + samples.shape[2:] != x0.shape:
+        raise ValueError(f"samples [B, S, ...] must fit x0 [B, ...], got {list(samples.shape)} and {list(x0.shape)}")
+    truth = x0.unsqueeze(1)
+    below, equal = (samples < truth).sum(1), (samples == truth).sum(1)
+    fraction = torch.rand(x0.shape, generator=generator, dtype=torch.float64).to(x0.device)
+    return below + (fraction * (equal + 1)).long().clamp(max=equal)
+
+
+def coverage(rank: Tensor, num_samples: int, level: float) -> tuple[float, float]:
+    """Return the share of truths inside the central credible interval, and the share that is right for it.
+
+    Of S samples only intervals between two of them can be judged: the one from rank k to S - k whose share
+    (S + 1 - 2 k) / (S + 1) is nearest to ``level`` is taken.
+
+    Raises:
+        ValueError: when the level is not inside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"the level of a credible interval must be inside (0, 1), got {level}")
+    k = max(0, min(round((1 - level) * (num_samples + 1) / 2), num_samples // 2))
+    inside = (rank >= k) & (rank <= num_samples - k)
+    return inside.double().mean().item(), (num_samples + 1 - 2 * k) / (num_samples + 1)
+
+
+def energy_score(samples: Tensor, x0: Tensor) -> Tensor:
+    """Return mean_s |x_s - x0| - mean_{s != t} |x_s - x_t| / 2 per image, [B]; lower is better.
+
+    Strictly proper: in expectation the true posterior alone has the lowest score (Gneiting and Raftery, 2007). |.| is
+    the Euclidean norm over all pixels.
+
+    Args:
+        samples: [B, S, ...], S >= 2. x0: [B, ...].
+
+    Raises:
+        ValueError: for a single sample.
+    """
+    count = samples.shape[1]
+    if count < 2:
+        raise ValueError("the energy score needs at least 2 samples per image")
+    flat = samples.flatten(2).double()
+    accuracy = (flat - x0.flatten(1).double().unsqueeze(1)).norm(dim=2).mean(1)
+    spread = torch.cdist(flat, flat).sum((1, 2)) / (count * (count - 1))
+    return accuracy - spread / 2
+
+
+def wasserstein2(one: Tensor, other: Tensor) -> float:
+    """Return the 2-Wasserstein distance between two sets of equally many points [n, ...]: the best matching.
+
+    It is that of the sets, not of the distributions: two sets of draws of one distribution have a distance that falls
+    slowly with n, which belongs beside every number (the floor).
+
+    Raises:
+        ValueError: when the sets are not of one size.
+    """
+    if one.shape != other.shape or len(one) < 1:
+        raise ValueError(f"two sets of equally many points are needed, got {list(one.shape)} and {list(other.shape)}")
+    cost = torch.cdist(one.flatten(1).double(), other.flatten(1).double()) ** 2
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    return cost[torch.from_numpy(rows), torch.from_numpy(columns)].mean().sqrt().item()
+
+
+def gaussian_wasserstein2(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
+    """Return the 2-Wasserstein distance between two Gaussians: means [n], covariances [n, n].
+
+    W2^2 = |m - m'|^2 + tr(C + C' - 2 (C^1/2 C' C^1/2)^1/2) (Dowson and Landau, 1982).
+    """
+    root = _root(covariance)
+    cross = _root(root @ other_covariance.double() @ root)
+    trace = (covariance.double() + other_covariance.double() - 2 * cross).trace()
+    return ((mean - other_mean).double().square().sum() + trace).clamp_min(0).sqrt().item()
+
+
+def residual_p_value(residual: Tensor, count: int) -> Tensor:
+    """Return the probability that noise alone makes a residual |A x - y| / (sigma_y sqrt(m)) at least as large, [B].
+
+    m residual^2 is chi^2 distributed with m = ``count`` degrees of freedom where x is the truth, and p then uniform.
+    """
+    half = torch.as_tensor(count / 2, dtype=torch.float64)
+    return torch.special.gammaincc(half, half * residual.double().square())
+
+
+def bootstrap_interval(
+    values: Tensor, level: float = 0.95, repeats: int = 2000, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of one value per image [B].
+
+    Raises:
+        ValueError: for fewer than two images.
+    """
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"an interval needs one value for each of at least 2 images, got {list(values.shape)}")
+    picks = torch.randint(len(values), (repeats, len(values)), generator=generator)
+    means = values.double().cpu()[picks].mean(1)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means, tails).tolist()
+    return low, high
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
