@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     {"noise", "output"},
     {"schedule", "physics", "discriminator", "losses", "metrics", "calibration"},
-    {"prior", "prox", "tiling", "exact"},
+    {"prior", "prox", "tiling", "symmetry", "exact"},
     {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},

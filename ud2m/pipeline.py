@@ -19,6 +19,7 @@ from ud2m.output import atomic_folder
 from ud2m.physics import DataTerm, image_shape, select_samples
 from ud2m.prior import LoraSpec, Prior, shipped_folder
 from ud2m.sampler import check_eta, sample_posterior
+from ud2m.symmetry import check_symmetries
 from ud2m.unfolded import UnfoldedNetwork, build_network
 
 CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
@@ -29,14 +30,15 @@ FORMAT = 1
 class SamplerConfig:
     """Defaults of a call and where the model comes from; stored in ``config.json`` of an export.
 
-    ``num_steps`` (N) and ``eta`` are the defaults of sampling, ``grid_power`` the exponent of its levels
-    (``VPSchedule.grid``), which are those of training; ``sigma_y`` is the noise level of training and ``info``
+    ``num_steps`` (N), ``eta`` and ``symmetries`` are the defaults of sampling, ``grid_power`` the exponent of its
+    levels (``VPSchedule.grid``), which are those of training; ``sigma_y`` is the noise level of training and ``info``
     what else is known of it (information, not a limit).
     """
 
     num_steps: int = 3
     grid_power: float = 2.0
     eta: float | str = 1.0
+    symmetries: int = 1
     sigma_y: float = 0.01
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -44,6 +46,7 @@ class SamplerConfig:
         """Raise ValueError for defaults that no call could use."""
         check_count("num_steps (N)", self.num_steps)
         check_eta(self.eta)
+        check_symmetries(self.symmetries)
         if not isinstance(self.grid_power, int | float) or not 0 < self.grid_power < math.inf:
             raise ValueError(f"grid_power must be a positive number, got {self.grid_power!r}")
         if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
@@ -92,6 +95,7 @@ class PosteriorSampler:
         generator: torch.Generator | None = None,
         chunk_size: int = 64,
         tile: int | None = None,
+        symmetries: int | None = None,
     ) -> Tensor:
         """Return samples [B, num_samples, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
 
@@ -105,13 +109,16 @@ class PosteriorSampler:
             chunk_size: how many images the network sees at once; bounds the memory.
             tile: pictures larger than tile x tile pixels go through the network in overlapping tiles of that size
                 (``ud2m.tiling``), and fewer at once: it sees at most chunk_size tile^2 pixels. None: the whole picture.
+            symmetries: the network sees images in 1, 2 or 8 random orientations (``ud2m.symmetry``).
 
         Raises:
             ValueError: for numbers out of range, or an image size that the prior cannot take.
         """
         num_steps = self.config.num_steps if num_steps is None else num_steps
         eta = self.config.eta if eta is None else eta
+        symmetries = self.config.symmetries if symmetries is None else symmetries
         check_eta(eta)
+        check_symmetries(symmetries)
         for name, value in {"num_samples": num_samples, "num_steps (N)": num_steps, "chunk_size": chunk_size}.items():
             check_count(name, value)
         y = y.to(next(self.prior.parameters()).dtype)
@@ -125,7 +132,7 @@ class PosteriorSampler:
             chunk_size = max(1, min(chunk_size, chunk_size * tile**2 // (shape[1] * shape[2])))
         samples = [
             sample_posterior(
-                partial(self.network, tile=tile),
+                partial(self.network, tile=tile, symmetries=symmetries),
                 y[chunk],
                 select_samples(physics, chunk),
                 sigma_y[chunk],

@@ -10,6 +10,7 @@ from ud2m.conditioning import FEATURES, describe
 from ud2m.noise import Generators, randn_like
 from ud2m.physics import DataTerm
 from ud2m.prox import joint_prox
+from ud2m.symmetry import symmetric
 from ud2m.tiling import Denoiser, tiled
 from ud2m.warm_start import WARM_STARTS, Start
 
@@ -192,14 +193,15 @@ class UnfoldedNetwork(nn.Module):
         generator: Generators = None,
         tile: int | None = None,
         start: Tensor | None = None,
+        symmetries: int = 1,
     ) -> Tensor:
         """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
 
         ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``. The denoiser sees at
         most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture. ``start`` is x^(0), for
-        callers that share one among several draws.
+        callers that share one among several draws; ``symmetries``: see ``ud2m.symmetry.symmetric``.
         """
-        denoiser = tiled(self.denoiser, tile)
+        denoiser = symmetric(tiled(self.denoiser, tile), symmetries, generator)
         features = describe(self.conditioning, x_sigma, sigma, physics, sigma_y)
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
         for k, block in enumerate(self.blocks):

@@ -79,7 +79,7 @@ class Job:
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, self.sigma_y, config.seed, noise)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
-        self.options = {key: config[key] for key in ("num_steps", "eta", "chunk_size", "tile")}
+        self.options = {key: config[key] for key in ("num_steps", "eta", "symmetries", "chunk_size", "tile")}
         self.distances = distances(self.prior, config.lpips)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
