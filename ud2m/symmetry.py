@@ -21,7 +21,8 @@ def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser
 
     A network is not exactly equivariant to flips and quarter turns, though images and white noise are in distribution:
     its errors under different T differ, and partly cancel over modules, steps and samples (Terris et al., "Equivariant
-    plug-and-play image reconstruction", CVPR 2024). It costs no evaluation. Differs from [UD2M], which has no such thing.
+    plug-and-play image reconstruction", CVPR 2024). It costs no evaluation. Differs from [UD2M],
+    which has no such thing.
 
     Args:
         denoiser: (z [B, C, H, W], sigma [B]) -> x0_hat.
