@@ -49,7 +49,8 @@ class AdmUNet2DModel(UNet2DModel):
     def __init__(
         self, num_heads: int | None = None, time_channels: int | None = None, time_scale: float = 1.0, **kwargs: Any
     ):
-        super().__init__(**kwargs)
+        # without a width of a head diffusers makes one head of each layer, which is split below
+        super().__init__(**(kwargs if num_heads is None else kwargs | {"attention_head_dim": None}))
         self.register_to_config(num_heads=num_heads, time_channels=time_channels, time_scale=time_scale)
         if time_channels is not None:
             self.time_proj.num_channels = time_channels
