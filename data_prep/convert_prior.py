@@ -144,7 +144,7 @@ def read_state(path: Path) -> State:
         # files of PyTorch before 1.6 are no zip archives and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(
             f"cannot read the checkpoint {path}: it is truncated, or no file of torch.save that holds tensors alone "
             f"({reason}); download or save it again"

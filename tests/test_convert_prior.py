@@ -290,6 +290,16 @@ def test_features_see_the_label(conditional):
     assert deviation(other, caught[0]) > 1e-2
 
 
+def test_an_adapter_keeps_the_label(conditional):
+    prior = Prior.from_pretrained(conditional[0] / "fixed")
+    x, sigma = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)), torch.tensor([0.3])
+    with torch.no_grad():
+        expected, features = prior(x, sigma), prior.features(x)
+        prior.add_lora(LoraSpec())
+        assert torch.equal(prior(x, sigma), expected)
+        assert all(torch.equal(a, b) for a, b in zip(prior.features(x), features, strict=True))
+
+
 @pytest.mark.parametrize("label", [None, -1, 5, "3", True, 1.0])
 def test_a_label_that_is_no_class_is_refused(conditional, label):
     with pytest.raises(ValueError, match="class-conditional and needs a label from 0 to 4"):
