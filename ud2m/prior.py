@@ -13,6 +13,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -26,6 +27,51 @@ UNET_FILE = "config.json"
 SHIPPED = Path(__file__).parent / "pretrained"
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+LABEL = "class_label"
+"""Key of the scheduler's file that names the fixed class of a class-conditional prior."""
+
+
+class AdmUNet2DModel(UNet2DModel):
+    """A ``UNet2DModel`` with three more options, which some published networks of OpenAI need.
+
+    Saved and loaded as any diffusers model; ``config.json`` names this class.
+
+    Args:
+        num_heads: heads of every attention layer, whatever its width (diffusers: a fixed width of a head).
+        time_channels: length of the sinusoidal embedding (diffusers: the width of the first level).
+        time_scale: the network sees ``time_scale t`` in place of t.
+        kwargs: those of ``UNet2DModel``.
+
+    Raises:
+        ValueError: when a width is no multiple of the number of heads.
+    """
+
+    def __init__(
+        self, num_heads: int | None = None, time_channels: int | None = None, time_scale: float = 1.0, **kwargs: Any
+    ):
+        # without a width of a head diffusers makes one head of each layer, which is split below
+        super().__init__(**(kwargs if num_heads is None else kwargs | {"attention_head_dim": None}))
+        self.register_to_config(num_heads=num_heads, time_channels=time_channels, time_scale=time_scale)
+        if time_channels is not None:
+            self.time_proj.num_channels = time_channels
+            first = self.time_embedding.linear_1
+            self.time_embedding.linear_1 = nn.Linear(time_channels, first.out_features)
+        self.time_proj.scale = time_scale
+        for attention in (module for module in self.modules() if isinstance(module, Attention)):
+            if num_heads is not None:
+                if attention.inner_dim % num_heads:
+                    raise ValueError(f"an attention layer of {attention.inner_dim} channels has no {num_heads} heads")
+                attention.heads = num_heads
+                attention.scale = (attention.inner_dim // num_heads) ** -0.5
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """Tell diffusers which keys of ``config.json`` are arguments: it cannot see those in ``kwargs``."""
+        return UNet2DModel._get_init_keys(UNet2DModel) | {*ADM_OPTIONS}
+
+
+ADM_OPTIONS = ("num_heads", "time_channels", "time_scale")
+NETWORKS = {"UNet2DModel": UNet2DModel, "AdmUNet2DModel": AdmUNet2DModel}
 
 
 @dataclass(frozen=True)
@@ -63,6 +109,7 @@ class Prior(nn.Module):
         schedule: noise table the network was trained with.
         prediction: what the network returns: ``epsilon``, ``sample`` (x0) or ``v_prediction``.
         reference: folder or hub id that the weights came from, written into exports.
+        label: the class, of a class-conditional network; it is part of the fingerprint.
     """
 
     def __init__(
@@ -71,6 +118,7 @@ class Prior(nn.Module):
         schedule: VPSchedule,
         prediction: str = "epsilon",
         reference: str | None = None,
+        label: int | None = None,
     ):
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -78,19 +126,22 @@ class Prior(nn.Module):
         channels, out = unet.config.in_channels, unet.config.out_channels
         if out not in (channels, 2 * channels):
             raise ValueError(f"the prior maps {channels} channels to {out}; allowed: {channels} or {2 * channels}")
+        _check_label(unet, label)
         self.channels = channels
+        self.label = label
         self.prediction = prediction
         self.reference = reference
         self.schedule = schedule
         self.lora: LoraSpec | None = None
-        self.fingerprint = fingerprint(unet, schedule, prediction)
+        self.fingerprint = fingerprint(unet, schedule, prediction, label)
         self.unet: nn.Module = unet.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, reference: str | Path) -> "Prior":
+    def from_pretrained(cls, reference: str | Path, label: int | None = None) -> "Prior":
         """Load a shipped prior by name, a diffusers folder or a hub id.
 
-        It holds ``config.json``, safetensors weights and ``scheduler_config.json``.
+        It holds ``config.json``, safetensors weights and ``scheduler_config.json``. A class-conditional network takes
+        its class from ``label``, or from ``class_label`` in ``scheduler_config.json``.
 
         Raises:
             FileNotFoundError: when the folder, the hub repository or one of the files is missing.
@@ -100,10 +151,11 @@ class Prior(nn.Module):
         where = str(shipped_folder(reference) or reference)
         scheduler = _read_json(_locate(where, SCHEDULER_FILE))
         architecture = _read_json(_locate(where, UNET_FILE))
-        if architecture.get("_class_name") != "UNet2DModel":
+        network = NETWORKS.get(str(architecture.get("_class_name")))
+        if network is None:
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
         try:
-            unet, loading = UNet2DModel.from_pretrained(
+            unet, loading = network.from_pretrained(
                 where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError) as error:
@@ -113,7 +165,8 @@ class Prior(nn.Module):
         if odd:
             raise ValueError(f"the weights of the prior {reference} do not fit its {UNET_FILE}: {odd}")
         schedule = VPSchedule.from_config(scheduler)
-        return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference)
+        label = scheduler.get(LABEL) if label is None else label
+        return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference, label)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
         """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units.
@@ -123,7 +176,8 @@ class Prior(nn.Module):
         height, width = x_sigma.shape[-2:]
         bottom, right = -height % self.stride, -width % self.stride
         padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
-        return denoise(self.unet, self.schedule, padded, sigma, self.prediction)[..., :height, :width]
+        x0_hat = denoise(self.unet, self.schedule, padded, sigma, self.prediction, self.label)
+        return x0_hat[..., :height, :width]
 
     @property
     def stride(self) -> int:
@@ -139,6 +193,8 @@ class Prior(nn.Module):
         unet = self._base()
         with self.adapter_disabled():
             emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
+            if self.label is not None:
+                emb = emb + unet.class_embedding(_labels(x, self.label))
             h = unet.conv_in(abar(level).sqrt().view(-1, 1, 1, 1) * (2 * x - 1))
             features = []
             for block in unet.down_blocks:
@@ -231,19 +287,46 @@ class Prior(nn.Module):
 
 
 def denoise(
-    unet: nn.Module, schedule: VPSchedule, x_sigma: Tensor, sigma: Tensor, prediction: str = "epsilon"
+    unet: nn.Module,
+    schedule: VPSchedule,
+    x_sigma: Tensor,
+    sigma: Tensor,
+    prediction: str = "epsilon",
+    label: int | None = None,
 ) -> Tensor:
-    """Return x0_hat [B, C, H, W] from a variance-preserving network, for x_sigma = x0 + sigma eps and sigma [B]."""
+    """Return x0_hat [B, C, H, W] from a variance-preserving network, for x_sigma = x0 + sigma eps and sigma [B].
+
+    ``label`` is the class of all images, for a class-conditional network.
+    """
     level = sigma.view(-1, 1, 1, 1)
     signal = abar(level).sqrt()
     x_t = signal * (2 * x_sigma - 1)
     # The time stays a float tensor: diffusers cuts a Python float to an integer, which kills d/d sigma.
-    output = unet(x_t, schedule.time(sigma)).sample[:, : x_sigma.shape[1]].to(x_sigma.dtype)
+    condition = {} if label is None else {"class_labels": _labels(x_t, label)}
+    output = unet(x_t, schedule.time(sigma), **condition).sample[:, : x_sigma.shape[1]].to(x_sigma.dtype)
     if prediction == "epsilon":
         return x_sigma - level * output
     if prediction == "sample":
         return (output + 1) / 2
     return (signal * (x_t - 2 * level * output) + 1) / 2
+
+
+def _labels(x: Tensor, label: int) -> Tensor:
+    return torch.full((len(x),), label, device=x.device)
+
+
+def _check_label(unet: UNet2DModel, label: int | None) -> None:
+    """Raise ValueError when the network needs a class and has none, or has none to choose."""
+    classes = unet.config.num_class_embeds
+    if unet.config.class_embed_type is not None:
+        raise ValueError(f"a prior cannot have class_embed_type={unet.config.class_embed_type!r}; allowed: none")
+    if classes is None and label is not None:
+        raise ValueError(f"the prior is not class-conditional, but got the label {label}; leave it out")
+    if classes is not None and (type(label) is not int or not 0 <= label < classes):
+        raise ValueError(
+            f"the prior is class-conditional and needs a label from 0 to {classes - 1}, got {label!r}; "
+            f'pass label=..., or write "{LABEL}" into its {SCHEDULER_FILE}'
+        )
 
 
 def build_unet(architecture: Mapping[str, Any]) -> UNet2DModel:
@@ -272,13 +355,16 @@ def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dt
     (Path(folder) / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n")
 
 
-def fingerprint(unet: UNet2DModel, schedule: VPSchedule, prediction: str = "epsilon") -> str:
+def fingerprint(unet: UNet2DModel, schedule: VPSchedule, prediction: str = "epsilon", label: int | None = None) -> str:
     """Return a SHA-256 of all that makes the denoiser: which prior this is.
 
-    Of the weights (name, shape, float32 values), of the noise table, of the prediction type and of those options of the
-    architecture that shapes cannot tell.
+    Of the weights (name, shape, float32 values), of the noise table, of the prediction type, of those options of the
+    architecture that shapes cannot tell, and of the class.
     """
     options = {name: unet.config[name] for name in FINGERPRINTED}
+    # only where there are any: the fingerprints of all other priors stay what they were
+    options |= {name: unet.config[name] for name in ADM_OPTIONS if name in unet.config}
+    options |= {} if label is None else {LABEL: label}
     digest = hashlib.sha256(json.dumps([prediction, options], sort_keys=True).encode())
     state = unet.state_dict() | {"log_sigmas": schedule.log_sigmas}
     for name, value in sorted(state.items()):
