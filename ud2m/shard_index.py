@@ -48,6 +48,11 @@ class ShardIndex:
         """Number of images in all shards together."""
         return sum(shard.images for shard in self.shards)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the SHA-256 of all shards in their order: equal for equal images."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``index.json``."""
         return {
