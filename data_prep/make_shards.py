@@ -61,8 +61,9 @@ class Settings:
 
     Args:
         size: shorter side in pixels. crop: ``center``, ``random`` (place by seed) or ``none`` (not square).
-        format: ``png`` or ``jpg``. quality: of JPEG, 1 to 100; 95 for PNG, where it means nothing.
-        shard_mb: a shard is closed before it would grow beyond so many MiB.
+        format: ``png`` or ``jpg``.
+        quality: of JPEG, 1 to 100, from 90 on without subsampling of colours; 95 for PNG, where it means nothing.
+        shard_mb: a shard is closed before its images would take more than so many MiB; a larger image has one alone.
         seed: of the order and of random crops. pillow: version of the library that resizes and encodes.
 
     Raises:
@@ -86,7 +87,7 @@ class Settings:
         require(self.seed >= 0, "--seed must be at least 0", self.seed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are millions of them
 class Entry:
     """One image of the source: a whole file, or ``length`` bytes of a tar from ``offset`` on.
 
@@ -349,8 +350,10 @@ class ShardWriter:
 
     def drop(self) -> None:
         """Remove an unfinished tar."""
-        self.stream.close()
-        self.work.unlink(missing_ok=True)
+        try:
+            self.stream.close()  # fails again where the disk is full
+        finally:
+            self.work.unlink(missing_ok=True)
 
 
 def make_shards(source: Path, out: Path, settings: Settings, workers: int = 2, max_broken: int = 10) -> ShardIndex:
@@ -546,7 +549,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=256, help="shorter side in pixels")
     parser.add_argument("--crop", default="center", help=f"{', '.join(CROPS)} (keeps the aspect ratio)")
     parser.add_argument("--format", default="png", help="png or jpg")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG; from 90 on colours are not subsampled")
     parser.add_argument("--shard-mb", type=float, default=256, help="size of a shard in MiB")
     parser.add_argument("--workers", type=int, default=2, help="processes that resize")
     parser.add_argument("--max-broken", type=int, default=10, help="unreadable images that are skipped and listed")

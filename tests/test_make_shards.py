@@ -3,6 +3,8 @@
 import importlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -370,6 +372,24 @@ def test_verify_names_what_is_missing_wrong_or_foreign(source, tmp_path, capsys)
     with pytest.raises(SystemExit) as error:
         make_shards_module.main(["--verify", str(out)])
     assert str(error.value) == "\n".join(lines)  # a text as exit status is printed, and means 1
+
+
+def die(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_an_error_that_says_what_to_do():
+    with pytest.raises(OSError, match=r"a worker process was killed.*--workers.*start again"):
+        list(make_shards_module.in_order(die, range(3), 2))
+
+
+def test_results_come_in_order_from_few_at_a_time():
+    taken = []
+    items = (taken.append(number) or number for number in range(100))
+    results = make_shards_module.in_order(abs, items, 2)
+    assert next(results) == 0
+    assert len(taken) == 2 * make_shards_module.READ_AHEAD
+    assert list(results) == list(range(1, 100))
 
 
 # -------------------------------------------------------------------------------------------------- bad input
