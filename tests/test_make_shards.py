@@ -237,6 +237,8 @@ def test_interrupted_runs_go_on_and_end_with_the_same_bytes(source, tmp_path, mo
 
 
 def test_finished_shards_that_were_damaged_are_made_again(source, tmp_path, monkeypatch, capsys):
+    for number in range(10):
+        (source / "cats" / f"broken {number}.png").write_bytes(b"no image")
     make_shards(source, tmp_path / "whole", SMALL, workers=1)
     out = tmp_path / "out"
     stop_after(monkeypatch, 45)
@@ -308,6 +310,16 @@ def test_nested_tar_gives_the_images_of_its_folder(source, tmp_path):
     make_shards(source, tmp_path / "folder", SMALL, workers=1)
     make_shards(outer, tmp_path / "tar", SMALL, workers=1)
     assert content(tmp_path / "folder") == content(tmp_path / "tar")
+
+
+def test_order_of_the_members_of_a_tar_does_not_matter(source, tmp_path):
+    paths = sorted(source.rglob("*.png"))
+    for name, order in (("one", paths), ("two", paths[::-1])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for path in order:
+                add(tar, path.relative_to(source).as_posix(), path.read_bytes())
+        make_shards(tmp_path / f"{name}.tar", tmp_path / name, SMALL, workers=1)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def test_damaged_and_compressed_tars_are_refused(source, tmp_path):
