@@ -244,7 +244,10 @@ def test_no_path_of_a_developer_is_named(path):
 
 def test_configuration_keys_between_backticks_exist(tmp_path):
     """Such as `training.levels.spread`."""
-    kinds = (["experiment=demo"], ["experiment=photos_prior"], ["data=folder", "data.root=x", "loss/distance=lpips"])
+    kinds = (
+        *(["experiment=demo"], ["experiment=photos_prior"], ["data=folder", "data.root=x", "loss/distance=lpips"]),
+        ["data=webdataset", "data.root=x", "data.held_out=x"],
+    )
     known = {"loss.gradient"}  # the term that docs/extending.md adds
     for overrides in kinds:
         with composed(*overrides, folder=tmp_path) as config:

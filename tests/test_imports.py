@@ -13,7 +13,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 
 # A part may import the parts of lower floors, and of its own as long as there is no circle.
 FLOORS = [
-    {"noise", "output"},
+    {"noise", "output", "shard_index"},
     {"schedule", "physics", "discriminator", "losses", "metrics", "calibration"},
     {"prior", "prox", "tiling", "symmetry", "exact"},
     {"warm_start", "conditioning"},

@@ -84,8 +84,21 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     path = _existing(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not an image file; name one file in it")
-    image = _read_npy(path) if path.suffix.lower() == ".npy" else _read_encoded(path)
-    return _with_channels(image, channels)
+    if path.suffix.lower() == ".npy":
+        return _with_channels(_read_npy(path), channels)
+    return decode_image(path.read_bytes(), path, channels)
+
+
+def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Tensor:
+    """Return the image in the bytes of a PNG, JPEG, WebP or BMP file as ``read_image`` does.
+
+    Args:
+        data: the whole file. name: what messages call it. channels: as in ``read_image``.
+
+    Raises:
+        ValueError: as ``read_image``.
+    """
+    return _with_channels(_decode_encoded(data, name), channels)
 
 
 def pixel_format(path: str | Path) -> PixelFormat:
@@ -204,8 +217,7 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _read_encoded(path: Path) -> Tensor:
-    data = path.read_bytes()
+def _decode_encoded(data: bytes, path: str | Path) -> Tensor:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -218,7 +230,7 @@ def _read_encoded(path: Path) -> Tensor:
         raise ValueError(f"{path} is a truncated or damaged {image.format} file: {error}") from error
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _unreadable(path: str | Path, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"{path} has too many pixels: {error}; cut it into pieces"
     if not isinstance(error, UnidentifiedImageError):
@@ -226,7 +238,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} is not an image that can be read; expected {', '.join(FORMATS)} or floats in a .npy file"
 
 
-def _refuse_transparency(image: Image.Image, path: Path) -> None:
+def _refuse_transparency(image: Image.Image, path: str | Path) -> None:
     if not image.has_transparency_data:
         return
     lowest, _ = image.convert("RGBA").getchannel("A").getextrema()

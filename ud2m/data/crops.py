@@ -71,14 +71,9 @@ class RandomCrops(Dataset[Tensor]):
         which, flip = rng.random(2)
         image, scale = self.choices[int(np.searchsorted(self.cumulative, which, side="right"))]
         level = self.pyramid.level(image, scale)
-        crop = max((self._crop(level, *rng.random(2)) for _ in range(self.candidates)), key=detail)
+        crop = detailed_crop(level, self.crop_size, self.candidates, rng)
         crop = crop.flip(2) if flip < 0.5 else crop.clone()  # never a view of the kept image
         return self.augmentation(crop, rng)
-
-    def _crop(self, level: Tensor, down: float, right: float) -> Tensor:
-        top = int(down * (level.shape[1] - self.crop_size + 1))
-        left = int(right * (level.shape[2] - self.crop_size + 1))
-        return level[:, top : top + self.crop_size, left : left + self.crop_size]
 
 
 class Tiles(Dataset[Tensor]):
@@ -133,6 +128,17 @@ class Pyramid:
         self.kept_bytes += value.nbytes
         while self.cache_bytes is not None and self.kept_bytes > self.cache_bytes and len(self.kept) > 1:
             self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
+
+
+def detailed_crop(level: Tensor, side: int, candidates: int, rng: np.random.Generator) -> Tensor:
+    """Return a view of a random square of [C, H, W]: of so many candidates the one with the most ``detail``."""
+    places = (rng.random(2) for _ in range(candidates))
+    return max((_crop(level, side, down, right) for down, right in places), key=detail)
+
+
+def _crop(level: Tensor, side: int, down: float, right: float) -> Tensor:
+    top, left = int(down * (level.shape[1] - side + 1)), int(right * (level.shape[2] - side + 1))
+    return level[:, top : top + side, left : left + side]
 
 
 def detail(image: Tensor) -> float:
