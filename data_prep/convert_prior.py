@@ -34,7 +34,7 @@ from adm_architecture import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ud2m.output import atomic_folder
+from ud2m.output import atomic_folder, write_json
 from ud2m.prior import LABEL, NETWORKS, SCHEDULER_FILE, UNET_FILE, AdmUNet2DModel, Prior, UNet2DModel
 from ud2m.schedule import VPSchedule
 
@@ -384,11 +384,6 @@ def check_target(folder: Path, overwrite: bool) -> None:
     """Raise FileExistsError when the folder holds files and may not be replaced, before anything is read."""
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} already holds files; choose another folder, or replace it with --overwrite")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import ud2m.prior
+from ud2m.output import write_json
 from ud2m.pipeline import CONFIG_FILE, PSI_FILE, PosteriorSampler
 from ud2m.prior import SCHEDULER_FILE, UNET_FILE, Prior, shipped_folder
 
@@ -116,11 +117,6 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name the export folder of a run")
     return json.loads(path.read_text())
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

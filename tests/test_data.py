@@ -395,9 +395,9 @@ class RankRecorder(Recorder):
         torch.save(self.seen, Path(self.trainer.default_root_dir) / f"{self.global_rank}.pt")
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_batches_of_one(tmp_path, unbroken):
-    trainer = lightning.Trainer(
+def two_processes(folder):
+    """Return a trainer of three epochs on two ranks."""
+    return lightning.Trainer(
         max_epochs=3,
         accelerator="cpu",
         devices=2,
@@ -408,8 +408,13 @@ def test_two_processes_share_the_batches_of_one(tmp_path, unbroken):
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches_of_one(tmp_path, unbroken):
+    trainer = two_processes(tmp_path)
     trainer.fit(RankRecorder(), ToyData(num_workers=1))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     together = [torch.stack(pair, 1).flatten(0, 1) for pair in zip(*ranks, strict=True)]

@@ -7,7 +7,6 @@ import sys
 import tarfile
 from collections import Counter
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ from conftest import REPOSITORY
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from test_data import INTERRUPTIONS, RankRecorder, equal, fit
+from test_data import INTERRUPTIONS, RankRecorder, equal, fit, two_processes
 from tiny_training import composed
 from torch.utils.data import DataLoader
 
@@ -274,19 +273,7 @@ def test_other_shards_may_not_go_on(folders, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_with_two_workers_see_every_sample_once(folders, tmp_path):
-    trainer = lightning.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = two_processes(tmp_path)
     trainer.fit(RankRecorder(), data_of(folders, num_workers=2))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     crops = data_of(folders).train_set()

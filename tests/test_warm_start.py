@@ -11,9 +11,9 @@ from ud2m.comparison import compare
 from ud2m.evaluation import Problem
 from ud2m.physics import GaussianBlur, Jpeg, SuperResolution, observe
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
+from ud2m.prior import Prior, weights_fingerprint
 from ud2m.unfolded import build_network
-from ud2m.warm_start import NetworkStart, RamStart, SmoothingStart, start_from_y, weights_fingerprint
+from ud2m.warm_start import NetworkStart, RamStart, SmoothingStart, start_from_y
 
 SMALL = {"name": "network", "widths": [4, 4, 4, 4]}
 
@@ -174,4 +174,6 @@ def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
     codec = Jpeg().draw(1, (3, 16, 16))
     with pytest.raises(ValueError, match="RAM restores linear observations, not JpegCodec"):
         start_from_y(RamStart(), (3, 16, 16), codec.A(x0), codec, torch.full((1,), 0.05))
-    assert weights_fingerprint(RamStart(str(ram_file)).network) == RamStart(str(ram_file), False).fingerprint
+    assert (
+        weights_fingerprint(RamStart(str(ram_file)).network.state_dict()) == RamStart(str(ram_file), False).fingerprint
+    )

@@ -108,12 +108,10 @@ def pixel_format(path: str | Path) -> PixelFormat:
     """
     if Path(path).suffix.lower() == ".npy":
         return PixelFormat(16)
-    with Image.open(path, formats=FORMATS) as image:
-        profile = image.info.get("icc_profile")
-        is_png = image.format == "PNG"
-    with Path(path).open("rb") as stream:
+    with Path(path).open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        stream.seek(0)
         header = stream.read(_PNG_DEPTH + 1)
-    return PixelFormat(16 if is_png and header[_PNG_DEPTH] == 16 else 8, profile)
+        return PixelFormat(16 if _is_deep(image, header) else 8, image.info.get("icc_profile"))
 
 
 def write_image(image: Tensor, path: str | Path, pixels: PixelFormat | None = None) -> None:
@@ -224,10 +222,13 @@ def _decode_encoded(data: bytes, path: str | Path) -> Tensor:
         raise ValueError(_unreadable(path, error)) from error
     try:
         _refuse_transparency(image, path)
-        is_deep = image.format == "PNG" and data[_PNG_DEPTH] == 16
-        return _decode_deep(data) if is_deep else _decode(image)
+        return _decode_deep(data) if _is_deep(image, data) else _decode(image)
     except (OSError, SyntaxError, RuntimeError, EOFError) as error:  # from Pillow and torchvision, midway
         raise ValueError(f"{path} is a truncated or damaged {image.format} file: {error}") from error
+
+
+def _is_deep(image: Image.Image, header: bytes) -> bool:
+    return image.format == "PNG" and header[_PNG_DEPTH] == 16
 
 
 def _unreadable(path: str | Path, error: Exception) -> str:

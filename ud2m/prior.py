@@ -366,7 +366,12 @@ def fingerprint(unet: UNet2DModel, schedule: VPSchedule, prediction: str = "epsi
     options |= {name: unet.config[name] for name in ADM_OPTIONS if name in unet.config}
     options |= {} if label is None else {LABEL: label}
     digest = hashlib.sha256(json.dumps([prediction, options], sort_keys=True).encode())
-    state = unet.state_dict() | {"log_sigmas": schedule.log_sigmas}
+    return weights_fingerprint(unet.state_dict() | {"log_sigmas": schedule.log_sigmas}, digest)
+
+
+def weights_fingerprint(state: Mapping[str, Tensor], digest: Any = None) -> str:
+    """Return a SHA-256 of names, shapes and float32 values, after what ``digest`` (of hashlib) has seen already."""
+    digest = digest or hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())

@@ -43,8 +43,7 @@ def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser
 def draw(z: Tensor, count: int, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
     """Return bool [B, 1, 1, 1]: which samples of z are flipped across, flipped down, and transposed before that."""
     coins = (rand((len(z), 3), generator, z.device) < 0.5).view(-1, 3, 1, 1, 1)
-    square = z.shape[-1] == z.shape[-2]
-    return coins[:, 0], coins[:, 1] & (count == 8), coins[:, 2] & (count == 8 and square)
+    return coins[:, 0], coins[:, 1] & (count == 8), coins[:, 2] & (count == 8)
 
 
 def _flip(x: Tensor, wanted: Tensor, axis: int) -> Tensor:
@@ -52,4 +51,8 @@ def _flip(x: Tensor, wanted: Tensor, axis: int) -> Tensor:
 
 
 def _transpose(x: Tensor, wanted: Tensor) -> Tensor:
-    return torch.where(wanted, x.transpose(-1, -2), x) if bool(wanted.any()) else x
+    return torch.where(wanted, x.transpose(-1, -2), x) if _is_square(x) else x
+
+
+def _is_square(x: Tensor) -> bool:
+    return x.shape[-1] == x.shape[-2]

@@ -1,6 +1,5 @@
 """The start x^(0) of the unfolded network: f(x_sigma, y)."""
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.physics import DataTerm
+from ud2m.prior import weights_fingerprint
 from ud2m.prox import joint_prox
 
 NOTHING_KNOWN = 1e3
@@ -163,7 +163,7 @@ class RamStart(Start):
             raise ValueError("a RAM that is not trained needs weights: a file, or download")
         self.weights, self.frozen = weights, not trainable
         self.network = load_ram(weights, channels).requires_grad_(trainable)
-        self.fingerprint = weights_fingerprint(self.network) if self.frozen else None
+        self.fingerprint = weights_fingerprint(self.network.state_dict()) if self.frozen else None
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise ValueError(
                 f"the model was trained with a RAM of fingerprint {fingerprint[:12]}, but {weights} has "
@@ -208,15 +208,6 @@ def load_ram(weights: str | None, channels: Sequence[int]) -> RAM:
         reason = str(error).strip().split("\n")[0][:160]
         raise ValueError(f"{weights} does not hold RAM's weights for {list(channels)} channels: {reason}") from error
     return network
-
-
-def weights_fingerprint(network: nn.Module) -> str:
-    """Return a SHA-256 of names, shapes and float32 values of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 WARM_STARTS: dict[str, Callable[..., Start]] = {

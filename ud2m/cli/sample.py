@@ -135,7 +135,7 @@ class Job:
 
     def clean(self, path: Path) -> Tensor:
         """Return a clean picture [1, C, H, W], without the rows and columns that the operator cannot take."""
-        image = read_image(path, channels=self.prior.channels).unsqueeze(0).to(self.config.device)
+        image = self.picture(path, self.prior.channels)
         height, width = (side - side % self.operator.multiple for side in image.shape[-2:])
         if (height, width) != image.shape[-2:] and min(height, width) > 0:
             tqdm.write(f"{path.name}: cut to {height}x{width}, multiples of {self.operator.multiple}")
@@ -147,8 +147,12 @@ class Job:
         known = self.operator.read_observation(path, self.prior.channels, self.config.device)
         if known is not None:
             return known
-        y = read_image(path, channels=self.operator.y_channels(self.prior.channels)).unsqueeze(0).to(self.config.device)
+        y = self.picture(path, self.operator.y_channels(self.prior.channels))
         return y, self.known_operator(y)
+
+    def picture(self, path: Path, channels: int) -> Tensor:
+        """Return a file as an image [1, channels, H, W]."""
+        return read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
 
     def noise_level(self, y: Tensor, physics: DataTerm) -> float:
         """Return the given or estimated noise level of an observation y [1, C, h, w] that was made elsewhere."""

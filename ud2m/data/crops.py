@@ -56,8 +56,7 @@ class RandomCrops(Dataset[Tensor]):
     ):
         check_levels(scales, probabilities)
         check_sizes(images, crop_size)
-        if candidates < 1:
-            raise ValueError(f"candidates, the places drawn per crop, must be at least 1, got {candidates}")
+        check_candidates(candidates)
         self.pyramid = Pyramid(images, cache_bytes)
         self.crop_size, self.seed, self.candidates = crop_size, seed, candidates
         self.augmentation = augmentation or Augmentation()
@@ -188,6 +187,12 @@ def check_levels(scales: Sequence[float], probabilities: Sequence[float]) -> Non
             f"probabilities must be positive, one per scale ({len(scales)}), got {list(probabilities)}; "
             "to leave a level out, remove it from both lists"
         )
+
+
+def check_candidates(candidates: int) -> None:
+    """Raise ValueError unless a crop is chosen from at least one place."""
+    if candidates < 1:
+        raise ValueError(f"candidates, the places drawn per crop, must be at least 1, got {candidates}")
 
 
 def check_sizes(images: ImageStore, side: int) -> None:

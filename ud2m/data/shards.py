@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
-from ud2m.data.crops import PROBABILITIES, SCALES, Tiles, check_levels, choices, detailed_crop, downscale
+from ud2m.data.crops import (
+    PROBABILITIES,
+    SCALES,
+    Tiles,
+    check_candidates,
+    check_levels,
+    choices,
+    detailed_crop,
+    downscale,
+)
 from ud2m.data.module import ImageDataModule, NamedImages, Split, position
 from ud2m.data.sampler import StreamSampler
 from ud2m.images import decode_image
@@ -304,8 +313,7 @@ class ShardCrops(Dataset[Tensor]):
         candidates: int = 1,
     ):
         check_levels(scales, probabilities)
-        if candidates < 1:
-            raise ValueError(f"candidates, the places drawn per crop, must be at least 1, got {candidates}")
+        check_candidates(candidates)
         self.stream, self.reader = stream, reader
         self.crop_size, self.seed, self.candidates = crop_size, seed, candidates
         self.scales, self.probabilities = scales, probabilities

@@ -13,6 +13,7 @@ from ud2m.physics.family import FixedOperator
 from ud2m.physics.jpeg import Jpeg, JpegCodec, levels
 from ud2m.physics.jpeg_codec import padded
 from ud2m.physics.separable import Separable
+from ud2m.physics.super_resolution import keys_taps
 
 ZERO = 3e-2
 """Singular values of the one-dimensional operators below this are set to 0."""
@@ -160,13 +161,10 @@ def blur_matrix(taps: Sequence[float], side: int) -> Tensor:
 
 def bicubic_matrix(factor: int, side: int) -> Tensor:
     """Return the one-dimensional bicubic decimation [n / factor, n]; the border is mirrored, edge pixel included."""
-    distance = (torch.arange(4 * factor, dtype=torch.float64) - 2 * factor + 0.5).abs() / factor
-    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
-    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
-    taps = torch.where(distance <= 1, near, far)
+    taps = keys_taps(factor, 4 * factor)
     matrix = torch.zeros(side // factor, side, dtype=torch.float64)
     rows = torch.arange(side // factor).unsqueeze(1)
     columns = rows * factor + factor // 2 - 2 * factor + torch.arange(4 * factor)
     mirrored = torch.where(columns < 0, -1 - columns, columns)
     mirrored = torch.where(mirrored >= side, 2 * side - 1 - mirrored, mirrored)
-    return matrix.index_put_((rows.expand_as(mirrored), mirrored), (taps / taps.sum()).expand(mirrored.shape), True)
+    return matrix.index_put_((rows.expand_as(mirrored), mirrored), taps.expand(mirrored.shape), True)

@@ -53,6 +53,7 @@ class JpegCodec(Immutable, Physics):
 
     ycbcr: tuple[tuple[float, ...], ...] = YCBCR
     tables: Tensor
+    img_size: tuple[int, int, int]
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class JpegCodec(Immutable, Physics):
         device: torch.device | str = "cpu",
     ):
         super().__init__()
-        self.img_size = self.image_shape = image_shape
+        self.img_size = image_shape
         self.layout = Layout(image_shape[1], image_shape[2], image_shape[0], factors)
         self.register_buffer("tables", tables.float())
         self.to(device)
@@ -342,7 +343,7 @@ def read_jpeg(
 
 @image_shape.register
 def _(physics: JpegCodec, y: Tensor) -> tuple[int, int, int]:
-    return physics.image_shape
+    return physics.img_size
 
 
 @observe.register

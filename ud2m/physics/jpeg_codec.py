@@ -7,6 +7,7 @@ integers, carried in float64, where they are exact.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ def from_blocks(blocks: Tensor) -> Tensor:
     return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
 
 
+@cache
+@torch.inference_mode(False)  # one that validation makes must serve training too
 def dct_matrix(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
     """Return the orthonormal 8-point DCT D [8, 8]; a block X becomes D X D^T."""
     k, n = torch.arange(BLOCK, dtype=torch.float64).view(-1, 1), torch.arange(BLOCK, dtype=torch.float64)
@@ -76,6 +79,8 @@ def dct_matrix(dtype: torch.dtype = torch.float64, device: torch.device | str = 
     return matrix.to(device, dtype)
 
 
+@cache
+@torch.inference_mode(False)
 def integer_dct_matrix() -> Tensor:
     """Return the 8-point DCT of libjpeg, scaled by 2^13 sqrt(8), as the integers [8, 8] that its butterfly amounts to.
 

@@ -55,7 +55,11 @@ class SuperResolution(FixedOperator):
 
 def bicubic_taps(factor: int) -> Tensor:
     """Return Keys' cubic convolution kernel (a = -1/2) at the pixels' distances to the block's centre."""
-    taps = 4 * factor - factor % 2
+    return keys_taps(factor, 4 * factor - factor % 2)
+
+
+def keys_taps(factor: int, taps: int) -> Tensor:
+    """Return Keys' cubic (a = -1/2), stretched by ``factor``, at so many pixels around its centre; the sum is 1."""
     d = (torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2).abs() / factor
     inner, outer = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
     weights = torch.where(d <= 1, inner, outer)
