@@ -1,10 +1,11 @@
 """JPEG by the quantisation cell and by the Gaussian surrogate, zero-shot, each at its best setting.
 
-    python benchmarks/jpeg_likelihood.py [--size 64] [--images 24]
+    python benchmarks/jpeg_likelihood.py [--size 32] [--images 342]
 
 Writes ``docs/results/jpeg.json``: per quality factor the decoder alone, and LATINO with the shipped prior and either
 data term. Levels and widths of both, and the noise level that the surrogate assumes (0.5, 1 or 2 times the rms error of
-the decoded validation pictures), are searched on validation images by the PSNR of the mean.
+the decoded validation pictures), are searched on validation images by the PSNR of the mean. The Fréchet distance is in
+the features of AlexNet, since Inception's need thousands of images.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import Tensor
 from ud2m.baselines import Latino, LatinoSetting, pseudo_inverse
 from ud2m.comparison import score, search_latino
 from ud2m.evaluation import Problem, lpips_if_available
+from ud2m.frechet import FrechetDistance
 from ud2m.physics import Jpeg
 from ud2m.prior import Prior
 
@@ -28,11 +30,13 @@ SAMPLES = 4
 
 def measure(size: int, limit: int) -> list[dict[str, Any]]:
     """Return the rows: three per quality factor."""
+    FrechetDistance().check(limit)
     validation, test = images(size, limit, 8)
     prior, distances, rows = Prior.from_pretrained("photos_prior"), lpips_if_available("alex"), []
 
     def row(words: str, problem: Problem, method: Any, quality: int, **extra: Any) -> None:
-        scores = score(method, problem, test, SAMPLES, distances, f"QF {quality}, {words}")
+        label = f"QF {quality}, {words}"
+        scores = score(method, problem, test, SAMPLES, distances, label, frechet=FrechetDistance())
         rows.append({"method": f"QF {quality}: {words}", "nfe": getattr(method, "nfe", 0)} | scores | extra)
 
     for quality in QUALITIES:
@@ -63,8 +67,8 @@ def best_of(
 def parser() -> argparse.ArgumentParser:
     """Return the reader of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=24, help="test pieces, evenly spaced over all")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=342, help="test pieces, evenly spaced over all")
     return parser
 
 

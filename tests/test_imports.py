@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 FLOORS = [
     {"noise", "output", "shard_index"},
     {"schedule", "physics", "discriminator", "losses", "metrics", "calibration"},
-    {"prior", "prox", "tiling", "symmetry", "exact"},
+    {"prior", "prox", "tiling", "symmetry", "exact", "frechet"},
     {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},

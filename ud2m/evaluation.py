@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ud2m.frechet import FrechetDistance
 from ud2m.metrics import LPIPSDistance, available_lpips, psnr, ssim
 from ud2m.physics import DataTerm, OperatorFamily, observe, residual
 
@@ -57,6 +58,7 @@ class Evaluation:
     Args:
         method: draws samples. problem: how clean images are observed. num_samples: S per observation.
         distances: further distances (samples, reference) -> [B], by the name they get in the row, e.g. ``lpips``.
+        frechet: a fresh distance between the sets of samples and of references, if wanted.
         options: passed on to the method, e.g. ``num_steps``.
     """
 
@@ -66,10 +68,11 @@ class Evaluation:
         problem: Problem,
         num_samples: int = 8,
         distances: Mapping[str, Distance] | None = None,
+        frechet: FrechetDistance | None = None,
         **options: Any,
     ):
         self.method, self.problem, self.num_samples = method, problem, num_samples
-        self.distances, self.options = dict(distances or {}), options
+        self.distances, self.frechet, self.options = dict(distances or {}), frechet, options
         self.count, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}
 
@@ -84,13 +87,16 @@ class Evaluation:
         samples = self.method(y, physics, self.problem.sigma_y, self.num_samples, generator=generator, **self.options)
         self.seconds += time.perf_counter() - start
         self.count += len(x0)
+        if self.frechet is not None:
+            self.frechet.add(samples, x0)
         for name, value in self._scores(x0, samples, y, physics).items():
             self.sums[name] = self.sums.get(name, 0.0) + value.double().sum().item()
         return y, samples
 
     def row(self) -> dict[str, Any]:
         """Return the means over images: ``psnr_mean`` (of the mean of the samples), ``psnr``, ``ssim`` and distances
-        (of single samples), ``residual`` (about 1 when A x explains y), ``r`` and ``seconds_per_image`` (one sample).
+        (of single samples), ``residual`` (about 1 when A x explains y), ``r``, ``frechet`` where asked for, and
+        ``seconds_per_image`` (one sample).
 
         r = sqrt((1 + 1/S) variance / |mean - x0|^2) over all pixels is 1 for a calibrated sampler
         (``metrics.calibration_ratio``).
@@ -100,6 +106,8 @@ class Evaluation:
         means["r"] = None if variance is None or not error else ((1 + 1 / self.num_samples) * variance / error) ** 0.5
         used = {name: distance for name, distance in self.distances.items() if name in means}
         means |= {f"{name}_backend": d.name for name, d in used.items() if isinstance(d, LPIPSDistance)}
+        if self.frechet is not None:
+            means |= {"frechet": self.frechet.value(), "frechet_backend": self.frechet.name}
         means["seconds_per_image"] = self.seconds / (self.count * self.num_samples)
         return means
 

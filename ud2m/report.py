@@ -72,6 +72,8 @@ COLUMNS = (
     ),
     Column("lpips_backend", "LPIPS network"),
     Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
+    Column("frechet", "Fréchet distance", "between the sets of samples and references; lower is better", ".3f", "min"),
+    Column("frechet_backend", "Fréchet features"),
     Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column(
         "residual",

@@ -1,0 +1,71 @@
+"""The Fréchet distance, against SciPy's matrix root and a case that is known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from ud2m.evaluation import Evaluation, Problem
+from ud2m.frechet import FrechetDistance
+from ud2m.physics import Denoising
+
+
+@pytest.fixture
+def alex(shared, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
+    return FrechetDistance("alex")
+
+
+def pictures(count, seed):
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 8, 8, generator=rng)
+    return torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+
+
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")  # dead features: the root stays exact enough
+def test_equals_the_formula_with_another_matrix_root(alex):
+    x0, other = pictures(300, 0), pictures(600, 1).view(300, 2, 3, 32, 32) ** 2
+    alex.add(other[:150], x0[:150])
+    alex.add(other[150:], x0[150:])
+    one = alex.features(x0).double().numpy()
+    two = alex.features(other.flatten(0, 1)).double().numpy()
+    assert one.shape == (300, 256)
+    root = sqrtm(np.cov(one.T) @ np.cov(two.T)).real
+    expected = ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(np.cov(one.T) + np.cov(two.T) - 2 * root)
+    assert alex.value() == pytest.approx(expected, rel=1e-3)
+    assert alex.name.startswith("alex, lpips")
+
+
+def test_features_are_those_of_torchvision(alex, shared):
+    from torchvision.models import alexnet
+
+    network = alexnet()
+    network.load_state_dict(torch.load(shared / "torch_home/hub/checkpoints/alexnet-owt-7be5be79.pth"))
+    images = pictures(2, 3)
+    # LPIPS scales images by the mean and deviation of ImageNet, up to rounding of its own constants
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    scaled = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    expected = network.features[:12](scaled).mean((2, 3))
+    torch.testing.assert_close(alex.features(images), expected.detach(), rtol=2e-2, atol=1e-3)
+
+
+def test_the_same_set_has_distance_zero_and_few_images_are_refused(alex):
+    x0 = pictures(300, 0)
+    with pytest.raises(ValueError, match="more references than that, got 256"):
+        alex.check(256)
+    alex.add(x0[:20].unsqueeze(1), x0[:20])
+    with pytest.raises(ValueError, match="got 20"):
+        alex.value()
+    alex.add(x0[20:].unsqueeze(1), x0[20:])
+    assert abs(alex.value()) < 1e-3
+
+
+def test_an_evaluation_reports_it_with_its_features(alex):
+    def truth(y, physics, sigma_y, num_samples, **options):
+        return y.unsqueeze(1).expand(-1, num_samples, -1, -1, -1)
+
+    evaluation = Evaluation(truth, Problem(Denoising(), 0.01, noise=0.0), 2, frechet=alex)
+    evaluation.add(pictures(260, 0))
+    row = evaluation.row()
+    assert abs(row["frechet"]) < 1e-3
+    assert row["frechet_backend"] == alex.name
