@@ -15,6 +15,7 @@ from ud2m.physics import (
     RandomGaussianBlur,
     SuperResolution,
     UniformBlur,
+    image_shape,
     measured,
     observe,
     residual,
@@ -142,3 +143,9 @@ def test_a_range_of_missing_shares():
 def test_bad_parameters(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_mixture_names_the_shape_of_the_images_whatever_the_batch():
+    """A sampler that draws several batches asks for the shape first; the operators need not be applied for that."""
+    physics = Mixture(FAMILIES).draw(6, SHAPE, streams(6))
+    assert image_shape(physics, observe(physics, images(6), 0.05, streams(6))) == SHAPE

@@ -13,7 +13,7 @@ from ud2m.noise import Generators, rand
 from ud2m.physics.blur import Blur
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
-from ud2m.physics.measurement import measured
+from ud2m.physics.measurement import image_shape, measured
 from ud2m.physics.samples import per_sample, select_samples
 
 
@@ -183,6 +183,11 @@ def _(physics: Mixed, y: Tensor) -> Tensor:
         return measured(part, own).to(y).expand_as(own)
 
     return physics.join(of_part, y)
+
+
+@image_shape.register
+def _(physics: Mixed, y: Tensor) -> tuple[int, int, int]:
+    return physics.image_shape
 
 
 def corner(y: Tensor, shape: tuple[int, ...]) -> Tensor:
