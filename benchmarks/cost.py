@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for physics in ("gaussian_blur", "super_resolution", "inpainting"):
+    for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
         training, step = training_ratio(build(physics), batch=8, size=32, repeats=options.repeats)
         sampling, call = sampling_ratio(build(physics), size=128, repeats=options.repeats)
         print(

@@ -218,7 +218,7 @@ def measure_cost(repeats: int) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     rows = []
-    for physics in ("gaussian_blur", "super_resolution", "inpainting"):
+    for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
         training, step = cost.training_ratio(cost.build(physics), batch=8, size=32, repeats=repeats)
         sampling, call = cost.sampling_ratio(cost.build(physics), size=128, repeats=repeats)
         rows.append(

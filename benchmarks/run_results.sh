@@ -14,7 +14,8 @@ RUNS=runs/results      # trained models
 OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
-SHORT="steps=240 validate_every=240" # of the comparisons of losses and of initialisations
+# of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour
+SHORT="steps=160 validate_every=160 data.crop_size=32"
 THIRD="data.test_limit=114"           # their test pieces: every third one
 
 # train NAME overrides...: a run in runs/results/NAME
@@ -75,7 +76,7 @@ operators() {
 # Deblurring at sigma_y = 0.05: the shipped model, which was trained at 0.01, and models trained at 0.05.
 noisier() {
     train demo_noise05 experiment=demo physics.sigma_y=0.05
-    train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05 steps=2000
+    train photos_gaussian_blur_noise05 experiment=photos_gaussian_blur physics.sigma_y=0.05 steps=800 validate_every=400
     for size in 32 128; do
         sample noise05_$size model=photos_gaussian_blur sigma_y=0.05 data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
         sample trained_noise05_$size model=$RUNS/photos_gaussian_blur_noise05/export data.tile_size=$size
@@ -111,7 +112,7 @@ VARIANTS
     collect losses "${sources[@]}" --command "bash benchmarks/run_results.sh losses"
 }
 
-# Both rules for psi and both warm starts, before training (learning rates of almost 0) and after a short one.
+# Both rules for psi and the warm starts, before training (learning rates of almost 0) and after a short one.
 initialisation() {
     local photos="experiment=demo" sources=() images start label overrides budget
     train mnist_prior experiment=mnist_prior
@@ -121,16 +122,17 @@ initialisation() {
             for budget in untrained trained; do
                 name=initialisation/${images}_${start}_$budget
                 local steps=$SHORT
-                [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9"
-                train "$name" ${!images} network=paper $overrides $steps
+                [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9 training.optimizer.lr_start=1e-9"
+                train "$name" ${!images} $overrides $steps
                 sample "$name" model="$RUNS/$name/export" data=$images $THIRD
                 sources+=("$label, $budget=$OUT/$name")
             done
         done <<'STARTS'
-paper_pinv|paper's rule, A^dagger y|
-paper_smoothing|paper's rule, smoothing start|network.warm_start={name:smoothing}
-annealed_pinv|annealed rule, A^dagger y|network.rule={name:annealed}
-annealed_smoothing|annealed rule, smoothing start|network.rule={name:annealed} network.warm_start={name:smoothing}
+paper_pinv|paper's rule, A^dagger y|network=paper
+paper_smoothing|paper's rule, smoothing start|network=paper network.warm_start={name:smoothing}
+annealed_pinv|annealed rule, A^dagger y|network=paper network.rule={name:annealed}
+annealed_smoothing|annealed rule, smoothing start|network=default
+annealed_network|annealed rule, trained network|network=learned
 STARTS
     done
     collect initialisation "${sources[@]}" --command "bash benchmarks/run_results.sh initialisation"
