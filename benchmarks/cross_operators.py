@@ -1,7 +1,7 @@
 """Try models on operators that they were trained for and on others, and tell them wrong things.
 
-    python benchmarks/cross_operators.py table [--models NAME...] [--size 32] [--images 114]
-    python benchmarks/cross_operators.py misspecified [--model NAME] [--size 32] [--images 114]
+    python benchmarks/cross_operators.py table [--models NAME...] [--size 32] [--images 57]
+    python benchmarks/cross_operators.py misspecified [--model NAME] [--size 32] [--images 57]
 
 ``table`` writes ``docs/results/cross_operators.json``: a row per model, a column per operator and noise level, and in
 each cell PSNR of the mean of 8 samples, LPIPS (alex) and residual of single ones. LATINO's setting is searched for
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     telling.add_argument("--model", default="photos_gaussian_blur")
     for command in (tabling, telling):
         command.add_argument("--size", type=int, default=32)
-        command.add_argument("--images", type=int, default=114, help="test pieces, evenly spaced over all")
+        command.add_argument("--images", type=int, default=57, help="test pieces, evenly spaced over all")
     return parser
 
 

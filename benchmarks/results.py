@@ -85,14 +85,14 @@ SECTIONS = (
     Section(
         "losses",
         "What each loss term does",
-        "Short runs of equal length that differ in the loss alone; Gaussian deblurring, every third 32x32 piece of the "
+        "Short runs of equal length that differ in the loss alone; Gaussian deblurring, every sixth 32x32 piece of the "
         "test photographs.",
     ),
     Section(
         "initialisation",
         "Initialisation of psi and warm start",
         "The paper's rule and the annealed one, from A^dagger y and from the smoothing start, before and after a short "
-        "training; every third 32x32 piece of the test photographs, and 114 test images of MNIST.",
+        "training; every sixth 32x32 piece of the test photographs, and 57 test images of MNIST.",
     ),
     Section(
         "cross_operators",

@@ -143,10 +143,8 @@ def test_hard_projection_stays_finite(case):
         assert joint_prox(physics, y, x_sigma, x, 0.3, 0.1, 1.0, sigma_y).isfinite().all()
 
 
-@pytest.mark.parametrize("family", [GaussianBlur(), SuperResolution(), Inpainting()])
-def test_float32_agrees_with_float64_at_low_noise(family):
-    physics = family.draw(2, (3, 64, 64), generator(0))
-    x0, x = (torch.rand(2, 3, 64, 64, generator=generator(i)) for i in range(2))
+def assert_float32_agrees_with_float64(physics, shape):
+    x0, x = (torch.rand(BATCH, *shape, generator=generator(i)) for i in range(2))
     sigma, delta = torch.tensor([0.1, 14.0]), torch.tensor([0.01, 0.09])
     x_sigma = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator(2))
     y = observe(physics, x0, 1e-4, generator(3))
@@ -155,6 +153,16 @@ def test_float32_agrees_with_float64_at_low_noise(family):
     assert single.dtype == torch.float32
     assert double.dtype == torch.float64
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1.5e-4)
+
+
+@each_operator
+def test_float32_agrees_with_float64_at_low_noise(case):
+    assert_float32_agrees_with_float64(*CASES[case]())
+
+
+@pytest.mark.parametrize("family", [GaussianBlur(), SuperResolution(), Inpainting()])
+def test_float32_agrees_with_float64_on_images(family):
+    assert_float32_agrees_with_float64(family.draw(BATCH, (3, 64, 64), generator(0)), (3, 64, 64))
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 1.0, 1e3])
