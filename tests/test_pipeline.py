@@ -16,7 +16,13 @@ from ud2m.pipeline import PosteriorSampler, SamplerConfig, noise_levels
 from ud2m.prior import LoraSpec, Prior
 
 SHAPE = (3, SIZE, SIZE)
-CONFIG = {"num_steps": 2, "eta": 0.5, "sigma_y": 0.05, "info": {"physics": {"operator": {"width": 1.6}}, "steps": 7}}
+CONFIG = {
+    "num_steps": 2,
+    "eta": 0.5,
+    "step_scale": 1.5,
+    "sigma_y": 0.05,
+    "info": {"physics": {"operator": {"width": 1.6}}, "steps": 7},
+}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +172,7 @@ def test_defaults_are_those_of_the_config(sampler):
     default = sampler(y, physics, generator=generator())
     explicit = sampler(y, physics, 0.05, 1, 2, 0.5, generator())
     assert torch.equal(default, explicit)
-    for change in ({"num_steps": 3}, {"eta": 1}, {"sigma_y": 0.1}):
+    for change in ({"num_steps": 3}, {"eta": 1}, {"sigma_y": 0.1}, {"step_scale": 2.0}):
         assert not torch.allclose(sampler(y, physics, generator=generator(), **change), default, atol=1e-3)
 
 
@@ -248,6 +254,8 @@ def test_a_picture_of_any_size_is_sampled(sampler):
         ({"num_steps": "3"}, r"num_steps \(N\)"),
         ({"grid_power": 0}, "grid_power"),
         ({"grid_power": "steep"}, "grid_power"),
+        ({"step_scale": 0.0}, "step_scale"),
+        ({"step_scale": float("inf")}, "step_scale"),
         ({"eta": "old"}, "eta must be"),
         ({"eta": None}, "eta must be"),
         ({"sigma_y": 0.0}, "sigma_y"),

@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import pytest
 import torch
@@ -420,3 +421,14 @@ def test_a_state_that_does_not_fit_is_refused(how):
     with pytest.raises(ValueError, match="do not fit this network"):
         network.load_own_state(state)
     assert set(network.psi().values()) == {1.0}
+
+
+def test_the_step_scale_is_a_factor_on_the_modules_delta_alone():
+    network, arguments = tiny_network(Squash()), problem(FAMILIES["blur"])
+    scaled = network(*arguments, generator(6), step_scale=2.5)
+    plain = network(*arguments, generator(6))
+    with torch.no_grad():
+        for block in network.blocks:
+            block.log_delta += math.log(2.5)
+    torch.testing.assert_close(network(*arguments, generator(6)), scaled)
+    assert not torch.allclose(plain, scaled, atol=1e-3)

@@ -194,19 +194,24 @@ class UnfoldedNetwork(nn.Module):
         tile: int | None = None,
         start: Tensor | None = None,
         symmetries: int = 1,
+        step_scale: float = 1.0,
     ) -> Tensor:
         """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
 
         ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``. The denoiser sees at
         most ``tile`` x ``tile`` pixels at once (``ud2m.tiling``); None: the whole picture. ``start`` is x^(0), for
         callers that share one among several draws; ``symmetries``: see ``ud2m.symmetry.symmetric``.
+        ``step_scale`` multiplies the modules' delta_k (not that of the closing prox): above 1 each keeps less of the
+        last network's output and the draws differ more.
         """
         denoiser = symmetric(tiled(self.denoiser, tile), symmetries, generator)
         features = describe(self.conditioning, x_sigma, sigma, physics, sigma_y)
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
         for k, block in enumerate(self.blocks):
-            initial = self.rule(k, self.num_blocks, sigma, sigma_y)
-            x = block(x, x_sigma, sigma, y, physics, sigma_y, initial, features, denoiser, generator)
+            delta, tau = self.rule(k, self.num_blocks, sigma, sigma_y)
+            x = block(
+                x, x_sigma, sigma, y, physics, sigma_y, (step_scale * delta, tau), features, denoiser, generator
+            )
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:
             return x

@@ -27,6 +27,8 @@ from ud2m.prior import Prior
 from ud2m.report import Entry, Report, Section, format_table, write_report
 
 AUTO = "auto"
+OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile")
+"""Keys that a call of the sampler takes as they are."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Job:
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, self.sigma_y, config.seed, noise)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
-        self.options = {key: config[key] for key in ("num_steps", "eta", "symmetries", "chunk_size", "tile")}
+        self.options = {key: config[key] for key in OPTIONS}
         self.distances = distances(self.prior, config.lpips)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
