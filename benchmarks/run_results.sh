@@ -14,6 +14,7 @@ RUNS=runs/results      # trained models
 OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
+declare -A STEP=([gaussian_blur]=1.5 [super_resolution]=1.4 [inpainting]=1.0) # training.sampling.step_scale of each
 # of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour
 SHORT="steps=160 validate_every=160 data.crop_size=32"
 SIXTH="data.test_limit=57"            # their test pieces: every sixth one
@@ -61,7 +62,7 @@ prior() {
 
 operators() {
     for operator in $OPERATORS; do
-        train "demo_$operator" experiment=demo physics="$operator"
+        train "demo_$operator" experiment=demo physics="$operator" training.sampling.step_scale="${STEP[$operator]}"
         for size in 32 128; do
             sample "${operator}_$size" model="photos_$operator" data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
             sample "demo_${operator}_$size" model="$RUNS/demo_$operator/export" data.tile_size=$size
