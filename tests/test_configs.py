@@ -63,17 +63,16 @@ def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, pri
 
 @pytest.mark.parametrize("choice", choices("physics"))
 def test_every_operator_instantiates(choice, priors, tmp_path):
-    file = choice in ("mask", "kernel")
-    if file:
+    path = [f"physics.{choice}={tmp_path / 'mask.png'}"] if choice in ("mask", "kernel") else []
+    if path:
         from ud2m.images import write_image
 
         write_image((torch.rand(1, IMAGE, IMAGE) < 0.5).float(), tmp_path / "mask.png")
-    path = [f"physics.operator.path={tmp_path / 'mask.png'}"] if file else []
     path += ["physics.class=Denoising"] if choice == "deepinv" else []
     if choice == "mask_collection":
         masks = np.packbits(np.random.default_rng(0).integers(0, 2, (3, IMAGE, IMAGE), dtype=np.uint8))
         np.savez(tmp_path / "masks.npz", **{"20-30% freeform": masks})
-        path = [f"physics.operator.path={tmp_path / 'masks.npz'}", f"physics.operator.size={IMAGE}"]
+        path = [f"physics.masks={tmp_path / 'masks.npz'}", f"physics.operator.size={IMAGE}"]
     with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
         operator = instantiate(config.physics.operator, _convert_="all")
     assert isinstance(operator, OperatorFamily)

@@ -104,7 +104,7 @@ def test_mask_file_explains_a_degraded_picture(model, picture, tmp_path, capsys)
     write_image(y[0], tmp_path / "y.png")
     common = (f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", f"output={tmp_path / 'out'}")
     assert "physics=mask" in refusal(capsys, *common, "physics=inpainting")
-    sample(*common, "physics=mask", f"physics.operator.path={tmp_path / 'mask.png'}", "sigma_y=0.001")
+    sample(*common, "physics=mask", f"physics.mask={tmp_path / 'mask.png'}", "sigma_y=0.001")
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
     shown = read_image(tmp_path / "out" / "samples" / "000.png")
     fit = ((shown - y[0]) * mask).norm() / (0.001 * (3 * mask.sum()) ** 0.5)
@@ -146,7 +146,10 @@ def test_comparison_has_all_rows_on_test_images(model, tmp_path, monkeypatch):
         (["chunk_size=0"], "chunk_size"),
         (["physics=gaussian_blur", "physics.operator.width=-1"], "width"),
         (["physics=super_resolution", "physics.operator.factor=5"], "5"),
-        (["physics=mask", "physics.operator.path=nowhere.png"], "nowhere.png"),
+        (["physics=mask", "physics.mask=nowhere.png"], "nowhere.png"),
+        (["physics=kernel"], "physics.kernel=..."),
+        (["physics=deepinv"], "physics.class=..."),
+        (["step_scale=0"], "step_scale"),
     ],
 )
 def test_bad_numbers_are_refused_and_leave_nothing(model, picture, tmp_path, capsys, overrides, expected):

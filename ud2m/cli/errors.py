@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from tqdm import tqdm
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
@@ -52,10 +52,18 @@ def message(error: BaseException) -> str:
     """Return what went wrong, without tracebacks; Hydra's instantiation errors carry the real one as their cause."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
+    key = _missing_key(error)
+    if key is not None:
+        return f"{key} has no value; give one: {key}=..."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = _worker_message(str(error)) or type(error).__name__
     return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
+
+
+def _missing_key(error: BaseException) -> str | None:
+    """Return the configuration key without a value that an error is about."""
+    return error.full_key if isinstance(error, MissingMandatoryValue) else None
 
 
 def _worker_message(text: str) -> str:

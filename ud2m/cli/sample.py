@@ -66,7 +66,7 @@ class Job:
         self.config = config
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device)
         trained = self.sampler.config.info.get("physics", {})
-        chosen = config.get("physics")
+        chosen = given_operator(config)
         self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         self.sigma_y = default if config.sigma_y in (None, AUTO) else config.sigma_y
@@ -165,7 +165,7 @@ class Job:
         if self.operator.random:
             raise ValueError(
                 f"{type(self.operator).__name__} draws another operator each time and cannot explain an input that is "
-                "degraded already; give the one it was made with, e.g. physics=mask physics.operator.path=mask.png"
+                "degraded already; give the one it was made with, e.g. physics=mask physics.mask=mask.png"
             )
         return self.operator.draw(1, self.operator.image_shape((y.shape[1], y.shape[2], y.shape[3])), device=y.device)
 
@@ -252,6 +252,17 @@ def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:
     """Return LPIPS where it is wanted and its weights are at hand, and always the distance of the prior's features."""
     lpips = {} if lpips_net is None else lpips_if_available(lpips_net)
     return lpips | {"prior_features": FeatureDistance(prior.features)}
+
+
+def given_operator(config: DictConfig) -> DictConfig | None:
+    """Return the page of ``physics=...``, if given, with all values filled in.
+
+    A missing one is noticed here under the name that a user sets it by.
+    """
+    if config.get("physics") is None:
+        return None
+    values = OmegaConf.to_container(config.physics, resolve=True, throw_on_missing=True)
+    return cast(DictConfig, OmegaConf.create(values))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
             f"steps must be a multiple of validate_every (each run ends in a validation), got {config.steps} and "
             f"{config.validate_every}"
         )
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     assert isinstance(resolved, DictConfig)
     rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(resolved).encode())
     return resolved
