@@ -14,9 +14,8 @@ RUNS=runs/results      # trained models
 OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
-declare -A STEP=([gaussian_blur]=1.5 [super_resolution]=1.4 [inpainting]=1.0) # training.sampling.step_scale of each
-# of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour, and plain steps
-SHORT="steps=120 validate_every=120 data.crop_size=32 training.optimizer.warmup=10 training.sampling.step_scale=1"
+# of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour,
+SHORT="steps=120 validate_every=120 data.crop_size=32 training.optimizer.warmup=10"
 SIXTH="data.test_limit=57"            # their test pieces: every sixth one
 
 # train NAME overrides...: a run in runs/results/NAME
@@ -62,7 +61,7 @@ prior() {
 
 operators() {
     for operator in $OPERATORS; do
-        train "demo_$operator" experiment=demo physics="$operator" training.sampling.step_scale="${STEP[$operator]}"
+        train "demo_$operator" experiment=demo physics="$operator"
         for size in 32 128; do
             sample "${operator}_$size" model="photos_$operator" data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
             sample "demo_${operator}_$size" model="$RUNS/demo_$operator/export" data.tile_size=$size
@@ -123,7 +122,7 @@ initialisation() {
             for budget in untrained trained; do
                 name=initialisation/${images}_${start}_$budget
                 local steps=$SHORT
-                [ $budget = trained ] || steps="steps=1 validate_every=1 training.sampling.step_scale=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9 training.optimizer.lr_start=1e-9"
+                [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9 training.optimizer.lr_start=1e-9"
                 train "$name" ${!images} $overrides $steps
                 sample "$name" model="$RUNS/$name/export" data=$images $SIXTH
                 sources+=("$label, $budget=$OUT/$name")
