@@ -113,7 +113,9 @@ def prior_module(**overrides: Any) -> PriorModule:
     return PriorModule(**({"unet": ARCHITECTURE, "scheduler": SCHEDULER, "warmup": 2, "ema_decay": 0.5} | overrides))
 
 
-def trainer(folder: Path, callbacks: tuple[L.Callback, ...] = (), **options: Any) -> L.Trainer:
+def trainer(
+    folder: Path, callbacks: tuple[L.Callback, ...] = (), every: int | None = None, **options: Any
+) -> L.Trainer:
     """Return a trainer as ``ud2m.cli.train`` builds it, without loggers."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -124,9 +126,8 @@ def trainer(folder: Path, callbacks: tuple[L.Callback, ...] = (), **options: Any
         "enable_model_summary": False,
         "logger": False,
     }
-    return L.Trainer(
-        callbacks=[*callbacks, Checkpoints(folder / "checkpoints")], default_root_dir=folder, **(defaults | options)
-    )
+    callbacks = (*callbacks, Checkpoints(folder / "checkpoints", every))
+    return L.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(defaults | options))
 
 
 def fit(

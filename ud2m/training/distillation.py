@@ -173,6 +173,10 @@ class DistillationModule(SteppedModule):
         """Return psi and the adapter (and a learned warm start), each once."""
         return [p for p in self.network.parameters() if p.requires_grad]
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return the LoRA factors and the copy of the output convolution."""
+        return [p for p in self.prior.parameters() if p.requires_grad]
+
     # --- one step ------------------------------------------------------------------------------------------------
 
     def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,7 +254,7 @@ class DistillationModule(SteppedModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
         settings = self.optimizer_settings
-        adapter = [p for p in self.prior.parameters() if p.requires_grad]
+        adapter = self.adapter_parameters()
         start = [p for p in self.network.warm_start.parameters() if p.requires_grad]
         others = {id(p) for p in [*adapter, *start]}
         psi = [p for p in self.generator_parameters() if id(p) not in others]

@@ -80,6 +80,10 @@ class SteppedModule(L.LightningModule, ABC):
             NonFiniteLossError: naming the term.
         """
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return what adapts a frozen network, if there is one."""
+        return []
+
     # --- steps ---------------------------------------------------------------------------------------------------
 
     @property
@@ -193,6 +197,8 @@ class SteppedModule(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the scores."""
         self.scores = dict(checkpoint.get("scores", {}))
+        if any(value.dtype == torch.float64 for value in checkpoint["state_dict"].values()):
+            self.double()  # Lightning does so only after it has loaded, and rounded, the state
 
     def restore(self, path: Path) -> None:
         """Load parameters, averages and scores of a checkpoint of this run.
