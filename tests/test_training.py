@@ -4,7 +4,6 @@ import random
 import signal
 import time
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tiny import SIZE, perturb, save_tiny_prior, tiny_prior, trained
 from tiny_training import (
     EPOCHS,
     STEPS,
+    At,
     Break,
     TinyData,
     assert_equal,
@@ -126,17 +126,6 @@ def test_resuming_equals_the_unbroken_run_bit_for_bit(epoch, batch, error, prior
     fit(distillation(prior), tmp_path, resume=True)
     assert_equal(everything(checkpoint(unbroken[0])), everything(checkpoint(tmp_path)))
     assert_equal(everything(checkpoint(unbroken[0], "best")), everything(checkpoint(tmp_path, "best")))
-
-
-class At(L.Callback):
-    """Call a function at the start of a batch, counted from 0 over the whole run."""
-
-    def __init__(self, batch, function):
-        self.batch, self.function = batch, function
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
-            self.function()
 
 
 def long_run(prior, folder, resume=False, **options):

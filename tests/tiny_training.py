@@ -3,7 +3,7 @@
 import math
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -155,6 +155,19 @@ class Break(L.Callback):
     ) -> None:
         if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch):
             raise self.error
+
+
+class At(L.Callback):
+    """Call a function at the start of a batch, counted from 0 over the whole run."""
+
+    def __init__(self, batch: int, function: Callable[[], Any]):
+        self.batch, self.function = batch, function
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            self.function()
 
 
 def everything(path: Path) -> dict[str, Any]:
