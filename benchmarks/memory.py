@@ -51,14 +51,19 @@ def peak(model: DistillationModule, x0: Tensor) -> int:
     return highest
 
 
-def main() -> None:
-    """Measure, print one line per setting, and write JSON where asked for."""
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure, print one line per setting, and write JSON where asked for."""
+    options = parser().parse_args()
     torch.set_num_threads(1)
     x0 = torch.rand(options.batch, 3, options.size, options.size)
     rows = {}
@@ -76,7 +81,9 @@ def main() -> None:
             rows[f"{kind}, K={count}"] = {"peak_mib": peak(model, x0) / 2**20, "time": statistics.median(ratios)}
             print(f"{kind}, K={count}: {rows[f'{kind}, K={count}']}", flush=True)
     for kind in CHECKPOINTING:
-        print(f"{kind}: peak(K=8) / peak(K=2) = {rows[f'{kind}, K=8']['peak_mib'] / rows[f'{kind}, K=2']['peak_mib']:.2f}")
+        print(
+            f"{kind}: peak(K=8) / peak(K=2) = {rows[f'{kind}, K=8']['peak_mib'] / rows[f'{kind}, K=2']['peak_mib']:.2f}"
+        )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

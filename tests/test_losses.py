@@ -373,7 +373,10 @@ def test_no_penalty_costs_no_second_derivative(monkeypatch):
 
 def test_accuracies_are_shares_of_logits_on_the_right_side():
     p = prediction(batch=4)
-    logits = {True: torch.tensor([1.0, -2.0, 3.0, 4.0]), False: torch.tensor([-1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0])}
+    logits = {
+        True: torch.tensor([1.0, -2.0, 3.0, 4.0]),
+        False: torch.tensor([-1.0, 1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]),
+    }
     _, values = DiscriminatorLoss(0.0)(lambda x, condition: logits[len(x) == 4][: len(x)], p)
     count = p.outputs.shape[1] * 4
     expected = (logits[False][:count] < 0).float().mean()

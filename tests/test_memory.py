@@ -24,7 +24,7 @@ from ud2m.pipeline import PosteriorSampler
 from ud2m.training.random_streams import row_streams
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-from memory import peak  # noqa: E402
+from memory import peak
 
 
 @pytest.fixture(scope="module")

@@ -99,15 +99,25 @@ def test_optuna_looks_for_high_scores(tmp_path):
     # the rate is so small that nothing is learnt, or of use
     tiny = tiny_overrides(save_tiny_prior(tmp_path / "prior"), write_images(tmp_path / "images"))
     folder = tmp_path / "sweep"
-    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "training.optimizer.lr=tag(log,interval(1e-9,1e-1))"]
-    assert command_line("-m", *tiny, *optuna, "lora.rank=choice(-1,2)", f"steps={STEPS}", f"hydra.sweep.dir={folder}") in (0, 1)
+    optuna = [
+        "hydra/sweeper=optuna_score",
+        "hydra.sweeper.n_trials=4",
+        "training.optimizer.lr=tag(log,interval(1e-9,1e-1))",
+    ]
+    ranks = "lora.rank=choice(-1,2)"  # the first is impossible
+    assert command_line("-m", *tiny, *optuna, ranks, f"steps={STEPS}", f"hydra.sweep.dir={folder}") in (0, 1)
     rows = table(folder)
     assert len(rows) == 4
-    assert {float(row["training.optimizer.lr"]) for row in rows if row["rank"] != "-"}
+    assert {row["rank"] == "-" for row in rows if row["lora.rank"] == "-1"} <= {True}
     best = OmegaConf.load(folder / "optimization_results.yaml")
     scores = [json.loads(path.read_text())[-1]["score"] for path in folder.glob("*/metrics.json")]
     assert best.best_value == max(scores) > min(scores)
     assert (folder / "sweep.html").read_text().count("<polyline") == len(scores)
+
+
+def test_the_wrong_direction_is_refused(tmp_path, capsys):
+    assert command_line("-m", "hydra/sweeper=optuna", "seed=0,1", f"hydra.sweep.dir={tmp_path}") == 1
+    assert "a higher score is better: add hydra.sweeper.direction=maximize" in capsys.readouterr().err
 
 
 def test_slurm_takes_the_runs_of_a_sweep(tmp_path):

@@ -203,7 +203,9 @@ def test_wandb_works_offline(tiny, tmp_path, monkeypatch):
     logged = []
     log_artifact = wandb.sdk.wandb_run.Run.log_artifact
     monkeypatch.setattr(
-        wandb.sdk.wandb_run.Run, "log_artifact", lambda run, artefact: logged.append(artefact) or log_artifact(run, artefact)
+        wandb.sdk.wandb_run.Run,
+        "log_artifact",
+        lambda run, artefact: logged.append(artefact) or log_artifact(run, artefact),
     )
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert command_line(*tiny, "logger=wandb", f"run_dir={tmp_path}") == 0

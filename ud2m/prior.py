@@ -239,7 +239,7 @@ class Prior(nn.Module):
         return self
 
     def store_frozen_in_bfloat16(self) -> "Prior":
-        """Keep the weights of frozen convolutions and linear layers in bfloat16, and evaluate the network under autocast.
+        """Keep the weights of frozen convolutions and linear layers in bfloat16; the network runs under autocast then.
 
         Half the memory of the weights, on every call of the network. What is trained, normalisation layers and results
         stay in float32, and so does the fingerprint. Exports are not touched: they refer to the prior as it was.

@@ -15,7 +15,6 @@ from ud2m.symmetry import symmetric
 from ud2m.tiling import Denoiser, tiled
 from ud2m.warm_start import WARM_STARTS, Start
 
-
 REPLAY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 """How modules are checkpointed; no global random numbers are drawn in them."""
 
@@ -215,8 +214,8 @@ class UnfoldedNetwork(nn.Module):
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
         for k, block in enumerate(self.blocks):
             initial = self.rule(k, self.num_blocks, sigma, sigma_y)
-            # drawn here: a module that is evaluated a second time must meet the same noise
-            inputs = (x, x_sigma, sigma, y, physics, sigma_y, initial, features, denoiser, randn_like(x_sigma, generator))
+            eps = randn_like(x_sigma, generator)  # here: a module that is evaluated a second time must meet it again
+            inputs = (x, x_sigma, sigma, y, physics, sigma_y, initial, features, denoiser, eps)
             x = checkpoint(block, *inputs, **REPLAY) if self._is_replayed(k, symmetries) else block(*inputs)
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:

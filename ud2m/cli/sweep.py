@@ -71,13 +71,17 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep folder that holds runs already: its table would mix them with the new ones.
 
-        And ``run_dir``, which a sweep would not follow.
+        And ``run_dir``, which a sweep would not follow, and an optimiser that would look for low scores.
         """
         HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir)
         make_folder(folder)
         if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
             raise ValueError("run_dir is the folder of one run; the runs of a sweep go to hydra.sweep.dir")
+        if str(config.hydra.sweeper.get("direction", "maximize")).split(".")[-1] != "maximize":
+            raise ValueError(
+                "a higher score is better: add hydra.sweeper.direction=maximize, or take hydra/sweeper=optuna_score"
+            )
         if any(folder.glob(f"*/{OVERRIDES_FILE}")):
             raise ValueError(f"{folder} holds the runs of another sweep; choose another hydra.sweep.dir")
 

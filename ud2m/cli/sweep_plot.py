@@ -17,7 +17,7 @@ polyline {{ fill: none; stroke-width: 2; opacity: 0.8; }}
 polyline:hover {{ stroke-width: 6; opacity: 1; }}
 text {{ font-size: 12px; }}
 </style></head><body><h1>{title}</h1>
-<p>One line per run, from its settings to its score (the higher, the brighter). Point at a line to see which run it is.</p>
+<p>One line per run, from its settings to its score (the higher, the brighter). Point at a line to see its run.</p>
 {svg}
 <p>{notes}</p></body></html>
 """
@@ -47,9 +47,8 @@ def _svg(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], score: str) -> 
         height = {key: bottom - HEIGHT * axes[key][0](row.get(key)) for key in keys}
         points = " ".join(f"{place[key]},{height[key]:.1f}" for key in keys)
         said = html.escape(f"run {row['run']}: " + ", ".join(f"{key} = {_text(row.get(key))}" for key in keys))
-        parts.append(
-            f'<polyline points="{points}" stroke="{_colour(axes[score][0](row[score]))}"><title>{said}</title></polyline>'
-        )
+        colour = _colour(axes[score][0](row[score]))
+        parts.append(f'<polyline points="{points}" stroke="{colour}"><title>{said}</title></polyline>')
     for key in keys:
         x = place[key]
         parts.append(f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{bottom}" stroke="#444"/>')
@@ -66,20 +65,19 @@ Axis = tuple[Callable[[Any], float], list[tuple[str, float]]]
 
 def _axis(values: Sequence[Any]) -> Axis:
     """Return where a value lies on an axis, in [0, 1], and labels there."""
-    numbers = [_number(value) for value in values]
-    if any(number is None for number in numbers):
+    numbers = sorted(number for number in map(_number, values) if number is not None)
+    if len(numbers) < len(values):
         names = sorted({_text(value) for value in values})
         spread = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
         return (lambda value: spread[_text(value)]), list(spread.items())
-    low, high = min(numbers), max(numbers)  # type: ignore[type-var]
-    assert low is not None and high is not None
+    low, middle, high = numbers[0], numbers[len(numbers) // 2], numbers[-1]
     scale = math.log if low > 0 and high > 50 * low else float  # several orders of magnitude
     span = scale(high) - scale(low)
 
     def where(value: Any) -> float:
         return (scale(float(value)) - scale(low)) / span if span else 0.5
 
-    return where, [(_text(number), where(number)) for number in sorted({low, high, sorted(numbers)[len(numbers) // 2]})]  # type: ignore[type-var]
+    return where, [(_text(number), where(number)) for number in sorted({low, middle, high})]
 
 
 def _number(value: Any) -> float | None:

@@ -120,8 +120,8 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds a run with another configuration (other {', '.join(changed[:6])}); resume=auto goes on with "
-            "the same one alone: choose another run_dir"
+            f"{folder} holds a run with another configuration (other {', '.join(changed[:6])}); resume=auto goes on "
+            "with the same one alone: choose another run_dir"
         )
     for key in RESUMABLE:
         OmegaConf.update(stored, key, OmegaConf.select(now, key), merge=False)
@@ -132,8 +132,8 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
 def values(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
     """Yield the dotted key and the value of every leaf of a configuration."""
     if isinstance(node, DictConfig):
-        for key in node:
-            yield from values(node[key], f"{path}.{key}" if path else str(key))
+        for key, value in node.items():
+            yield from values(value, f"{path}.{key!s}" if path else str(key))
     else:
         yield path, node
 
@@ -191,6 +191,8 @@ def fit(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
     Raises:
         OSError: when another process of the run is gone.
     """
+    # Under SLURM Lightning would answer this one within a step; `Checkpoints` does after it.
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         trainer.fit(model, data, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
@@ -202,6 +204,8 @@ def fit(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
                 "failed or was killed (see its message above, or memory and time limits); go on with resume=true"
             ) from error
         raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -229,9 +233,10 @@ def build_trainer(config: DictConfig, folder: Path) -> L.Trainer:
         return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
     except InstantiationException as error:
         if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
+            reason = " ".join(str(error.__cause__).split())
             raise ValueError(
-                f"no trainer with accelerator={config.trainer.accelerator}, devices={config.trainer.devices}: "
-                f"{' '.join(str(error.__cause__).split())}; see trainer.accelerator, trainer.devices and trainer.strategy"
+                f"no trainer with accelerator={config.trainer.accelerator}, devices={config.trainer.devices}: {reason}; "
+                "see trainer.accelerator, trainer.devices and trainer.strategy"
             ) from error
         raise
 

@@ -49,9 +49,7 @@ class Checkpoints(Checkpoint):
         """Remember that the run shall stop."""
         self.signalled = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write ``last.ckpt`` where that is due after a step.
 
         Raises:

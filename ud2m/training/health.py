@@ -42,9 +42,7 @@ class Health(L.Callback):
         """Stop the clock."""
         self.since = 0.0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count, log and judge; loading a batch belongs to its time."""
         now = time.perf_counter()
         self.images, self.seconds = self.images + len(batch) * trainer.world_size, self.seconds + now - self.since
@@ -68,8 +66,8 @@ class Health(L.Callback):
         self.decisions = None if share > WON else []
         if share > WON:
             warn(
-                f"the discriminator has won: over the last {WINDOW} steps {100 * share:.1f} % of its decisions were right,"
-                " so it teaches little. Raise loss.gradient_penalty, or lower training.optimizer.lr_discriminator"
+                f"the discriminator has won: over the last {WINDOW} steps {100 * share:.1f} % of its decisions were "
+                "right, so it teaches little. Raise loss.gradient_penalty, or lower training.optimizer.lr_discriminator"
             )
 
     def judge_adapter(self, pl_module: Any) -> None:
@@ -85,8 +83,8 @@ class Health(L.Callback):
             self.watches_adapter, self.start = False, None
             if change < MOVED:
                 warn(
-                    f"the adapter (LoRA) does not move: in {WINDOW} steps it changed by {change:.1g} of its norm. Raise "
-                    "training.optimizer.lr or training.optimizer.clip; grad_norm/generator is in the log"
+                    f"the adapter (LoRA) does not move: in {WINDOW} steps it changed by {change:.1g} of its norm. "
+                    "Raise training.optimizer.lr or training.optimizer.clip; grad_norm/generator is in the log"
                 )
 
 
