@@ -81,9 +81,8 @@ def main() -> None:
             rows[f"{kind}, K={count}"] = {"peak_mib": peak(model, x0) / 2**20, "time": statistics.median(ratios)}
             print(f"{kind}, K={count}: {rows[f'{kind}, K={count}']}", flush=True)
     for kind in CHECKPOINTING:
-        print(
-            f"{kind}: peak(K=8) / peak(K=2) = {rows[f'{kind}, K=8']['peak_mib'] / rows[f'{kind}, K=2']['peak_mib']:.2f}"
-        )
+        few, many = (rows[f"{kind}, K={count}"]["peak_mib"] for count in (2, 8))
+        print(f"{kind}: peak(K=8) / peak(K=2) = {many / few:.2f}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

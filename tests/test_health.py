@@ -60,9 +60,8 @@ def test_images_per_second_counts_images_of_training_alone(monkeypatch):
     loop = type("L", (), {"total_batch_idx": 0})
     trainer = type("T", (), {"world_size": 2, "log_every_n_steps": 2, "callback_metrics": {}})()
     trainer.fit_loop = type("F", (), {"epoch_loop": loop})
-    module = type(
-        "M", (), {"settings": type("S", (), {"accumulate": 4}), "log": lambda self, k, v: logged.update({k: v})}
-    )()
+    settings = type("S", (), {"accumulate": 4})
+    module = type("M", (), {"settings": settings, "log": lambda self, name, value: logged.update({name: value})})()
     speed = Health()
     for number in range(2):
         loop.total_batch_idx = number

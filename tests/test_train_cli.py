@@ -201,12 +201,9 @@ def test_wandb_works_offline(tiny, tmp_path, monkeypatch):
     import wandb
 
     logged = []
-    log_artifact = wandb.sdk.wandb_run.Run.log_artifact
-    monkeypatch.setattr(
-        wandb.sdk.wandb_run.Run,
-        "log_artifact",
-        lambda run, artefact: logged.append(artefact) or log_artifact(run, artefact),
-    )
+    kind = wandb.sdk.wandb_run.Run
+    log = kind.log_artifact
+    monkeypatch.setattr(kind, "log_artifact", lambda run, artefact: logged.append(artefact) or log(run, artefact))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert command_line(*tiny, "logger=wandb", f"run_dir={tmp_path}") == 0
     assert wandb.run is None  # ended, for the next run of a sweep
