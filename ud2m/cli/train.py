@@ -235,8 +235,8 @@ def build_trainer(config: DictConfig, folder: Path) -> L.Trainer:
         if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
             reason = " ".join(str(error.__cause__).split())
             raise ValueError(
-                f"no trainer with accelerator={config.trainer.accelerator}, devices={config.trainer.devices}: {reason}; "
-                "see trainer.accelerator, trainer.devices and trainer.strategy"
+                f"no trainer with accelerator={config.trainer.accelerator}, devices={config.trainer.devices}: {reason}"
+                "; see trainer.accelerator, trainer.devices and trainer.strategy"
             ) from error
         raise
 
