@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -119,10 +120,17 @@ def overrides_of(command: Command) -> tuple[str, list[list[str]]]:
     rest.remove("-m")
     parsed = [OverridesParser.create().parse_override(word) for word in rest]
     choices = [
-        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [word]
+        [f"{o.get_key_element()}={v}" for v in values_of(o)] if o.is_sweep_override() else [word]
         for o, word in zip(parsed, rest, strict=True)
     ]
     return name, [list(run) for run in itertools.product(*choices)]
+
+
+def values_of(override: Override) -> Iterable[str]:
+    """Return the values of a sweep, of an interval its ends."""
+    if override.is_interval_sweep():
+        return [str(override.value().start), str(override.value().end)]
+    return override.sweep_string_iterator()
 
 
 def compose_all(command: Command, folder: Path) -> None:
@@ -247,6 +255,7 @@ def test_configuration_keys_between_backticks_exist(tmp_path):
     kinds = (
         *(["experiment=demo"], ["experiment=photos_prior"], ["data=folder", "data.root=x", "loss/distance=lpips"]),
         ["data=webdataset", "data.root=x", "data.held_out=x"],
+        ["trainer=ddp", "logger=wandb"],
     )
     known = {"loss.gradient"}  # the term that docs/extending.md adds
     for overrides in kinds:

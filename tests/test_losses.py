@@ -368,7 +368,14 @@ def test_interpolation_takes_one_generator_per_sample():
 def test_no_penalty_costs_no_second_derivative(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("differentiated"))
     _, values = DiscriminatorLoss(0.0)(Linear((3, 8, 8)), prediction())
-    assert values.keys() == {"discriminator"}
+    assert values.keys() == {"discriminator", "accuracy/real", "accuracy/generated"}
+
+
+def test_accuracies_are_shares_of_logits_on_the_right_side():
+    p = prediction(batch=4)
+    real, generated = torch.tensor([1.0, -2.0, 3.0, 4.0]), torch.tensor([-1.0, 1, 1, 1, -1, 1, 1, 1])
+    _, values = DiscriminatorLoss(0.0)(lambda x, condition: real if len(x) == 4 else generated, p)
+    assert (values["accuracy/real"], values["accuracy/generated"]) == (0.75, 0.25)
 
 
 def test_the_two_updates_leave_each_other_alone():

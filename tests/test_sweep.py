@@ -1,12 +1,16 @@
 import csv
 import json
+import re
+import xml.etree.ElementTree
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from tiny import save_tiny_prior
-from tiny_training import STEPS, command_line, tiny_overrides, write_images
+from tiny_training import STEPS, command_line, composed, tiny_overrides, write_images
 
 from ud2m.cli.sweep import collect, write_table
+from ud2m.cli.sweep_plot import page
 
 
 def table(folder):
@@ -56,6 +60,66 @@ def test_the_table_names_the_winner_and_the_failure(sweep):
     text = (folder / "sweep.md").read_text()
     assert f"best score: run {winner}" in text
     assert "failed: 1 of 3 runs" in text
+
+
+def test_the_plot_has_a_line_per_run_with_a_score(sweep):
+    folder, _, _ = sweep
+    text = (folder / "sweep.html").read_text()
+    assert text.count("<polyline") == 2
+    assert "2 runs, and 1 that failed" in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
+
+
+def test_lines_of_the_plot_pass_where_the_values_are():
+    rows = [
+        {"run": "0", "lr": "1e-5", "net": "<vgg>", "seed": "1", "score": 10.0},
+        {"run": "1", "lr": "1e-3", "net": "alex", "seed": "1", "score": 20.0},
+        {"run": "2", "lr": "1e-1", "net": "alex", "seed": "1", "score": 15.0},
+        {"run": "3", "lr": "1", "net": "alex", "seed": "1", "score": None},
+    ]
+    text = page("A & B", rows, ["lr", "net", "seed"])
+    svg = xml.etree.ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    space = "{http://www.w3.org/2000/svg}"
+    axes = [float(line.get("y2")) - float(line.get("y1")) for line in svg.iter(f"{space}line")]
+    assert len(axes) == 3  # the seed does not vary
+    lines = {}
+    for line in svg.iter(f"{space}polyline"):
+        run = re.match(r"run (\d)", line.find(f"{space}title").text).group(1)
+        lines[run] = [float(point.split(",")[1]) for point in line.get("points").split()]
+    top, height = 60, axes[0]
+    shares = {run: [1 - (y - top) / height for y in line] for run, line in lines.items()}
+    # lr over four orders of magnitude: by its logarithm; names in alphabetical order; the score linearly
+    assert shares == {"0": pytest.approx([0, 0, 0]), "1": pytest.approx([0.5, 1, 1]), "2": pytest.approx([1, 1, 0.5])}
+    assert "&lt;vgg&gt;" in text
+    assert "<vgg>" not in text
+
+
+@pytest.mark.slow
+def test_optuna_looks_for_high_scores(tmp_path):
+    tiny = tiny_overrides(save_tiny_prior(tmp_path / "prior"), write_images(tmp_path / "images"))
+    folder = tmp_path / "sweep"
+    optuna = ["hydra/sweeper=optuna_score", "hydra.sweeper.n_trials=4"]
+    space = ["training.optimizer.lr=tag(log,interval(1e-9,1e-1))", "lora.rank=choice(-1,2)"]  # no rank is below 0
+    assert command_line("-m", *tiny, *optuna, *space, f"steps={STEPS}", f"hydra.sweep.dir={folder}") in (0, 1)
+    rows = table(folder)
+    assert len(rows) == 4
+    assert {row["rank"] == "-" for row in rows if row["lora.rank"] == "-1"} <= {True}
+    best = OmegaConf.load(folder / "optimization_results.yaml")
+    scores = [json.loads(path.read_text())[-1]["score"] for path in folder.glob("*/metrics.json")]
+    assert best.best_value == max(scores) > min(scores)
+    assert (folder / "sweep.html").read_text().count("<polyline") == len(scores)
+
+
+def test_the_wrong_direction_is_refused(tmp_path, capsys):
+    assert command_line("-m", "hydra/sweeper=optuna", "seed=0,1", f"hydra.sweep.dir={tmp_path}") == 1
+    assert "a higher score is better: add hydra.sweeper.direction=maximize" in capsys.readouterr().err
+
+
+def test_slurm_takes_the_runs_of_a_sweep(tmp_path):
+    with composed("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=4", folder=tmp_path):
+        launcher = HydraConfig.get().launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert launcher.gpus_per_node == 4
 
 
 def test_a_run_of_a_sweep_is_a_run(sweep):

@@ -19,6 +19,7 @@ from tiny import save_tiny_prior
 from tiny_training import (
     EPOCHS,
     STEPS,
+    At,
     Break,
     assert_equal,
     command_line,
@@ -34,7 +35,7 @@ from ud2m.evaluation import Evaluation, Problem, evaluate
 from ud2m.images import read_image
 from ud2m.physics import GaussianBlur
 from ud2m.pipeline import PosteriorSampler
-from ud2m.training.checkpoints import read_checkpoint
+from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
 from ud2m.training.progress import StepProgress
 
 
@@ -105,6 +106,7 @@ def test_curves_pictures_and_rates_reach_the_logs(finished):
     wanted |= {
         f"loss/{t}" for t in ("total", "perceptual", "energy", "adversarial", "discriminator", "gradient_penalty")
     }
+    wanted |= {"accuracy/real", "accuracy/generated", "images_per_second"}
     wanted |= {f"{kind}/{player}" for kind in ("lr", "grad_norm") for player in ("generator", "discriminator")}
     assert wanted <= columns
     assert [int(r["step"]) for r in curves if r["loss/total"]] == list(range(STEPS * EPOCHS))
@@ -196,15 +198,29 @@ def test_the_bar_counts_validation_batches_on_a_terminal(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_wandb_works_offline(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert command_line(*tiny, "logger=wandb", f"run_dir={tmp_path}") == 0
     import wandb
 
+    logged = []
+    kind = wandb.sdk.wandb_run.Run
+    log = kind.log_artifact
+    monkeypatch.setattr(kind, "log_artifact", lambda run, artefact: logged.append(artefact) or log(run, artefact))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert command_line(*tiny, "logger=wandb", f"run_dir={tmp_path}") == 0
     assert wandb.run is None  # ended, for the next run of a sweep
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     media = list(folder.rglob("*.png"))
     assert len(media) == EPOCHS
+    # The exported model is an artefact: every file of the export waits to be uploaded.
+    (artefact,) = logged
+    names = {path.relative_to(tmp_path / "export").as_posix() for path in (tmp_path / "export").rglob("*")}
+    assert artefact.type == "model"
+    assert set(artefact.manifest.entries) == {name for name in names if (tmp_path / "export" / name).is_file()}
+    # A resumed run goes on with the same run of wandb.
+    assert command_line("resume=true", f"run_dir={tmp_path}") == 0
+    identities = {path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert identities == {OmegaConf.load(tmp_path / "config.yaml").logger.wandb.id}
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
@@ -236,7 +252,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsy
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
     assert only_line(capsys) == (
-        f"interrupted; go on from the last validation with: python train.py resume=true run_dir={tmp_path}"
+        f"interrupted; go on from the last checkpoint with: python train.py resume=true run_dir={tmp_path}"
     )
 
 
@@ -247,6 +263,21 @@ def test_an_interruption_before_training_is_one_line_too(tiny, tmp_path, monkeyp
     monkeypatch.setattr("ud2m.cli.train.build_trainer", interrupt)
     assert command_line(*tiny, f"run_dir={tmp_path}") == 130
     assert only_line(capsys) == "interrupted"
+
+
+def test_resume_auto_starts_goes_on_and_refuses_another_run(tiny, finished, tmp_path, monkeypatch, capsys):
+    run = [*tiny, "loss.adversarial=0.01", f"run_dir={tmp_path}", "resume=auto"]
+    monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: At(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert command_line(*run, "checkpoint_every=1") == PREEMPTED
+    assert only_line(capsys).startswith("interrupted; go on from the last checkpoint with: python train.py resume=true")
+    monkeypatch.undo()
+    assert command_line(*run, "loss.l2=0.5") == 1
+    assert "holds a run with another configuration (other loss.l2, loss." in only_line(capsys)
+    assert command_line(*run, "trainer.log_every_n_steps=2") == 0
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal(everything(tmp_path / "checkpoints" / name), everything(finished / "checkpoints" / name))
+    assert command_line(*tiny, f"run_dir={tmp_path / 'other'}", "resume=perhaps") == 1
+    assert "resume must be true, false or auto, got perhaps" in only_line(capsys)
 
 
 def test_a_finished_run_can_be_exported_again(finished, capsys):
@@ -305,7 +336,7 @@ def test_a_run_interrupted_at_the_command_line_goes_on(tiny, tmp_path):
         assert process.wait(60) == 1
     shown = log.read_text()
     assert "Traceback" not in shown
-    assert f"interrupted; go on from the last validation with: python train.py resume=true run_dir={run}" in shown
+    assert f"interrupted; go on from the last checkpoint with: python train.py resume=true run_dir={run}" in shown
     assert not (run / "metrics.json").exists()
     done = read_checkpoint(run / "checkpoints" / "last.ckpt")["scores"]["step"]
     assert 0 < done < 20
@@ -334,6 +365,7 @@ def test_a_run_interrupted_at_the_command_line_goes_on(tiny, tmp_path):
         ("network.rule.name=steep", "unknown rule"),
         ("training.optimizer.lr=-1", "learning rates must be positive"),
         ("data.batch_size=0", "batch"),
+        ("trainer.precision=8-bit", "Precision '8-bit' is invalid"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_one(override, expected, tiny, tmp_path, capsys):
@@ -344,6 +376,21 @@ def test_bad_input_gives_one_line_and_exit_code_one(override, expected, tiny, tm
     assert expected in line
     assert not (run / "metrics.json").exists()
     assert not (run / "export").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tiny, tmp_path, capsys):
+    assert command_line(*tiny, "trainer.accelerator=gpu", f"run_dir={tmp_path}") == 1
+    line = only_line(capsys)
+    assert line.startswith("error: no trainer with accelerator=gpu, devices=1: ")
+    assert line.endswith("see trainer.accelerator, trainer.devices and trainer.strategy")
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_processes_are_started(tiny, tmp_path, capsys):
+    assert command_line(*tiny, "trainer=ddp", "trainer.devices=3", f"run_dir={tmp_path}") == 1
+    assert "error: data.batch_size counts the images of all 3 processes together and must be a multiple" in only_line(
+        capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +477,7 @@ def test_two_processes_equal_one(tiny, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     common = [*tiny, "steps=3", "validate_every=3", "accumulate=2", "loss.adversarial=0.01", "trainer.devices"]
     single = ["trainer.devices=1", f"run_dir={tmp_path / 'one'}"]
-    double = ["trainer.devices=2", "+trainer.strategy=ddp", f"run_dir={tmp_path / 'two'}"]
+    double = ["trainer=ddp", "trainer.devices=2", f"run_dir={tmp_path / 'two'}"]
     for options in (single, double):
         command = [sys.executable, "train.py", *common[:-1], *options]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,15 +1,19 @@
 import copy
 import math
+import random
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from processes import start
 from safetensors.torch import load_file
 from tiny import SIZE, perturb, save_tiny_prior, tiny_prior, trained
 from tiny_training import (
     EPOCHS,
     STEPS,
+    At,
     Break,
     TinyData,
     assert_equal,
@@ -27,7 +31,7 @@ from ud2m.losses import L2, build_generator_loss
 from ud2m.physics import observe
 from ud2m.prior import Prior
 from ud2m.training import Levels
-from ud2m.training.checkpoints import read_checkpoint
+from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
 from ud2m.training.ema import Ema
 from ud2m.training.images import contact_sheet
 from ud2m.training.random_streams import row_streams, stream
@@ -122,6 +126,83 @@ def test_resuming_equals_the_unbroken_run_bit_for_bit(epoch, batch, error, prior
     fit(distillation(prior), tmp_path, resume=True)
     assert_equal(everything(checkpoint(unbroken[0])), everything(checkpoint(tmp_path)))
     assert_equal(everything(checkpoint(unbroken[0], "best")), everything(checkpoint(tmp_path, "best")))
+
+
+def long_run(prior, folder, resume=False, **options):
+    """Two epochs of three steps, of two batches each."""
+    data = TinyData()
+    data.samples_per_epoch = 3 * 2 * 4
+    module = distillation(prior, optimizer={"steps": 6, "accumulate": 2})
+    fit(module, folder, data, resume, **options)
+
+
+@pytest.fixture(scope="module")
+def long_unbroken(prior, tmp_path_factory):
+    """The folder of a whole long run."""
+    folder = tmp_path_factory.mktemp("long")
+    long_run(prior, folder)
+    return folder
+
+
+# Within step 2 of the first epoch; and within its last one, where the validation comes first.
+@pytest.mark.parametrize(("number", "batch", "step"), [(signal.SIGTERM, 2, 2), (signal.SIGUSR1, 5, 3)])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
+    number, batch, step, prior, long_unbroken, tmp_path
+):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as error:
+        long_run(prior, tmp_path, callbacks=(At(batch, lambda: signal.raise_signal(number)),))
+    assert error.value.code == PREEMPTED
+    assert signal.getsignal(number) == before
+    assert int(read_checkpoint(checkpoint(tmp_path))["state_dict"]["ema.num_updates"]) == step
+    long_run(prior, tmp_path, True)
+    for name in ("last", "best"):
+        assert_equal(everything(checkpoint(long_unbroken, name)), everything(checkpoint(tmp_path, name)))
+
+
+def test_checkpoints_between_validations(prior, long_unbroken, tmp_path):
+    with pytest.raises(RuntimeError):
+        long_run(prior, tmp_path, every=5, callbacks=(Break(1, 5),))
+    assert int(read_checkpoint(checkpoint(tmp_path))["state_dict"]["ema.num_updates"]) == 5
+    long_run(prior, tmp_path, True)
+    assert_equal(everything(checkpoint(long_unbroken)), everything(checkpoint(tmp_path)))
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1 step, or null, got 0"):
+        long_run(prior, tmp_path, every=0)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(prior, tmp_path):
+    steps = 40
+
+    def run(folder):
+        data = TinyData()
+        data.samples_per_epoch = 4 * 10
+        module = distillation(prior, optimizer={"steps": steps})
+        fit(module, folder, data, checkpoint(folder).exists(), every=1, max_epochs=4)
+
+    started = time.perf_counter()
+    run(tmp_path / "unbroken")
+    whole = time.perf_counter() - started
+    rng, killed, resumed = random.Random(0), tmp_path / "killed", set()
+    for _ in range(20):
+        process = start(run, killed)
+        process.join(rng.uniform(0.02, 0.2) * whole)
+        process.kill()
+        process.join()
+        if checkpoint(killed).exists():
+            resumed.add(int(read_checkpoint(checkpoint(killed))["state_dict"]["ema.num_updates"]))
+    assert len(resumed) > 3  # it was killed at different places
+    run(killed)
+    for name in ("last", "best"):
+        assert_equal(everything(checkpoint(tmp_path / "unbroken", name)), everything(checkpoint(killed, name)))
+
+
+def test_float64_is_resumed_without_rounding(prior, tmp_path):
+    with pytest.raises(RuntimeError):
+        fit(distillation(prior), tmp_path / "broken", callbacks=(Break(1, 0),), precision="64-true")
+    fit(distillation(prior), tmp_path / "broken", resume=True, precision="64-true")
+    fit(distillation(prior), tmp_path / "unbroken", precision="64-true")
+    assert_equal(everything(checkpoint(tmp_path / "unbroken")), everything(checkpoint(tmp_path / "broken")))
 
 
 def test_a_moved_run_resumes_with_its_best_score(prior, unbroken, tmp_path):
@@ -406,7 +487,8 @@ def test_neither_player_leaves_a_gradient_with_the_other_and_one_backward_gives_
     total.backward()
     assert all(torch.allclose(p.grad, of_generator[k], atol=1e-7) for k, p in ours.items())
     assert all(torch.allclose(p.grad, of_discriminator[k], atol=1e-7) for k, p in theirs.items())
-    assert set(values) == {"total", "l2", "energy", "adversarial", "discriminator", "gradient_penalty"}
+    losses = {"total", "l2", "energy", "adversarial", "discriminator", "gradient_penalty"}
+    assert set(values) == losses | {"accuracy/real", "accuracy/generated"}
     frozen = [p for p in module.prior.parameters() if not p.requires_grad]
     assert frozen
     assert all(p.grad is None for p in frozen)

@@ -3,7 +3,7 @@
 import math
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,9 @@ def prior_module(**overrides: Any) -> PriorModule:
     return PriorModule(**({"unet": ARCHITECTURE, "scheduler": SCHEDULER, "warmup": 2, "ema_decay": 0.5} | overrides))
 
 
-def trainer(folder: Path, callbacks: tuple[L.Callback, ...] = (), **options: Any) -> L.Trainer:
+def trainer(
+    folder: Path, callbacks: tuple[L.Callback, ...] = (), every: int | None = None, **options: Any
+) -> L.Trainer:
     """Return a trainer as ``ud2m.cli.train`` builds it, without loggers."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -124,9 +126,8 @@ def trainer(folder: Path, callbacks: tuple[L.Callback, ...] = (), **options: Any
         "enable_model_summary": False,
         "logger": False,
     }
-    return L.Trainer(
-        callbacks=[*callbacks, Checkpoints(folder / "checkpoints")], default_root_dir=folder, **(defaults | options)
-    )
+    callbacks = (*callbacks, Checkpoints(folder / "checkpoints", every))
+    return L.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(defaults | options))
 
 
 def fit(
@@ -154,6 +155,19 @@ class Break(L.Callback):
     ) -> None:
         if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch):
             raise self.error
+
+
+class At(L.Callback):
+    """Call a function at the start of a batch, counted from 0 over the whole run."""
+
+    def __init__(self, batch: int, function: Callable[[], Any]):
+        self.batch, self.function = batch, function
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            self.function()
 
 
 def everything(path: Path) -> dict[str, Any]:

@@ -37,5 +37,5 @@ def describe(names: tuple[str, ...], x_sigma: Tensor, sigma: Tensor, physics: Da
     """Return the named features of each sample, [B, F]; no gradient passes."""
     if not names:
         return sigma.new_zeros(len(sigma), 0)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(sigma.device.type, enabled=False):
         return torch.stack([FEATURES[name](x_sigma, sigma, physics, sigma_y).to(sigma) for name in names], 1)

@@ -2,7 +2,8 @@
 
 A generator term reads a ``Prediction`` and returns a scalar. ``GeneratorLoss`` adds the weighted terms;
 ``DiscriminatorLoss`` is the other player's. Images are in [0, 1], noise levels in the same units. The library
-knows nothing of the prior: features and the discriminator are handed in.
+knows nothing of the prior: features and the discriminator are handed in. These may be evaluated under autocast; what
+is computed from their results is float32 at least.
 """
 
 import inspect
@@ -263,7 +264,7 @@ class Adversarial(LossTerm):
         """Return the mean over samples, outputs and logits."""
         constants = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         images = (prediction.flat_outputs, prediction.repeat(prediction.condition))
-        return softplus(-torch.func.functional_call(self.discriminator, constants, images)).mean()
+        return softplus(-_full(torch.func.functional_call(self.discriminator, constants, images))).mean()
 
 
 class GeneratorLoss(nn.Module):
@@ -357,6 +358,8 @@ class DiscriminatorLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and its unweighted parts ``discriminator`` and ``gradient_penalty`` (detached).
 
+        Beside them ``accuracy/real`` and ``accuracy/generated``: shares of logits on the right side of 0.
+
         Args:
             discriminator: (images, condition) -> logits. prediction: the generator's, still with its graph.
             generator: of u, one for all or one per sample.
@@ -365,9 +368,9 @@ class DiscriminatorLoss(nn.Module):
             NonFiniteLossError: naming the part that is not finite.
         """
         real, fake = prediction.x0, prediction.flat_outputs.detach()
-        on_real = softplus(-discriminator(real, prediction.condition)).mean()
-        on_fake = softplus(discriminator(fake, prediction.repeat(prediction.condition))).mean()
-        values = {"discriminator": _finite("discriminator", on_real + on_fake)}
+        of_real = _full(discriminator(real, prediction.condition))
+        of_fake = _full(discriminator(fake, prediction.repeat(prediction.condition)))
+        values = {"discriminator": _finite("discriminator", softplus(-of_real).mean() + softplus(of_fake).mean())}
         total = values["discriminator"]
         if self.gradient_penalty > 0:
             u = _uniform(real, generator)
@@ -375,13 +378,15 @@ class DiscriminatorLoss(nn.Module):
             penalty = gradient_square(discriminator, mixed, prediction.condition).mean()
             values["gradient_penalty"] = _finite("gradient_penalty", penalty)
             total = total + self.gradient_penalty * penalty
-        return total, {name: value.detach() for name, value in values.items()}
+        right = {"real": of_real > 0, "generated": of_fake < 0}
+        accuracies = {f"accuracy/{kind}": share.float().mean() for kind, share in right.items()}
+        return total, {name: value.detach() for name, value in values.items()} | accuracies
 
 
 def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor, condition: Tensor) -> Tensor:
     """Return |grad_x D(x, condition)|^2 per sample [B], D averaged over its logits; differentiable in D."""
     x = x.detach().requires_grad_()
-    logits = discriminator(x, condition).reshape(len(x), -1).mean(1)
+    logits = _full(discriminator(x, condition)).reshape(len(x), -1).mean(1)
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1)
 
@@ -401,7 +406,7 @@ def energy_score(target: Tensor, outputs: Tensor, patch_size: int, spread: float
 
 def unit_features(features: Features, x: Tensor) -> list[Tensor]:
     """Return the feature maps of x [N, C, H, W], each vector of channels divided by its norm."""
-    return [normalize(f, dim=1, eps=1e-4) for f in features(x)]
+    return [normalize(_full(f), dim=1, eps=1e-4) for f in features(x)]
 
 
 def _mean_patch_norm(difference: Tensor, patch_size: int) -> Tensor:
@@ -429,6 +434,11 @@ def _make(factory: Callable[..., nn.Module], parts: Parts) -> nn.Module:
     names = inspect.signature(factory).parameters
     given = {name: part() for name, part in parts.items() if name in names and name not in bound}
     return factory(**nested, **given)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Return what a network made under autocast in float32, other dtypes as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _finite(name: str, value: Tensor) -> Tensor:

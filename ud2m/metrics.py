@@ -114,6 +114,8 @@ class LPIPSDistance(nn.Module):
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
 
+        Never computed under autocast: features of bfloat16 make another distance.
+
         Raises:
             ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
         """
@@ -125,7 +127,8 @@ class LPIPSDistance(nn.Module):
                 f"{list(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
             )
         colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
-        return self.network(*colour, normalize=True).flatten()
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network(*colour, normalize=True).flatten()
 
 
 def available_lpips(net: str) -> bool:

@@ -127,7 +127,7 @@ class PosteriorSampler:
         check_positive("step_scale", step_scale)
         for name, value in {"num_samples": num_samples, "num_steps (N)": num_steps, "chunk_size": chunk_size}.items():
             check_count(name, value)
-        y = y.to(next(self.prior.parameters()).dtype)
+        y = y.to(next(self.network.blocks.parameters()).dtype)  # of psi: frozen weights may be stored in less
         sigma_y = noise_levels(self.config.sigma_y if sigma_y is None else sigma_y, y)
         shape = image_shape(physics, y)
         self._check_image(shape)

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ class Prior(nn.Module):
         self.lora: LoraSpec | None = None
         self.fingerprint = fingerprint(unet, schedule, prediction, label)
         self.unet: nn.Module = unet.requires_grad_(False).eval()
+        self.in_bfloat16 = False
 
     @classmethod
     def from_pretrained(cls, reference: str | Path, label: int | None = None) -> "Prior":
@@ -176,7 +177,8 @@ class Prior(nn.Module):
         height, width = x_sigma.shape[-2:]
         bottom, right = -height % self.stride, -width % self.stride
         padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
-        x0_hat = denoise(self.unet, self.schedule, padded, sigma, self.prediction, self.label)
+        with self._autocast(x_sigma):
+            x0_hat = denoise(self.unet, self.schedule, padded, sigma, self.prediction, self.label)
         return x0_hat[..., :height, :width]
 
     @property
@@ -191,7 +193,7 @@ class Prior(nn.Module):
         """
         level = x.new_full((len(x),), sigma)
         unet = self._base()
-        with self.adapter_disabled():
+        with self.adapter_disabled(), self._autocast(x), self._without_checkpoints():
             emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
             if self.label is not None:
                 emb = emb + unet.class_embedding(_labels(x, self.label))
@@ -229,6 +231,23 @@ class Prior(nn.Module):
         except ValueError as error:
             raise ValueError(f"the prior has no layer to adapt whose name ends with one of {spec.targets}") from error
         self.lora = spec
+        return self
+
+    def checkpoint_layers(self) -> "Prior":
+        """Keep the inputs of the network's residual blocks alone for a backward pass, and evaluate them again in it."""
+        self._base().enable_gradient_checkpointing()
+        return self
+
+    def store_frozen_in_bfloat16(self) -> "Prior":
+        """Keep the weights of frozen convolutions and linear layers in bfloat16; the network runs under autocast then.
+
+        Half the memory of the weights, on every call of the network. What is trained, normalisation layers and results
+        stay in float32, and so does the fingerprint. Exports are not touched: they refer to the prior as it was.
+        """
+        for layer in self._base().modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
+                layer.to(torch.bfloat16)
+        self.in_bfloat16 = True
         return self
 
     def save_adapter(self, folder: Path) -> None:
@@ -281,6 +300,22 @@ class Prior(nn.Module):
         super().train(mode)
         self.unet.eval()
         return self
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager:
+        return torch.autocast(x.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+
+    @contextmanager
+    def _without_checkpoints(self) -> Iterator[None]:
+        """Keep all activations inside the context: a second evaluation would come after it, with the adapter on."""
+        unet = self._base()
+        if not unet.is_gradient_checkpointing:
+            yield
+            return
+        unet.disable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            unet.enable_gradient_checkpointing()
 
     def _base(self) -> UNet2DModel:
         return self.unet.get_base_model() if isinstance(self.unet, peft.PeftModel) else self.unet

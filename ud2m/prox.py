@@ -54,5 +54,6 @@ def joint_prox(
     ratio = delta / sigma**2
     c = torch.lerp(mean, noisy, ratio / (1 + ratio))
     v = delta / (1 + ratio)
-    u = physics.prox_l2(c, y.to(dtype), v / (lam * sigma_y**2))
+    with torch.autocast(x.device.type, enabled=False):  # it would round products of matrices, as of separable blurs
+        u = physics.prox_l2(c, y.to(dtype), v / (lam * sigma_y**2))
     return u.to(torch.promote_types(x.dtype, x_sigma.dtype))

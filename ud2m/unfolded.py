@@ -5,6 +5,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ud2m.conditioning import FEATURES, describe
 from ud2m.noise import Generators, randn_like
@@ -13,6 +14,9 @@ from ud2m.prox import joint_prox
 from ud2m.symmetry import symmetric
 from ud2m.tiling import Denoiser, tiled
 from ud2m.warm_start import WARM_STARTS, Start
+
+REPLAY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""How modules are checkpointed; no global random numbers are drawn in them."""
 
 
 class Rule(Protocol):
@@ -132,12 +136,12 @@ class LatinoModule(LearnedProx):
         initial: tuple[Tensor, Tensor],
         features: Tensor,
         denoiser: Denoiser,
-        generator: Generators,
+        eps: Tensor,
     ) -> Tensor:
         """Return x^(k) [B, C, H, W] from x = x^(k-1); ``initial`` is the rule's (delta_k, tau_k), each [B]."""
         u = self.prox(x, x_sigma, sigma, y, physics, sigma_y, initial[0], features)
         tau = initial[1] * self.factor("tau", features)
-        return denoiser(u + tau.view(-1, 1, 1, 1) * randn_like(u, generator), tau)
+        return denoiser(u + tau.view(-1, 1, 1, 1) * eps, tau)
 
 
 class UnfoldedNetwork(nn.Module):
@@ -153,6 +157,9 @@ class UnfoldedNetwork(nn.Module):
         warm_start: module that makes x^(0); the same one at training and at sampling.
         conditioning: names of the features that psi depends on, from ``ud2m.conditioning.FEATURES``. Differs from
             [UD2M], where psi is one number each: that suits one operator and one noise level.
+
+    With ``checkpointing`` set, the modules keep their inputs alone for the backward pass and are evaluated again in it:
+    memory hardly grows with K. The gradients are the same.
     """
 
     def __init__(
@@ -172,6 +179,7 @@ class UnfoldedNetwork(nn.Module):
         self.closing = None if rule.closing(one, one) is None else LearnedProx(len(conditioning))
         self.rule = rule
         self.warm_start = warm_start
+        self.checkpointing = False
 
     @property
     def num_blocks(self) -> int:
@@ -209,13 +217,20 @@ class UnfoldedNetwork(nn.Module):
         x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
         for k, block in enumerate(self.blocks):
             delta, tau = self.rule(k, self.num_blocks, sigma, sigma_y)
-            x = block(
-                x, x_sigma, sigma, y, physics, sigma_y, (step_scale * delta, tau), features, denoiser, generator
-            )
+            eps = randn_like(x_sigma, generator)  # here: a module that is evaluated a second time must meet it again
+            inputs = (x, x_sigma, sigma, y, physics, sigma_y, (step_scale * delta, tau), features, denoiser, eps)
+            x = checkpoint(block, *inputs, **REPLAY) if self._is_replayed(k, symmetries) else block(*inputs)
         closing = self.rule.closing(sigma, sigma_y)
         if self.closing is None or closing is None:
             return x
         return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing, features)
+
+    def _is_replayed(self, k: int, symmetries: int) -> bool:
+        """Return whether module k is evaluated again in the backward pass, where the last one's turn comes at once.
+
+        Random orientations are drawn inside of a module, and would be others in the second evaluation.
+        """
+        return self.checkpointing and torch.is_grad_enabled() and k < self.num_blocks - 1 and symmetries == 1
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""

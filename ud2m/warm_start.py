@@ -45,7 +45,8 @@ class PinvStart(Start):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
-        return physics.A_dagger(y)
+        with torch.autocast(y.device.type, enabled=False):
+            return physics.A_dagger(y)
 
 
 class SmoothingStart(Start):

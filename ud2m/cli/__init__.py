@@ -1,6 +1,7 @@
 """The roof: the only readers of Hydra configurations."""
 
 import math
+import secrets
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -15,5 +16,7 @@ def describe(node: Any) -> Any:
 
 OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(int(factor) for factor in factors), replace=True)
 OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), replace=True)
+# one per composed configuration
+OmegaConf.register_new_resolver("random_id", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 # as a configuration again: --cfg job --resolve takes no plain dictionaries
 OmegaConf.register_new_resolver("describe", lambda node: OmegaConf.create(describe(node)), replace=True)

@@ -1,4 +1,4 @@
-"""What happens around runs: an output folder that can be written, and one table over all runs of a sweep."""
+"""What happens around runs: an output folder that can be written, one table and one plot over all runs of a sweep."""
 
 import csv
 import functools
@@ -16,9 +16,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
+from ud2m.cli.sweep_plot import page
 from ud2m.output import write_bytes
 
 SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image")
+OWN = ("rank", "run", "error")
+"""Columns of the table that are neither settings nor scores."""
 ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"
 
 
@@ -52,7 +55,7 @@ def in_sweep() -> bool:
 
 
 class SweepTable(Callback):
-    """Write ``sweep.csv`` and ``sweep.md`` into the sweep folder when all its runs have ended.
+    """Write ``sweep.csv``, ``sweep.md`` and ``sweep.html`` into the sweep folder when all its runs have ended.
 
     Hydra swallows exceptions of callbacks and shows tracebacks for its own; leaving by ``SystemExit`` is the way to
     end with one line.
@@ -68,13 +71,17 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep folder that holds runs already: its table would mix them with the new ones.
 
-        And ``run_dir``, which a sweep would not follow.
+        And ``run_dir``, which a sweep would not follow, and an optimiser that would look for low scores.
         """
         HydraConfig.instance().set_config(config)
         folder = Path(config.hydra.sweep.dir)
         make_folder(folder)
         if any(override.startswith("run_dir=") for override in config.hydra.overrides.task):
             raise ValueError("run_dir is the folder of one run; the runs of a sweep go to hydra.sweep.dir")
+        if str(config.hydra.sweeper.get("direction", "maximize")).split(".")[-1] != "maximize":
+            raise ValueError(
+                "a higher score is better: add hydra.sweeper.direction=maximize, or take hydra/sweeper=optuna_score"
+            )
         if any(folder.glob(f"*/{OVERRIDES_FILE}")):
             raise ValueError(f"{folder} holds the runs of another sweep; choose another hydra.sweep.dir")
 
@@ -92,6 +99,8 @@ class SweepTable(Callback):
         if not rows:
             return
         write_table(folder, rows)
+        settings = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (*OWN, *SCORES)]
+        write_bytes(folder / "sweep.html", page(f"Sweep {folder.name}", rows, settings).encode())
         print((folder / "sweep.md").read_text())
         print(f"sweep folder: {folder}")
         if any(row["rank"] is None for row in rows):

@@ -1,6 +1,7 @@
 """Compose objects from a configuration, train, export and score: what ``train.py`` runs."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterable
@@ -10,8 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -19,12 +22,16 @@ from yaml import YAMLError
 from ud2m.cli.sweep import survives_sweep
 from ud2m.output import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
+from ud2m.training.health import Health
 from ud2m.training.progress import StepProgress
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 COUNTS = ("steps", "validate_every", "accumulate")
-RESUMABLE = ("trainer.", "data.num_workers")
+RESUMABLE = ("trainer", "data.num_workers", "checkpoint_every")
 """What may change when a run goes on: where it runs, not what it computes."""
+AUTO = "auto"
+NOT_COMPARED = (*RESUMABLE, "resume", "run_dir", "logger")
+"""What need not be as stored for resume=auto to go on."""
 
 
 @survives_sweep
@@ -43,12 +50,19 @@ def main(config: DictConfig) -> float | None:
 def prepare(config: DictConfig, folder: Path) -> DictConfig:
     """Return the resolved configuration of the run and write it down; with resume=true, the one stored there.
 
+    With resume=auto, the one stored there when there is a run to go on with.
+
     Raises:
         ValueError: when there is nothing to resume, a run is there already, or numbers do not fit together.
     """
-    if config.resume:
+    if config.resume not in (True, False, AUTO):
+        raise ValueError(f"resume must be true, false or {AUTO}, got {config.resume}")
+    there = (folder / CHECKPOINTS / LAST).exists()
+    if config.resume == AUTO and there:
+        return same_config(config, folder)
+    if config.resume is True:
         return stored_config(config, folder, HydraConfig.get().overrides.task)
-    if (folder / CHECKPOINTS / LAST).exists():
+    if there:
         raise ValueError(f"{folder} holds a run already; add resume=true to go on with it, or choose another run_dir")
     for name in COUNTS:
         if not isinstance(config[name], int) or config[name] < 1:
@@ -58,8 +72,8 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
             f"steps must be a multiple of validate_every (each run ends in a validation), got {config.steps} and "
             f"{config.validate_every}"
         )
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    assert isinstance(resolved, DictConfig)
+    resolved = resolve(config)
+    resolved.resume = False
     rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(resolved).encode())
     return resolved
 
@@ -76,22 +90,69 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
             f"nothing to resume in {folder}: it has no {CONFIG_FILE} and {CHECKPOINTS}/{LAST} (a run writes its first "
             "checkpoint after validate_every steps); check run_dir, or start it without resume=true"
         )
-    try:
-        resumed = OmegaConf.load(stored)
-    except YAMLError as error:
-        raise ValueError(f"{stored} is not valid YAML: {' '.join(str(error).split())}") from error
+    resumed = load_config(stored)
     changed = [o.split("=")[0].lstrip("+") for o in overrides]
     changed = [key for key in changed if key not in ("resume", "run_dir")]
     refused = [key for key in changed if not key.startswith(RESUMABLE)]
     if refused:
         raise ValueError(
             f"a resumed run keeps its configuration, {stored}; leave out {', '.join(refused)} (what can be given are "
-            "trainer.* and data.num_workers), or start a new run"
+            "trainer.*, data.num_workers and checkpoint_every), or start a new run"
         )
     for key in ("resume", *changed):
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
-    assert isinstance(resumed, DictConfig)
     return resumed
+
+
+def same_config(config: DictConfig, folder: Path) -> DictConfig:
+    """Return the configuration of the run in ``folder`` to go on with, which must be ``config`` but for where it runs.
+
+    Raises:
+        ValueError: when it is another one.
+    """
+    stored, now = load_config(folder / CONFIG_FILE), resolve(config)
+    before, after = dict(values(stored)), dict(values(now))
+    missing = object()
+    changed = [
+        key
+        for key in before | after
+        if before.get(key, missing) != after.get(key, missing) and not key.startswith(NOT_COMPARED)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with another configuration (other {', '.join(changed[:6])}); resume=auto goes on "
+            "with the same one alone: choose another run_dir"
+        )
+    for key in RESUMABLE:
+        OmegaConf.update(stored, key, OmegaConf.select(now, key), merge=False)
+    stored.resume = True
+    return stored
+
+
+def values(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the dotted key and the value of every leaf of a configuration."""
+    if isinstance(node, DictConfig):
+        for key, value in node.items():
+            yield from values(value, f"{path}.{key!s}" if path else str(key))
+    else:
+        yield path, node
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Return the configuration with all its references replaced by values."""
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    assert isinstance(resolved, DictConfig)
+    return resolved
+
+
+def load_config(path: Path) -> DictConfig:
+    """Read a stored configuration; raises ValueError when it is none."""
+    try:
+        config = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
@@ -107,26 +168,77 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
     data = instantiate(config.data, _convert_="all")
     model = instantiate(config.training, _convert_="all")
     trainer = build_trainer(config, folder)
+    check_batch(config.data.batch_size, trainer.world_size)
     try:
-        trainer.fit(model, data, ckpt_path=resume_from, weights_only=True)
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        print(f"interrupted; {how_to_resume(folder)}", file=sys.stderr)
+        fit(trainer, model, data, resume_from)
+        if not trainer.is_global_zero:
+            return []
+        model.restore(checkpoints / BEST)
+        model.export(folder / "export")
+        log_export(trainer.loggers, folder / "export", config.name)
+        return model.evaluate(data)
+    except SystemExit as error:  # a signal, or Lightning's answer to Ctrl-C
+        if error.code:
+            print(f"interrupted; {how_to_resume(folder)}", file=sys.stderr)
         raise
     finally:
         finish(trainer.loggers)
-    if not trainer.is_global_zero:
-        return []
-    model.restore(checkpoints / BEST)
-    model.export(folder / "export")
-    return model.evaluate(data)
+
+
+def fit(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule, resume_from: Path | None) -> None:
+    """Train; when this process fails, end those that it started, which would wait for it.
+
+    Raises:
+        OSError: when another process of the run is gone.
+    """
+    # Under SLURM Lightning would answer this one within a step; `Checkpoints` does after it.
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        trainer.fit(model, data, ckpt_path=resume_from, weights_only=True)
+    except BaseException as error:
+        if trainer.strategy.launcher is not None and not isinstance(error, SystemExit):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if trainer.world_size > 1 and is_lost_rank(error):
+            raise OSError(
+                f"process {trainer.global_rank} of {trainer.world_size} lost the connection to another one, which has "
+                "failed or was killed (see its message above, or memory and time limits); go on with resume=true"
+            ) from error
+        raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error is the network's, as torch.distributed reports it."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer"))
+
+
+def check_batch(batch_size: int, world_size: int) -> None:
+    """Raise ValueError, before other processes are started, when a batch does not divide over them."""
+    if batch_size % world_size:
+        raise ValueError(
+            f"data.batch_size counts the images of all {world_size} processes together and must be a multiple of their "
+            f"number, got {batch_size}; change it, or trainer.devices and trainer.num_nodes"
+        )
 
 
 def build_trainer(config: DictConfig, folder: Path) -> L.Trainer:
     """Return the trainer with its loggers, progress bar and checkpoints (last, and best by the model's own score)."""
     loggers = [instantiate(logger) for logger in config.logger.values()]
     keep_curves(loggers)
-    callbacks = [StepProgress(), Checkpoints(folder / CHECKPOINTS)]
-    return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
+    callbacks = [StepProgress(), Health(), Checkpoints(folder / CHECKPOINTS, config.get("checkpoint_every"))]
+    try:
+        return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
+            reason = " ".join(str(error.__cause__).split())
+            raise ValueError(
+                f"no trainer with accelerator={config.trainer.accelerator}, devices={config.trainer.devices}: {reason}"
+                "; see trainer.accelerator, trainer.devices and trainer.strategy"
+            ) from error
+        raise
 
 
 @rank_zero_only
@@ -141,6 +253,18 @@ def keep_curves(loggers: Iterable[Logger]) -> None:
 
 
 @rank_zero_only
+def log_export(loggers: Iterable[Logger], export: Path, name: str) -> None:
+    """Keep the exported model as an artefact of a wandb run."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb  # an extra: who logs there has it
+
+            artefact = wandb.Artifact(f"{name}-export", type="model")
+            artefact.add_dir(str(export))
+            logger.experiment.log_artifact(artefact)
+
+
+@rank_zero_only
 def finish(loggers: Iterable[Logger]) -> None:
     """End a wandb run: the next run of a sweep, in the same process, would go on with it."""
     for logger in loggers:
@@ -151,12 +275,14 @@ def finish(loggers: Iterable[Logger]) -> None:
 def how_to_resume(folder: Path) -> str:
     """Return what a user can do after an interruption."""
     if (folder / CHECKPOINTS / LAST).is_file():
-        return f"go on from the last validation with: python train.py resume=true run_dir={folder}"
+        return f"go on from the last checkpoint with: python train.py resume=true run_dir={folder}"
     return "there is no checkpoint yet (the first one follows the first validation)"
 
 
 def quiet_libraries() -> None:
     """Silence advice of libraries that a user of this program cannot act on; warnings of our own stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # which process of several failed, before all are ended
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     torch.set_float32_matmul_precision("high")

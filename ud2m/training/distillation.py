@@ -23,6 +23,9 @@ from ud2m.training.steps import SteppedModule, StepSettings
 from ud2m.unfolded import build_network
 from ud2m.warm_start import start_from_y
 
+CHECKPOINTING = ("none", "modules", "all")
+"""What is evaluated again in the backward pass: nothing, all LATINO modules but the last, also residual blocks."""
+
 METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
 """Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
 
@@ -87,6 +90,9 @@ class DistillationModule(SteppedModule):
         validation: ``num_samples`` per image, ``lpips`` (backbone, or None to do without), and ``metric`` (one of
             ``METRICS``), the score of the sampler that selects the best checkpoint.
         info: plain values that the export keeps, such as the configuration of the operator.
+        checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients.
+        frozen_bfloat16: keep the frozen weights in bfloat16 (``Prior.store_frozen_in_bfloat16``), in which the network
+            is then validated too.
         seed: of all randomness.
 
     Raises:
@@ -114,6 +120,8 @@ class DistillationModule(SteppedModule):
         sigma_y_range: Sequence[float] | None = None,
         noise: float | None = None,
         seed: int = 0,
+        checkpointing: str = "none",
+        frozen_bfloat16: bool = False,
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
         super().__init__(settings, seed)
@@ -123,9 +131,16 @@ class DistillationModule(SteppedModule):
         if not 0 < low <= high:
             raise ValueError(f"sigma_y_range must hold two positive noise levels that rise, got {[low, high]}")
         check_eta(sampling["eta"])
+        if checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
         self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
+        self.network.checkpointing = checkpointing != "none"
+        if checkpointing == "all":
+            self.prior.checkpoint_layers()
+        if frozen_bfloat16:
+            self.prior.store_frozen_in_bfloat16()
         self.operator, self.sigma_y, self.levels = operator, float(sigma_y), levels
         self.sigma_y_range = (float(low), float(high))
         self.loss = loss(
@@ -157,6 +172,10 @@ class DistillationModule(SteppedModule):
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return psi and the adapter (and a learned warm start), each once."""
         return [p for p in self.network.parameters() if p.requires_grad]
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return the LoRA factors and the copy of the output convolution."""
+        return [p for p in self.prior.parameters() if p.requires_grad]
 
     # --- one step ------------------------------------------------------------------------------------------------
 
@@ -199,11 +218,12 @@ class DistillationModule(SteppedModule):
             )
         self.prior.check_size(x0.shape[2], x0.shape[3])
         batch, outputs = len(x0), self.loss.num_outputs
-        physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
-        sigma_y = self.draw_sigma_y(batch, streams).to(x0)
-        y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
-        sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
-        x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
+        with torch.autocast(self.device.type, enabled=False):  # the networks alone see less than float32
+            physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
+            sigma_y = self.draw_sigma_y(batch, streams).to(x0)
+            y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
+            sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
+            x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
         start = self.network.warm_start(x_sigma, sigma, y, physics, sigma_y)
         rows = torch.arange(batch, device=self.device).repeat_interleave(outputs)
         samples = self.network(
@@ -234,7 +254,7 @@ class DistillationModule(SteppedModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
         settings = self.optimizer_settings
-        adapter = [p for p in self.prior.parameters() if p.requires_grad]
+        adapter = self.adapter_parameters()
         start = [p for p in self.network.warm_start.parameters() if p.requires_grad]
         others = {id(p) for p in [*adapter, *start]}
         psi = [p for p in self.generator_parameters() if id(p) not in others]

@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from ud2m.losses import NonFiniteLossError
@@ -73,9 +74,15 @@ class SteppedModule(L.LightningModule, ABC):
     def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what to back-propagate for clean images x0 [B, C, H, W], and values to log; ``total`` is shown.
 
+        Values are losses, unless their name holds a slash.
+
         Raises:
             NonFiniteLossError: naming the term.
         """
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Return what adapts a frozen network, if there is one."""
+        return []
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -112,12 +119,19 @@ class SteppedModule(L.LightningModule, ABC):
             total, values = self.losses(x0, self.streams(len(x0), batch_idx))
         except NonFiniteLossError as error:
             raise FloatingPointError(self.stopped(str(error))) from error
-        self.manual_backward(total / accumulate)
-        self.log_dict({f"loss/{name}": value for name, value in values.items()})
+        last = (batch_idx + 1) % accumulate == 0
+        with nullcontext() if last else self.local_gradients():
+            self.manual_backward(total / accumulate)
+        self.log_dict({name if "/" in name else f"loss/{name}": value for name, value in values.items()})
         self.log("loss", values["total"], prog_bar=True, logger=False)
         self.log("step", float(self.steps_done))  # Lightning's axis would count batches
-        if (batch_idx + 1) % accumulate == 0:
+        if last:
             self.update()
+
+    def local_gradients(self) -> AbstractContextManager:
+        """Keep gradients on this rank inside the context: those that are summed up travel once per step."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def streams(self, batch_size: int, batch_idx: int) -> list[torch.Generator]:
         """Return the random streams of the rows of this rank's batch (rows are dealt to the ranks in turn)."""
@@ -183,6 +197,8 @@ class SteppedModule(L.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the scores."""
         self.scores = dict(checkpoint.get("scores", {}))
+        if any(value.dtype == torch.float64 for value in checkpoint["state_dict"].values()):
+            self.double()  # Lightning does so only after it has loaded, and rounded, the state
 
     def restore(self, path: Path) -> None:
         """Load parameters, averages and scores of a checkpoint of this run.
