@@ -1,5 +1,6 @@
 """Warm starts by networks: RAM and a small one that is trained along, through training, export and sampling."""
 
+import deepinv
 import pytest
 import torch
 from deepinv.models import RAM
@@ -170,10 +171,17 @@ def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
         RamStart(str(ram_file), channels=[3])
     with pytest.raises(ValueError, match="four levels"):
         NetworkStart(widths=[8, 8])
-    x0 = torch.rand(1, 3, 16, 16)
-    codec = Jpeg().draw(1, (3, 16, 16))
-    with pytest.raises(ValueError, match="RAM restores linear observations, not JpegCodec"):
-        start_from_y(RamStart(), (3, 16, 16), codec.A(x0), codec, torch.full((1,), 0.05))
     assert (
         weights_fingerprint(RamStart(str(ram_file)).network.state_dict()) == RamStart(str(ram_file), False).fingerprint
     )
+
+
+def test_ram_sees_the_decoded_picture_of_a_jpeg_as_a_noisy_image(ram_file):
+    start, sigma_y = RamStart(str(ram_file)), torch.full((1,), 0.05)
+    x0 = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    codec = Jpeg().draw(1, (3, 16, 16))
+    y = codec.A(x0)
+    with torch.no_grad():
+        expected = start.network(y.clamp(0, 1), deepinv.physics.Denoising(), sigma=sigma_y, gain=torch.zeros(1))
+        found = start_from_y(start, (3, 16, 16), y, codec, sigma_y)
+    torch.testing.assert_close(found, expected)
