@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from ud2m.cli.estimate import estimate
 from ud2m.cli.sweep import survives_sweep
 from ud2m.output import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
@@ -32,12 +33,22 @@ def main(config: DictConfig) -> float | None:
     """Run one training job in Hydra's output folder; return its score (higher is better) for sweepers."""
     quiet_libraries()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.estimate:
+        print(estimate(config).table())
+        remove_if_empty(folder)  # Hydra made it
+        return None
     rows = run(prepare(config, folder), folder)
     if not rows:
         return None
     write_json(folder / "metrics.json", rows)
     print(f"run folder: {folder}")
     return rows[-1]["score"]
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing was written into."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def prepare(config: DictConfig, folder: Path) -> DictConfig:
