@@ -37,6 +37,9 @@ def main(config: DictConfig) -> float | None:
         print(estimate(config).table())
         remove_if_empty(folder)  # Hydra made it
         return None
+    if config.export:
+        print(f"model: {export(config, folder)}")
+        return None
     rows = run(prepare(config, folder), folder)
     if not rows:
         return None
@@ -103,6 +106,24 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
     assert isinstance(resumed, DictConfig)
     return resumed
+
+
+def export(config: DictConfig, folder: Path) -> Path:
+    """Write the model of a checkpoint of the run in ``folder`` and return where it is: ``export-<checkpoint>`` there.
+
+    Raises:
+        ValueError: when there is no such run. FileNotFoundError: when it has no such checkpoint.
+    """
+    path, target = folder / CHECKPOINTS / config.export, folder / f"export-{Path(config.export).stem}"
+    if not path.is_file():
+        there = sorted(file.name for file in (folder / CHECKPOINTS).glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; export=... names one of {', '.join(there) or 'none'} in run_dir"
+        )
+    model = instantiate(stored_config(config, folder, ()).training, _convert_="all")
+    model.restore(path)
+    model.export(target)
+    return target
 
 
 def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
