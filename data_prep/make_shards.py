@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import signal
 import sys
 import tarfile
@@ -110,7 +109,7 @@ class Entry:
     def read(self) -> bytes:
         """Return the encoded image."""
         if self.key:
-            with open_lmdb(self.path, os.getpid()).begin() as transaction:
+            with kept_lmdb(self.path).begin() as transaction:
                 return transaction.get(self.key)
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
@@ -172,16 +171,15 @@ def lmdb_entries(folder: Path, prefix: str) -> Iterator[Entry]:
     Raises:
         ValueError: when it is damaged, or the package lmdb is not there.
     """
-    environment = open_lmdb(folder, os.getpid())
-    with environment.begin(buffers=True) as transaction:
+    kept_lmdb.cache_clear()  # a process may open it once only, and must not take it through a fork
+    with open_lmdb(folder) as environment, environment.begin(buffers=True) as transaction:
         for key, value in transaction.cursor():
             name = bytes(key).decode("ascii", "backslashreplace").replace("/", "_")
             yield Entry(prefix + name, folder, 0, len(value), bytes(key))
 
 
-@cache
-def open_lmdb(folder: Path, process: int) -> Any:
-    """Return an LMDB folder to read from; each process needs its own, which a fork does not make."""
+def open_lmdb(folder: Path) -> Any:
+    """Return an LMDB folder to read from."""
     try:
         import lmdb
     except ImportError as error:
@@ -190,6 +188,10 @@ def open_lmdb(folder: Path, process: int) -> Any:
         return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise ValueError(f"{folder} is no whole LMDB: {error}; fetch it again") from error
+
+
+kept_lmdb = cache(open_lmdb)
+"""The same, kept open by the process that reads images."""
 
 
 def tar_entries(stream: IO[bytes], path: Path, start: int, prefix: str) -> Iterator[Entry]:

@@ -119,7 +119,7 @@ class ShardData(ImageDataModule):
         )
 
     def all_images(self, split: Split) -> NamedImages:
-        """Return the tiles of the held-out images of a split: listed ones, or even (``val``) and odd (``test``) numbers.
+        """Return the tiles of the held-out images of a split: listed ones, or even numbers (``val``) and odd ones.
 
         Raises:
             FileNotFoundError, ValueError: when a list is missing, names an image twice, or one that is not there.
@@ -409,7 +409,8 @@ def check_place(key: str, place: str | Path) -> None:
     if "://" in str(place) or str(place).startswith("pipe:"):
         raise ValueError(
             f"{key} must be a folder, got {place}: a run goes on in the middle of a shard and splits shards over "
-            "readers, for which it reads at places of its own; copy the shards to a disk, or mount them (rclone mount, s3fs)"
+            "readers, for which it reads at places of its own; "
+            "copy the shards to a disk, or mount them (with rclone or s3fs)"
         )
 
 
