@@ -2,8 +2,12 @@
 
     python data_prep/convert_prior.py 256x256_diffusion_uncond.pt priors/imagenet256
     python data_prep/convert_prior.py 64x64_diffusion.pt priors/imagenet64_tench --label 0
+    python data_prep/convert_prior.py 256x256_diffusion_uncond.pt ud2m/architectures/imagenet256 --config-only
     python data_prep/convert_prior.py mine.pt priors/mine --head-width 64 --qkv-order legacy --dropout 0 \
         --schedule linear --steps 1000 --prediction epsilon
+
+With --config-only the checkpoint is the name of a published one, which need not be there: config.json and
+scheduler_config.json are written, for estimates of what training costs.
 
 Published networks are recognised by the shapes of their tensors. For any other one, what shapes cannot tell must be
 given. The folder appears when all of it is written and loaded again, or not at all. No code of the checkpoint runs.
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 from adm_architecture import (
     NORM_GROUPS,
+    PUBLISHED,
     Architecture,
     Facts,
     Layer,
@@ -113,6 +118,23 @@ def convert(
         stored = {field.name: getattr(facts, field.name) for field in fields(facts)}
         write_json(work / RECORD_FILE, record | stored | {"dtype": str(dtype), "rounding_error": rounding})
     return Conversion(folder, recognised, parameters, fingerprint, rounding)
+
+
+def write_config(file: str, folder: Path, overwrite: bool = False) -> None:
+    """Write the folder of a published network, by the name of its file, without weights.
+
+    Raises:
+        ValueError: for a name that is not published. OSError: when the folder cannot be written.
+    """
+    entry = next((entry for entry in PUBLISHED if file in entry.files), None)
+    if entry is None:
+        names = ", ".join(name for entry in PUBLISHED for name in entry.files)
+        raise ValueError(f"{file} is no published network; allowed with --config-only: {names}")
+    with torch.device("meta"):
+        unet = build(entry.architecture, entry.facts, entry.image_size)
+    with atomic_folder(folder, overwrite) as work:
+        unet.save_config(work)
+        write_json(work / SCHEDULER_FILE, scheduler_config(entry.facts, None))
 
 
 def load(folder: Path) -> Prior:
@@ -393,6 +415,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="folder to make")
     parser.add_argument("--label", type=int, help="class of a class-conditional network, e.g. 207")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the stored weights")
+    parser.add_argument("--config-only", action="store_true", help="no weights: the checkpoint is a published name")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier conversion made")
     facts = parser.add_argument_group("what shapes cannot tell", "needed for networks that were not published")
     facts.add_argument("--heads", type=int, help="number of attention heads (num_heads)")
@@ -409,6 +432,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert one checkpoint."""
     options = parser().parse_args(arguments)
+    if options.config_only:
+        write_config(options.checkpoint.name, options.folder, options.overwrite)
+        print(f"written      {options.folder}")
+        return
     given = {field.name: getattr(options, field.name) for field in fields(Facts)}
     done = convert(options.checkpoint, options.folder, given, DTYPES[options.dtype], options.label, options.overwrite)
     print(f"recognised   {done.recognised or 'no published network: the options were used'}")

@@ -5,7 +5,8 @@
     python data_prep/make_shards.py --verify shards
 
 The source is a folder, searched with its subfolders, or a tar file. Tars inside it, also tars inside a tar, are read
-where they lie: nothing is unpacked. They must not be compressed.
+where they lie: nothing is unpacked. They must not be compressed. LMDB folders, as LSUN comes in, are read too (with the
+package lmdb); there the key is the name of an image.
 
 Images are reduced as those that the published ADM priors were trained on: halved by box averaging while the shorter
 side is at least twice the wanted one, then brought to it by bicubic interpolation, then cropped to a square. Their
@@ -22,7 +23,6 @@ import argparse
 import hashlib
 import io
 import json
-import re
 import signal
 import sys
 import tarfile
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -41,15 +41,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ud2m.output import write_bytes, write_json
-from ud2m.shard_index import IMAGE_SUFFIXES, INDEX_FILE, Shard, ShardIndex, faults, file_sha256, read_index
+from ud2m.shard_index import IMAGE_SUFFIXES, INDEX_FILE, Shard, ShardIndex, faults, file_sha256, key_name, read_index
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "La", "RGBa")
 CROPS = ("center", "random", "none")
+LMDB_FILE = "data.mdb"
 PROGRESS_FILE, BROKEN_FILE = "progress.json", "broken.txt"
 READ_AHEAD = 16  # images per worker that may wait for the writer
-NAME_LENGTH = 60  # of an original name inside a key; a tar header holds 100 characters
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -91,13 +91,15 @@ class Settings:
 class Entry:
     """One image of the source: a whole file, or ``length`` bytes of a tar from ``offset`` on.
 
-    ``name`` is its path inside the source, with ``/``; a tar counts as a folder of its name without ``.tar``.
+    ``name`` is its path inside the source, with ``/``; a tar counts as a folder of its name without ``.tar``. Where
+    ``path`` is an LMDB folder, ``key`` says which of its values the image is.
     """
 
     name: str
     path: Path
     offset: int
     length: int
+    key: bytes = b""
 
     @property
     def class_name(self) -> str:
@@ -106,6 +108,9 @@ class Entry:
 
     def read(self) -> bytes:
         """Return the encoded image."""
+        if self.key:
+            with kept_lmdb(self.path).begin() as transaction:
+                return transaction.get(self.key)
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             return stream.read(self.length)
@@ -156,6 +161,37 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
         elif path.suffix.lower() == ".tar":
             with path.open("rb") as stream:
                 yield from tar_entries(stream, path, 0, name[: -len(".tar")] + "/")
+        elif path.name == LMDB_FILE:
+            yield from lmdb_entries(path.parent, name[: -len(LMDB_FILE)])
+
+
+def lmdb_entries(folder: Path, prefix: str) -> Iterator[Entry]:
+    """Yield the values of an LMDB folder, by their keys behind ``prefix``.
+
+    Raises:
+        ValueError: when it is damaged, or the package lmdb is not there.
+    """
+    kept_lmdb.cache_clear()  # a process may open it once only, and must not take it through a fork
+    with open_lmdb(folder) as environment, environment.begin(buffers=True) as transaction:
+        for key, value in transaction.cursor():
+            name = bytes(key).decode("ascii", "backslashreplace").replace("/", "_")
+            yield Entry(prefix + name, folder, 0, len(value), bytes(key))
+
+
+def open_lmdb(folder: Path) -> Any:
+    """Return an LMDB folder to read from."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError(f"{folder} is an LMDB, which the package lmdb reads: pip install 'ud2m[lmdb]'") from error
+    try:
+        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{folder} is no whole LMDB: {error}; fetch it again") from error
+
+
+kept_lmdb = cache(open_lmdb)
+"""The same, kept open by the process that reads images."""
 
 
 def tar_entries(stream: IO[bytes], path: Path, start: int, prefix: str) -> Iterator[Entry]:
@@ -490,8 +526,7 @@ def class_names(entries: Sequence[Entry]) -> list[str]:
 
 def files_of(made: Made, settings: Settings, classes: dict[str, int]) -> list[tuple[str, bytes]]:
     """Return names and contents of the files of one image in a shard."""
-    stem = PurePosixPath(made.entry.name).stem
-    key = f"{made.number:08d}-" + re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:NAME_LENGTH]
+    key = f"{made.number:08d}-{key_name(made.entry.name)}"
     files = [(key + IMAGE_SUFFIXES[settings.format], made.data)]
     return files + ([(key + ".cls", str(classes[made.entry.class_name]).encode())] if classes else [])
 

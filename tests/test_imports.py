@@ -14,7 +14,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 # A part may import the parts of lower floors, and of its own as long as there is no circle.
 FLOORS = [
     {"noise", "output", "shard_index"},
-    {"schedule", "physics", "discriminator", "losses", "metrics", "calibration"},
+    {"schedule", "physics", "discriminator", "losses", "metrics", "calibration", "card"},
     {"prior", "prox", "tiling", "symmetry", "exact", "frechet"},
     {"warm_start", "conditioning"},
     {"unfolded"},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 
+import lmdb
 import numpy as np
 import pytest
 from conftest import REPOSITORY
@@ -473,3 +474,60 @@ def test_command_line(source, tmp_path, capsys):
     assert result.returncode == 1
     assert result.stderr.startswith("error: no such folder or tar")
     assert result.stderr.count("\n") == 1
+
+
+def write_lmdb(folder, images):
+    """Write encoded images under their keys, as LSUN's LMDB holds them."""
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for key, data in images.items():
+            transaction.put(key.encode(), data)
+
+
+def webp(seed):
+    buffer = io.BytesIO()
+    picture(40, 30, seed).save(buffer, format="WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_lmdb_gives_the_images_of_its_folder(tmp_path, workers):
+    images = {f"{seed:040x}": webp(seed) for seed in range(7)}
+    write_lmdb(tmp_path / "bedroom_train_lmdb", images)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for key, data in images.items():
+        (plain / f"{key}.webp").write_bytes(data)
+    settings = Settings(size=16, shard_mb=0.005)
+    made = [
+        make_shards(source, tmp_path / f"out-{source.name}", settings, workers)
+        for source in (tmp_path / "bedroom_train_lmdb", plain)
+    ]
+    assert [index.images for index in made] == [7, 7]
+    assert made[0].digest == made[1].digest  # the same shards to the last byte
+    assert len(made[0].shards) > 1
+    assert not made[0].classes
+    assert not verify(tmp_path / "out-bedroom_train_lmdb")
+
+
+def test_lmdbs_inside_a_folder_are_classes(tmp_path):
+    for number, name in enumerate(("bedroom", "church")):
+        write_lmdb(tmp_path / "lsun" / name, {f"{number}{k}": webp(2 * number + k) for k in range(2)})
+    index = make_shards(tmp_path / "lsun", tmp_path / "out", Settings(size=16), 1)
+    assert index.classes == ("bedroom", "church")
+    assert index.images == 4
+
+
+def test_a_damaged_lmdb_is_refused(tmp_path):
+    (tmp_path / "lmdb").mkdir()
+    (tmp_path / "lmdb" / "data.mdb").write_bytes(b"nothing" * 1000)
+    with pytest.raises(ValueError, match=r"is no whole LMDB: .*; fetch it again"):
+        make_shards(tmp_path / "lmdb", tmp_path / "out", Settings(), 1)
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "lmdb").mkdir()
+    (tmp_path / "lmdb" / "data.mdb").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ValueError, match=r"pip install 'ud2m\[lmdb\]'"):
+        make_shards(tmp_path / "lmdb", tmp_path / "out", Settings(), 1)

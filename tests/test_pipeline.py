@@ -3,8 +3,11 @@ import shutil
 from pathlib import Path
 
 import deepinv
+import peft
 import pytest
 import torch
+from diffusers import UNet2DModel
+from huggingface_hub import ModelCard
 from operators import generator
 from tiny import LORA, SIZE, adapted, perturb, save_tiny_prior, tiny_network
 
@@ -512,3 +515,85 @@ def test_a_pickle_instead_of_a_file_runs_no_code(export, tmp_path, file, instead
     with pytest.raises((ValueError, FileNotFoundError)):
         PosteriorSampler.from_pretrained(export)
     assert not (tmp_path / "exploded").exists()
+
+
+# --- sharing -------------------------------------------------------------------------------------------------
+
+
+ROWS = [{"method": "UD2M (K=3, N=2)", "nfe": 6, "psnr": 21.5, "psnr_mean": 23.25, "lpips": None, "r": 0.9, "step": 4}]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in place of the hub: what is uploaded lies in it, and is downloaded from it."""
+    root = tmp_path / "hub"
+
+    def create(repo_id, private=None, token=None, exist_ok=False):
+        (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload(repo_id, folder_path, token=None):
+        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(ud2m.pipeline, "create_repo", create)
+    monkeypatch.setattr(ud2m.pipeline, "upload_folder", upload)
+    monkeypatch.setattr(ud2m.pipeline, "snapshot_download", lambda reference: str(root / reference))
+    return root
+
+
+def test_a_model_on_the_hub_draws_the_same_samples(sampler, hub, prior_folder):
+    address = sampler.push_to_hub("me/model", ROWS, prior="me/prior")
+    assert address == "https://hub/me/model"
+    files = {path.name for path in (hub / "me" / "model").iterdir()}
+    assert files == {"README.md", "config.json", "adapter_config.json", "adapter_model.safetensors", "psi.safetensors"}
+    y, physics = observation()
+    loaded = PosteriorSampler.from_pretrained("me/model", prior=prior_folder)
+    samples = [s(y, physics, num_samples=2, generator=generator()) for s in (sampler, loaded)]
+    torch.testing.assert_close(*samples, rtol=0, atol=1e-5)
+    # no path of this machine travels along
+    for path in (hub / "me" / "model").glob("*.[jm]*"):
+        assert str(prior_folder) not in path.read_text()
+
+
+def test_the_card_says_what_the_model_is(sampler, hub, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(ROWS))
+    sampler.push_to_hub("me/model", tmp_path / "metrics.json", prior="me/prior")
+    card = ModelCard.load(hub / "me" / "model" / "README.md")
+    assert card.data.library_name == "ud2m"
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        "psnr_mean": 23.25,
+        "psnr": 21.5,
+        "r": 0.9,
+    }
+    for words in (
+        "| modules K, steps N | 3, 2 |",
+        '`{"width": 1.6}`',
+        "in 6 network evaluations",
+        f"`me/prior`, fingerprint `{sampler.prior.fingerprint[:12]}`",
+        'PosteriorSampler.from_pretrained("me/model")',
+        "| UD2M (K=3, N=2) | 6 | 23.25 | 21.5 | 0.9 |",
+    ):
+        assert words in card.text, words
+    sampler.push_to_hub("me/model", prior="me/prior")
+    assert "None were given." in (hub / "me" / "model" / "README.md").read_text()
+
+
+def test_the_adapter_on_the_hub_fits_the_network_with_plain_peft(sampler, hub, prior_folder):
+    sampler.push_to_hub("me/model", prior="me/prior")
+    network = UNet2DModel.from_pretrained(prior_folder, torch_dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(network, hub / "me" / "model").eval()
+    x, t = torch.rand(2, *SHAPE, generator=generator()), torch.tensor([3.0, 700.0])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t).sample, sampler.prior.unet(x, t).sample, rtol=0, atol=1e-5)
+
+
+def test_what_others_could_not_use_is_not_shared(sampler, hub, tmp_path):
+    with pytest.raises(ValueError, match=r"the prior of this model is .*tiny, which others do not have: upload"):
+        sampler.push_to_hub("me/model")
+    (tmp_path / "metrics.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match=r"metrics\.json is truncated or not JSON"):
+        sampler.push_to_hub("me/model", tmp_path / "metrics.json", prior="me/prior")
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no list of scores"):
+        sampler.push_to_hub("me/model", tmp_path / "metrics.json", prior="me/prior")
+    assert not hub.exists()

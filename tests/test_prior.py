@@ -301,6 +301,53 @@ def test_a_second_adapter_and_unknown_layers_are_refused():
         tiny_prior().add_lora(LoraSpec(targets=("to_nowhere",)))
 
 
+# --- published configurations of diffusers, scaled down ------------------------------------------------------
+
+
+def ddpm(widths, attention):
+    """The configuration of a network of google/ddpm-*, with few channels."""
+    kinds = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))]
+    return {
+        "block_out_channels": widths,
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "layers_per_block": 2,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "sample_size": 32,
+    }
+
+
+GOOGLE = {
+    "ddpm-cifar10-32": ddpm([8, 16, 16, 16], {1}),
+    "ddpm-celebahq-256, ddpm-bedroom-256, ddpm-cat-256, ddpm-church-256": ddpm([4, 4, 8, 8, 16, 16], {4}),
+}
+
+
+@pytest.mark.parametrize("name", GOOGLE)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("table", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_networks_of_diffusers_are_served_from_their_folder(name, prediction, table, tmp_path):
+    settings = SCHEDULER | {"prediction_type": prediction, "beta_schedule": table, "clip_sample": False}
+    network = tiny_unet(**GOOGLE[name])
+    network.save_pretrained(tmp_path)
+    scheduler = DDPMScheduler.from_config(settings)
+    scheduler.save_pretrained(tmp_path)
+    prior = Prior.from_pretrained(tmp_path)
+    x_t = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    t = torch.tensor([300.0])
+    with torch.no_grad():
+        output = network.eval()(x_t, t).sample
+        expected = scheduler.step(output, 300, x_t).pred_original_sample
+        sigma = prior.schedule.sigma(t)
+        x0_hat = prior((x_t / abar(sigma).sqrt().view(-1, 1, 1, 1) + 1) / 2, sigma)
+    torch.testing.assert_close(2 * x0_hat - 1, expected, rtol=1e-3, atol=1e-3)
+    assert prior.add_lora(LoraSpec()).lora.rank == 5  # there are layers of these names
+
+
 # --- files ---------------------------------------------------------------------------------------------------
 
 

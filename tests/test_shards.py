@@ -216,6 +216,55 @@ def test_validation_and_test_images_are_the_held_out_ones(folders):
     assert len(data_of(folders, val_limit=2).evaluation_set("val")) == 2
 
 
+def picked(folder, names):
+    """The images of these names in their order, by tarfile and Pillow alone."""
+    by_name = {}
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                array = np.array(Image.open(io.BytesIO(tar.extractfile(member).read())))
+                name = member.name.partition("-")[2].removesuffix(".png")
+                by_name[name] = torch.from_numpy(array).permute(2, 0, 1) / 255
+    return [by_name[name] for name in names]
+
+
+def test_a_list_chooses_the_held_out_images(folders, tmp_path):
+    held_out = folders / "held_out"
+    (tmp_path / "test.txt").write_text("n01440764/7.JPEG 0\n\n2.png 65\nval/0 3\n")  # as lists of ImageNet are written
+    (tmp_path / "val.txt").write_text("5\n3\n")
+    both = data_of(folders, test_list=tmp_path / "test.txt", val_list=tmp_path / "val.txt")
+    for split, names in (("test", "720"), ("val", "53")):
+        found = both.evaluation_set(split)
+        assert equal([found[k] for k in range(len(found))], picked(held_out, names))
+    tested = data_of(folders, test_list=tmp_path / "test.txt")
+    names = {name.split("-")[1] for name in tested.evaluation_set("val").names}
+    plain = {name.split("-")[1] for name in data_of(folders).evaluation_set("val").names}
+    assert names == plain - set("720")
+    assert len(data_of(folders, test_list=tmp_path / "test.txt", test_limit=2).evaluation_set("test")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("1.png\n1.JPEG\n", "a name comes twice"),
+        ("1\nother.png\n", "1 of its 2 names stand for no image or several: other"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(folders, tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data_of(folders, test_list=tmp_path / "list.txt").all_images("test")
+    with pytest.raises(FileNotFoundError, match="there is no list of images"):
+        data_of(folders, test_list=tmp_path / "nowhere.txt").all_images("test")
+
+
+@pytest.mark.parametrize("place", ["https://server/shards", "s3://bucket/train", "pipe:cat shards/train"])
+def test_addresses_on_the_network_are_refused(folders, place):
+    with pytest.raises(ValueError, match=r"data\.root must be a folder, got .*; copy the shards to a disk"):
+        data_of(folders, root=place)
+
+
 def test_images_that_are_not_square_are_tiled(folders, tmp_path):
     settings = make_shards.Settings(size=SIZE, crop="none")
     make_shards.make_shards(fill(tmp_path / "images", 4, size=2 * SIZE), tmp_path / "shards", settings, workers=1)

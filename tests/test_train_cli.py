@@ -99,6 +99,21 @@ def test_the_scores_are_those_of_the_export(finished, place):
         assert scores[name] == pytest.approx(row[name], rel=1e-3), name
 
 
+def test_any_checkpoint_is_exported_by_command(finished, capsys):
+    for name in ("best", "last"):
+        assert command_line(f"run_dir={finished}", f"export={name}.ckpt") == 0
+        assert str(finished / f"export-{name}") in capsys.readouterr().out
+        state = read_checkpoint(finished / "checkpoints" / f"{name}.ckpt")["state_dict"]
+        averages = {v.item() for k, v in state.items() if k.startswith("ema.average_") and v.ndim == 0}
+        psi = load_file(finished / f"export-{name}" / "psi.safetensors")
+        assert {v.item() for v in psi.values()} <= averages
+        PosteriorSampler.from_pretrained(finished / f"export-{name}")
+    one, other = (load_file(finished / f / "adapter_model.safetensors") for f in ("export", "export-best"))
+    assert_equal(one, other)
+    assert command_line(f"run_dir={finished}", "export=first.ckpt") == 1
+    assert "export=... names one of best.ckpt, last.ckpt in run_dir" in only_line(capsys)
+
+
 def test_curves_pictures_and_rates_reach_the_logs(finished):
     curves = rows(finished)
     columns = set(curves[0])

@@ -1,5 +1,6 @@
 """Warm starts by networks: RAM and a small one that is trained along, through training, export and sampling."""
 
+import deepinv
 import pytest
 import torch
 from deepinv.models import RAM
@@ -9,7 +10,7 @@ from tiny_training import distillation, everything, fit
 
 from ud2m.comparison import compare
 from ud2m.evaluation import Problem
-from ud2m.physics import GaussianBlur, Jpeg, SuperResolution, observe
+from ud2m.physics import GaussianBlur, Inpainting, Jpeg, SuperResolution, observe
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior, weights_fingerprint
 from ud2m.unfolded import build_network
@@ -170,10 +171,33 @@ def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
         RamStart(str(ram_file), channels=[3])
     with pytest.raises(ValueError, match="four levels"):
         NetworkStart(widths=[8, 8])
-    x0 = torch.rand(1, 3, 16, 16)
-    codec = Jpeg().draw(1, (3, 16, 16))
-    with pytest.raises(ValueError, match="RAM restores linear observations, not JpegCodec"):
-        start_from_y(RamStart(), (3, 16, 16), codec.A(x0), codec, torch.full((1,), 0.05))
     assert (
         weights_fingerprint(RamStart(str(ram_file)).network.state_dict()) == RamStart(str(ram_file), False).fingerprint
     )
+
+
+def test_ram_sees_the_decoded_picture_of_a_jpeg_as_a_noisy_image(ram_file):
+    start, sigma_y = RamStart(str(ram_file)), torch.full((1,), 0.05)
+    x0 = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    codec = Jpeg().draw(1, (3, 16, 16))
+    y = codec.A(x0)
+    with torch.no_grad():
+        expected = start.network(y.clamp(0, 1), deepinv.physics.Denoising(), sigma=sigma_y, gain=torch.zeros(1))
+        found = start_from_y(start, (3, 16, 16), y, codec, sigma_y)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", [Inpainting(), GaussianBlur(), SuperResolution(4), Jpeg()])
+def test_ram_takes_images_of_several_scales(ram_file, family):
+    """At 64 pixels it asks the operator at its own size for a prox, with a solver, which small images never do."""
+    start, shape = RamStart(str(ram_file)), (3, 64, 64)
+    physics = family.draw(1, shape, torch.Generator().manual_seed(0))
+    y = observe(physics, torch.rand(1, *shape, generator=torch.Generator().manual_seed(1)), 0.01)
+    with torch.no_grad():
+        found = start_from_y(start, shape, y, physics, torch.full((1,), 0.01))
+        if isinstance(family, Inpainting):
+            theirs = deepinv.physics.Inpainting(shape, mask=physics.mask.expand(1, *shape)[0])
+            expected = start.network(y, theirs, sigma=torch.full((1,), 0.01), gain=torch.zeros(1))
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert found.shape == (1, *shape)
+    assert found.isfinite().all()

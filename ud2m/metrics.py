@@ -92,6 +92,9 @@ class LPIPSDistance(nn.Module):
         super().__init__()
         _check_net(net)
         self.net = net
+        if torch.get_default_device().type == "meta":  # shapes without values
+            self.network = _frozen(net)
+            return
         path = _cached(net) if weights is None else Path(weights)
         if weights is not None and not path.is_file():
             raise FileNotFoundError(_missing(net, path))
@@ -189,16 +192,20 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
+def _frozen(net: str) -> lpips.LPIPS:
+    """Return the frozen network with a random backbone: the package itself would download one."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # its advice and its draws stay in here
+        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
 def _build(net: str, state: dict[str, Tensor], path: Path) -> lpips.LPIPS:
     """Return the frozen network with the backbone of ``state``, the ``features.*`` of torchvision's model."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # Random trunk first: the package itself would download. Its advice and its draws stay in here.
-        warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    network = _frozen(net)
     # The package cuts torchvision's features into slices: slice2.3.weight there is features.3.weight here.
     names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
     try:
         network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
-    return network.eval().requires_grad_(False)
+    return network

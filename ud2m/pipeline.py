@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ud2m.output import atomic_folder
+from ud2m.card import model_card
+from ud2m.output import MARKER, atomic_folder
 from ud2m.physics import DataTerm, image_shape, select_samples
 from ud2m.prior import LoraSpec, Prior, shipped_folder
 from ud2m.sampler import check_eta, sample_posterior
@@ -178,6 +181,42 @@ class PosteriorSampler:
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors writes files that only their owner can read
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        metrics: str | Path | Sequence[Mapping[str, Any]] = (),
+        prior: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the export with a model card to the Hugging Face hub and return its address.
+
+        Args:
+            repo_id: ``user/name``; the repository is made where it is not there.
+            metrics: rows of the scores that the card shows, or the ``metrics.json`` of the run.
+            prior: hub id under which others find the prior, where this process has loaded it from a folder.
+            private: of a new repository. token: of the hub; default: that of ``hf auth login``.
+
+        Raises:
+            ValueError: when others could not find the prior, or the metrics are none.
+            HfHubHTTPError: when the hub refuses.
+        """
+        reference = prior or self.prior.reference
+        if reference is None or (Path(reference).is_dir() and shipped_folder(reference) is None):
+            raise ValueError(
+                f"the prior of this model is {reference or 'not stored anywhere'}, which others do not have: upload "
+                "that folder (hf upload) and name its hub id with prior=..."
+            )
+        rows = _read_metrics(Path(metrics)) if isinstance(metrics, str | Path) else metrics
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work) / "export"
+            self.save_pretrained(folder)
+            (folder / MARKER).unlink()
+            content = _refer(folder, reference)
+            model_card(repo_id, content, self.nfe(), rows).save(folder / "README.md")
+            create_repo(repo_id, private=private, token=token, exist_ok=True)
+            return str(upload_folder(repo_id=repo_id, folder_path=folder, token=token))
+
     @classmethod
     def from_pretrained(
         cls, reference: str | Path, prior: str | Path | None = None, device: torch.device | str = "cpu"
@@ -278,6 +317,28 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not an export of format {FORMAT}; got {str(content)[:80]}")
     return content
+
+
+def _refer(folder: Path, reference: str) -> dict[str, Any]:
+    """Write into an export where its prior is; return the content of its config."""
+    content = json.loads((folder / CONFIG_FILE).read_text())
+    content["prior"]["reference"] = reference
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    adapter = folder / CONFIG_NAME
+    if adapter.is_file():
+        stored = json.loads(adapter.read_text()) | {"base_model_name_or_path": reference}
+        adapter.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    return content
+
+
+def _read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no list of scores; give the metrics.json of a run or of sample.py")
+    return rows
 
 
 def _split(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -25,6 +25,8 @@ from ud2m.schedule import VPSchedule, abar
 SCHEDULER_FILE = "scheduler_config.json"
 UNET_FILE = "config.json"
 SHIPPED = Path(__file__).parent / "pretrained"
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 LABEL = "class_label"
@@ -133,7 +135,8 @@ class Prior(nn.Module):
         self.reference = reference
         self.schedule = schedule
         self.lora: LoraSpec | None = None
-        self.fingerprint = fingerprint(unet, schedule, prediction, label)
+        on_meta = any(parameter.is_meta for parameter in unet.parameters())
+        self.fingerprint = "" if on_meta else fingerprint(unet, schedule, prediction, label)
         self.unet: nn.Module = unet.requires_grad_(False).eval()
         self.in_bfloat16 = False
 
@@ -144,28 +147,24 @@ class Prior(nn.Module):
         It holds ``config.json``, safetensors weights and ``scheduler_config.json``. A class-conditional network takes
         its class from ``label``, or from ``class_label`` in ``scheduler_config.json``.
 
+        Under ``torch.device("meta")`` the weights are not read and need not be there: a folder of ``ARCHITECTURES``, by
+        name, does too. Such a prior has shapes and no values.
+
         Raises:
             FileNotFoundError: when the folder, the hub repository or one of the files is missing.
             ValueError: when the files are not those of a ``UNet2DModel``.
         """
         reference = str(reference)
-        where = str(shipped_folder(reference) or reference)
+        on_meta = torch.get_default_device().type == "meta"
+        where = str((on_meta and _inside(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
         scheduler = _read_json(_locate(where, SCHEDULER_FILE))
         architecture = _read_json(_locate(where, UNET_FILE))
         network = NETWORKS.get(str(architecture.get("_class_name")))
         if network is None:
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
-        try:
-            unet, loading = network.from_pretrained(
-                where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot load the weights of the prior {reference}: {error}") from error
-        # diffusers would go on with random weights where some are missing
-        odd = {kind: names for kind, names in loading.items() if names}
-        if odd:
-            raise ValueError(f"the weights of the prior {reference} do not fit its {UNET_FILE}: {odd}")
-        schedule = VPSchedule.from_config(scheduler)
+        unet = network.from_config(architecture) if on_meta else _load_unet(network, where, reference)
+        with torch.device("cpu"):
+            schedule = VPSchedule.from_config(scheduler)
         label = scheduler.get(LABEL) if label is None else label
         return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference, label)
 
@@ -379,8 +378,27 @@ def build_unet(architecture: Mapping[str, Any]) -> UNet2DModel:
 
 def shipped_folder(name: str) -> Path | None:
     """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
-    folder = SHIPPED / name
+    return _inside(SHIPPED, name)
+
+
+def _inside(parent: Path, name: str) -> Path | None:
+    folder = parent / name
     return folder if name and Path(name).name == name and folder.is_dir() else None
+
+
+def _load_unet(network: type[UNet2DModel], where: str, reference: str) -> UNet2DModel:
+    """Return the network of a folder or hub id in float32; raises ValueError when its weights are not whole."""
+    try:
+        unet, loading = network.from_pretrained(
+            where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load the weights of the prior {reference}: {error}") from error
+    # diffusers would go on with random weights where some are missing
+    odd = {kind: names for kind, names in loading.items() if names}
+    if odd:
+        raise ValueError(f"the weights of the prior {reference} do not fit its {UNET_FILE}: {odd}")
+    return unet
 
 
 def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dtype = torch.float16) -> None:

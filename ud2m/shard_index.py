@@ -5,14 +5,18 @@ Imports nothing heavy: ``data_prep/make_shards.py`` starts a process per core wi
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 INDEX_FILE = "index.json"
 VERSION = 1
 IMAGE_SUFFIXES = {"png": ".png", "jpg": ".jpg"}
 """Ending of the images inside a shard by the setting ``format``."""
+
+NAME_LENGTH = 60
+"""Characters of an original name inside a key; a tar header holds 100."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class ShardIndex:
             "classes": list(self.classes),
             "shards": [asdict(shard) for shard in self.shards],
         }
+
+
+def key_name(name: str) -> str:
+    """Return what the key of an image in a shard holds of its original name: no folder, no ending, plain characters."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(name).stem)[:NAME_LENGTH]
 
 
 def read_index(folder: Path) -> ShardIndex:

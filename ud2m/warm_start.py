@@ -13,7 +13,7 @@ from deepinv.models import RAM, DRUNet
 from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
-from ud2m.physics import DataTerm
+from ud2m.physics import DataTerm, Denoising
 from ud2m.prior import weights_fingerprint
 from ud2m.prox import joint_prox
 
@@ -136,7 +136,8 @@ class NetworkStart(Start):
 class RamStart(Start):
     """x^(0) = RAM(y, A, sigma_y): the Reconstruct Anything Model (Terris et al., 2025), as deepinv has it.
 
-    One evaluation of a network of 34 million parameters. It sees y alone and needs a linear operator (best: norm 1).
+    One evaluation of a network of 34 million parameters. It sees y alone and needs a linear operator (best: norm 1); of
+    any other observation it sees A^dagger y, as an image with noise of sigma_y (so the decoded picture of a JPEG).
 
     Args:
         weights: a file as ``torch.save`` wrote it, "download" (the authors', through deepinv), or None: random ones, to
@@ -172,13 +173,10 @@ class RamStart(Start):
             )
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
-        """Return x^(0) [B, C, H, W].
-
-        Raises:
-            ValueError: for an observation that is not linear.
-        """
+        """Return x^(0) [B, C, H, W]."""
         if not isinstance(physics, LinearPhysics):
-            raise ValueError(f"RAM restores linear observations, not {type(physics).__name__}; use another warm start")
+            y = physics.A_dagger(y)
+            physics = Denoising().draw(len(y), (y.shape[1], y.shape[2], y.shape[3]), device=y.device)
         noise = sigma_y.to(y.dtype)
         return self.network(y, physics, sigma=noise, gain=torch.zeros_like(noise))  # gain: of Poisson noise
 

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from ud2m.cli.estimate import estimate
 from ud2m.cli.sweep import survives_sweep
 from ud2m.output import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
@@ -39,12 +40,25 @@ def main(config: DictConfig) -> float | None:
     """Run one training job in Hydra's output folder; return its score (higher is better) for sweepers."""
     quiet_libraries()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.estimate:
+        print(estimate(config).table())
+        remove_if_empty(folder)  # Hydra made it
+        return None
+    if config.export:
+        print(f"model: {export(config, folder)}")
+        return None
     rows = run(prepare(config, folder), folder)
     if not rows:
         return None
     write_json(folder / "metrics.json", rows)
     print(f"run folder: {folder}")
     return rows[-1]["score"]
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that nothing was written into."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def prepare(config: DictConfig, folder: Path) -> DictConfig:
@@ -153,6 +167,24 @@ def load_config(path: Path) -> DictConfig:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     assert isinstance(config, DictConfig)
     return config
+
+
+def export(config: DictConfig, folder: Path) -> Path:
+    """Write the model of a checkpoint of the run in ``folder`` and return where it is: ``export-<checkpoint>`` there.
+
+    Raises:
+        ValueError: when there is no such run. FileNotFoundError: when it has no such checkpoint.
+    """
+    path, target = folder / CHECKPOINTS / config.export, folder / f"export-{Path(config.export).stem}"
+    if not path.is_file():
+        there = sorted(file.name for file in (folder / CHECKPOINTS).glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; export=... names one of {', '.join(there) or 'none'} in run_dir"
+        )
+    model = instantiate(stored_config(config, folder, ()).training, _convert_="all")
+    model.restore(path)
+    model.export(target)
+    return target
 
 
 def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from ud2m.data.crops import (
 from ud2m.data.module import ImageDataModule, NamedImages, Split, position
 from ud2m.data.sampler import StreamSampler
 from ud2m.images import decode_image
-from ud2m.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, quick_faults, read_index
+from ud2m.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
 
 MID_EPOCH = ("readers", "buffer")
 """Settings that decide the order within an epoch, but not which samples it has."""
@@ -49,6 +49,9 @@ class ShardData(ImageDataModule):
         root: folder of finished shards to train on.
         held_out: another such folder, of other images. Its images number 0, 2, 4, ... (over all shards) are for
             validation, 1, 3, 5, ... for the test, as tiles of side ``tile_size``.
+        val_list, test_list: files that name the held-out images of a split instead, one per line (what follows a blank
+            is ignored, as are folders and endings), in the order in which they are used. Where only ``test_list`` is
+            given, validation has the even ones of the others.
         scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
         augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
         buffer: samples among which each reader shuffles, on top of the order of shards that each pass draws; 1 keeps
@@ -62,6 +65,8 @@ class ShardData(ImageDataModule):
         self,
         root: str | Path,
         held_out: str | Path,
+        val_list: str | Path | None = None,
+        test_list: str | Path | None = None,
         scales: Sequence[float] = SCALES,
         probabilities: Sequence[float] = PROBABILITIES,
         augment: Mapping[str, float] | None = None,
@@ -71,7 +76,10 @@ class ShardData(ImageDataModule):
         **common: Any,
     ):
         super().__init__(**common)
+        check_place("data.root", root)
+        check_place("data.held_out", held_out)
         self.root, self.held_out = Path(root).expanduser(), Path(held_out).expanduser()
+        self.lists: dict[str, str | Path | None] = {"val": val_list, "test": test_list}
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
         self.buffer, self.check_hashes = buffer, check_hashes
@@ -111,9 +119,19 @@ class ShardData(ImageDataModule):
         )
 
     def all_images(self, split: Split) -> NamedImages:
-        """Return the tiles of the held-out images of a split: even numbers for ``val``, odd ones for ``test``."""
+        """Return the tiles of the held-out images of a split: listed ones, or even numbers (``val``) and odd ones.
+
+        Raises:
+            FileNotFoundError, ValueError: when a list is missing, names an image twice, or one that is not there.
+        """
         index = checked_index(self.held_out, self.tile_size, self.check_hashes)
-        numbers = range(0 if split == "val" else 1, index.images, 2)
+        listed = {kind: listed_numbers(index, Path(file)) for kind, file in self.lists.items() if file is not None}
+        numbers: Sequence[int] = range(0 if split == "val" else 1, index.images, 2)
+        if split in listed:
+            numbers = listed[split]
+        elif listed:
+            taken = {number for found in listed.values() for number in found}
+            numbers = [number for number in numbers if number not in taken]
         return Tiles(ShardImages(index, numbers, self.channels), self.tile_size, HELD_OUT_CACHE)
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,7 +355,7 @@ class ShardImages:
     def __init__(self, index: ShardIndex, numbers: Iterable[int], channels: int):
         self.reader = ShardReader(index, channels)
         ends = np.cumsum([shard.images for shard in index.shards])
-        self.places = [self._place(number, ends) for number in numbers]
+        self.places = [place_of(number, ends) for number in numbers]
         self.names = [self.reader.name(*place) for place in self.places]
         side = index.settings["size"]
         square = index.settings["crop"] != "none"
@@ -347,18 +365,53 @@ class ShardImages:
         """Return image number ``index`` of these."""
         return self.reader.load(*self.places[index])
 
-    def _place(self, number: int, ends: np.ndarray) -> tuple[int, int]:
-        shard = int(np.searchsorted(ends, number, side="right"))
-        return shard, number - (int(ends[shard - 1]) if shard else 0)
-
     def _size(self, place: tuple[int, int]) -> tuple[int, int]:
         with Image.open(io.BytesIO(self.reader.read(*place))) as image:  # the header alone is decoded
             return image.height, image.width
 
 
+def place_of(number: int, ends: np.ndarray) -> tuple[int, int]:
+    """Return the shard of image ``number``, and its number there; ``ends`` are the numbers behind each shard."""
+    shard = int(np.searchsorted(ends, number, side="right"))
+    return shard, number - (int(ends[shard - 1]) if shard else 0)
+
+
+def listed_numbers(index: ShardIndex, file: Path) -> list[int]:
+    """Return the numbers of the images that a file lists by name.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it names nothing, an image twice, or images that are not in the shards.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no list of images {file} (looked in {Path.cwd()})")
+    names = [key_name(line.split()[0]) for line in file.read_text().splitlines() if line.strip()]
+    reader = ShardReader(index, 3)
+    keys = (reader.name(shard, n) for shard, entry in enumerate(index.shards) for n in range(entry.images))
+    numbers: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        numbers.setdefault(key.partition("-")[2], []).append(number)
+    odd = [name for name in names if len(numbers.get(name, ())) != 1]
+    if not names or odd or len(set(names)) < len(names):
+        what = f"{len(odd)} of its {len(names)} names stand for no image or several: {', '.join(odd[:4])}"
+        reason = what if odd else "a name comes twice" if names else "it is empty"
+        raise ValueError(f"{file} does not list images of {index.folder}: {reason}")
+    return [numbers[name][0] for name in names]
+
+
 # ------------------------------------------------------------------------------------------------------ checks
 
 ADVICE = "run data_prep/make_shards.py --verify on the folder, and copy or make again what it names"
+
+
+def check_place(key: str, place: str | Path) -> None:
+    """Raise ValueError for an address on the network."""
+    if "://" in str(place) or str(place).startswith("pipe:"):
+        raise ValueError(
+            f"{key} must be a folder, got {place}: a run goes on in the middle of a shard and splits shards over "
+            "readers, for which it reads at places of its own; "
+            "copy the shards to a disk, or mount them (with rclone or s3fs)"
+        )
 
 
 def checked_index(folder: Path, side: int, check_hashes: bool) -> ShardIndex:
