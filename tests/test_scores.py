@@ -207,7 +207,9 @@ def test_lpips_is_the_package_and_diversity_is_that_between_samples(weights):
 # --- refusals -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lpips", "frechet", "frechet_vgg19", "fid", "cfid_alex_32", "kid_alex_x", "psnr_alex"])
+@pytest.mark.parametrize(
+    "name", ["lpips", "frechet", "frechet_vgg19", "fid", "cfid_alex_32", "kid_alex_x", "psnr_alex"]
+)
 def test_unknown_metrics_are_refused(name):
     with pytest.raises(ValueError, match=f"unknown metric '{name}'; known: psnr, ssim, .*lpips_alex"):
         build_score(name)

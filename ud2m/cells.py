@@ -71,7 +71,9 @@ class CellStore:
             content = json.loads(path.read_text())
             tensors = load_file(path.with_suffix(".safetensors"))
         except (ValueError, OSError, SafetensorError) as error:
-            raise ValueError(f"the results in {path} are damaged ({error}); delete this file to measure again") from error
+            raise ValueError(
+                f"the results in {path} are damaged ({error}); delete this file to measure again"
+            ) from error
         if not isinstance(content, dict) or any(part not in content for part in PARTS):
             raise ValueError(f"{path} does not hold {', '.join(PARTS)}; delete it to measure again")
         if content["settings"] != json.loads(json.dumps(settings)):

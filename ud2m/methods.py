@@ -59,7 +59,9 @@ class Trained:
     def fingerprint(self) -> str:
         """Which model this is: a SHA-256 of all its weights, and its defaults."""
         config = self.sampler.config
-        defaults = f"{config.num_steps} {config.grid_power} {config.eta} {config.symmetries} {self.sampler.network.spec}"
+        defaults = (
+            f"{config.num_steps} {config.grid_power} {config.eta} {config.symmetries} {self.sampler.network.spec}"
+        )
         return f"{weights_fingerprint(self.sampler.network.state_dict())} {defaults}"
 
     def __call__(

@@ -124,9 +124,7 @@ class Ddrm(Rival):
         if not isinstance(num_steps, int) or num_steps < 2:
             raise ValueError(f"DDRM needs num_steps of at least 2, got {num_steps!r}")
         if not 0 <= eta <= 1 or not 0 <= etab <= 1 or not power > 0:
-            raise ValueError(
-                f"DDRM needs eta and etab in [0, 1] and a positive power, got {eta}, {etab} and {power}"
-            )
+            raise ValueError(f"DDRM needs eta and etab in [0, 1] and a positive power, got {eta}, {etab} and {power}")
         schedule = VPSchedule.from_config(DDPM_TABLE)
         t = (schedule.num_times - 1) * torch.linspace(1, 0, num_steps, dtype=torch.float64) ** power
         self.sampler = deepinv.sampling.DDRM(self.denoiser, schedule.sigma(t).tolist(), eta=eta, etab=etab)

@@ -118,8 +118,9 @@ class PerImage(Score):
 
 
 def with_interval(name: str, values: Tensor) -> Numbers:
-    """Return the mean of values [n] and its interval; of infinite values (PSNR of equal images) there is none."""
-    low, high = bootstrap_interval(values, generator=_seeded()) if values.isfinite().all() else (None, None)
+    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images)."""
+    defined = len(values) > 1 and bool(values.isfinite().all())
+    low, high = bootstrap_interval(values, generator=_seeded()) if defined else (None, None)
     return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
 
 
