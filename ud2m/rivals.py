@@ -1,4 +1,4 @@
-"""Published samplers as deepinv has them, with the same prior as ours: DDRM, DiffPIR and DPS, each a ``Method``."""
+"""Published samplers as deepinv has them, with the same prior as ours: DDRM, DiffPIR and DPS, and long Langevin runs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class DeepinvDenoiser(deepinv.models.Denoiser):
 
 
 class Rival(ABC):
-    """A sampler of deepinv. Observations are taken one after the other, all their samples as one batch.
+    """A sampler with a frozen prior. Observations are taken one after the other, all their samples as one batch.
 
     Args:
         prior: ``denoiser(x_sigma, sigma) -> x0_hat``. chunk_size: samples that the network sees at once.
@@ -251,6 +251,47 @@ class Dps(Rival):
         """Return one sample for each y [S, ...]."""
         sampler = deepinv.sampling.DPS(self.denoiser, num_steps=self.num_steps, weight=self.weight, device=y.device)
         return sampler(y, physics)
+
+
+class Langevin(Rival):
+    """A long run of unadjusted Langevin with the score of the denoiser (PnP-ULA, Laumont et al., SIAM J. Imaging 2022).
+
+    x <- x + h (A^T (y - A x) / sigma_y^2 + (denoiser(x, sigma) - x) / sigma^2) + sqrt(2 h) eps, from A^T y. With the
+    exact denoiser it samples the posterior under the prior smoothed by sigma, up to an error of order h. Adaptive steps
+    or acceptance are not used.
+
+    Args:
+        prior, chunk_size: as for ``Rival``.
+        num_steps: length of each chain, and network evaluations.
+        sigma: level of the denoiser, image units.
+        step: h as a share of the largest stable one, 2 / (g / sigma_y^2 + 1 / sigma^2), g the norm of A^T A; in (0, 1).
+    """
+
+    takes = "every linear operator"
+
+    def __init__(
+        self, prior: nn.Module, num_steps: int = 5000, sigma: float = 0.02, step: float = 0.25, chunk_size: int = 512
+    ):
+        super().__init__(prior, chunk_size)
+        check_count("num_steps of Langevin", num_steps)
+        if not sigma > 0 or not 0 < step < 1:
+            raise ValueError(f"Langevin needs a positive sigma and a step in (0, 1), got {sigma} and {step}")
+        self.num_steps, self.sigma, self.step = num_steps, sigma, step
+
+    def supports(self, physics: DataTerm) -> bool:
+        """Return whether the operator is linear."""
+        return isinstance(physics, LinearPhysics)
+
+    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+        """Return the end of one chain for each y [S, ...]."""
+        x = physics.A_adjoint(y)
+        norm = float(physics.compute_norm(torch.randn_like(x[:1]), verbose=False))
+        h = 2 * self.step / (norm / sigma_y**2 + 1 / self.sigma**2)
+        for _ in range(self.num_steps):
+            score = physics.A_adjoint(y - physics.A(x)) / sigma_y**2
+            score = score + (self.denoiser(x, self.sigma) - x) / self.sigma**2
+            x = x + h * score + (2 * h) ** 0.5 * torch.randn_like(x)
+        return x
 
 
 def _chunks(count: int, size: int) -> list[int]:
