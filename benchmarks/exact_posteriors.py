@@ -4,11 +4,11 @@
     python benchmarks/exact_posteriors.py table [--blocks 1 2 4 8] [--steps 1 2 4 8 16] [--loss energy=1 ...]
     python benchmarks/exact_posteriors.py losses
 
-``fit`` stores the mixture (``table`` does it where it is missing). ``table`` trains UD2M for every K of ``--blocks`` and
-samples with every N of ``--steps``, beside LATINO, DDRM, DiffPIR, DPS and a long Langevin run with the same exact
-denoiser. ``losses`` trains one K with one loss after the other. Rows: the 2-Wasserstein distance to exact posterior draws
-beside the floor (two independent sets of exact draws), the same without the bias of finite sets, and the coverage of 90 %
-intervals. Everything is kept in ``results/exact`` and measured once; docs/evaluation.md says more.
+``fit`` stores the mixture (``table`` does it where it is missing). ``table`` trains UD2M for every K of ``--blocks``
+and samples with every N of ``--steps``, beside LATINO, DDRM, DiffPIR, DPS and a long Langevin run with the same exact
+denoiser. ``losses`` trains one K with one loss after the other. Rows: the 2-Wasserstein distance to exact posterior
+draws beside the floor (two independent sets of exact draws), the same without the bias of finite sets, and the coverage
+of 90 % intervals. Everything is kept in ``results/exact`` and measured once; docs/evaluation.md says more.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ud2m.cells import CellStore, Result, digest
 from ud2m.data.photos import load_photos
 from ud2m.discriminator import Discriminator
 from ud2m.exact import AdaptedMixture, GaussianMixture
-from ud2m.losses import Adversarial, DiscriminatorLoss, EnergyScore, GeneratorLoss, L2, LossTerm, MeanL2, Prediction
+from ud2m.losses import L2, Adversarial, DiscriminatorLoss, EnergyScore, GeneratorLoss, MeanL2, Prediction
 from ud2m.noise import rand, randn_like
 from ud2m.output import write_bytes, write_json
 from ud2m.physics import GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe, select_samples
@@ -217,12 +217,12 @@ def judged(
 ) -> dict[str, Any]:
     """Return distances to exact draws with intervals over observations, coverage and NFE.
 
-    ``w2`` between sets of finite size falls when the method's draws are too narrow, below the ``floor`` even. ``w2_debiased``
-    is the root of W2^2(exact, drawn) - W2^2(exact, exact') / 2 - W2^2(drawn, drawn') / 2 (as in Sinkhorn divergences,
-    Feydy et al., AISTATS 2019), 0 on average for exact draws alone; a negative value keeps its sign under the root.
+    ``w2`` between sets of finite size falls when the method's draws are too narrow, below the ``floor`` even.
+    ``w2_debiased`` is the root of W2^2(exact, drawn) - W2^2(exact, exact') / 2 - W2^2(drawn, drawn') / 2 (as in Sinkhorn
+    divergences, Feydy et al., AISTATS 2019), 0 on average for exact draws alone; a negative value keeps its sign.
 
-    The coverage is that of exact draws by the central intervals between two of the method's ordered draws whose share is
-    nearest to 90 %. Images are clamped to [0, 1] everywhere, exact draws too.
+    The coverage is that of exact draws by the central intervals between two of the method's ordered draws whose share
+    is nearest to 90 %. Images are clamped to [0, 1] everywhere, exact draws too.
     """
     generator = torch.Generator().manual_seed(7)
     x0 = mixture.sample(observations, generator).float()
@@ -296,9 +296,7 @@ class Study:
         full = self.settings(method=name, **settings)
         result = self.store.load(full)
         if result is None:
-            row = judged(
-                method(), self.mixture, self.operator, options.sigma_y, options.observations, options.samples
-            )
+            row = judged(method(), self.mixture, self.operator, options.sigma_y, options.observations, options.samples)
             result = Result({"method": name} | settings | row, {}, {})
             self.store.save(full, result)
         self.rows.append(dict(result.row))
@@ -340,9 +338,9 @@ def rivals(mixture: GaussianMixture) -> dict[str, Any]:
     """Return the methods that need no training, to be made when they are wanted."""
     return {
         "LATINO, 8 levels": lambda: Latino(mixture, LatinoSetting(8, 0.2, 0.02)),
-        "DDRM, 20": lambda: Ddrm(mixture, 20),
-        "DiffPIR, 100": lambda: DiffPir(mixture, 100),
-        "DPS, 1000": lambda: Dps(mixture, 1000, weight=30.0),
+        "DDRM, 20": lambda: Ddrm(mixture, 20, chunk_size=512),
+        "DiffPIR, 100": lambda: DiffPir(mixture, 100, chunk_size=512),
+        "DPS, 1000": lambda: Dps(mixture, 1000, weight=30.0, chunk_size=512),
         "Langevin, 5000": lambda: Langevin(mixture, 5000),
     }
 

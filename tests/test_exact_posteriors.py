@@ -118,29 +118,26 @@ def test_unknown_terms_and_numbers_are_refused(tmp_path):
 @pytest.mark.slow
 def test_training_brings_samples_nearer_to_the_posterior_and_is_kept(tmp_path, capsys):
     arguments = ["--folder", str(tmp_path), "--side", "4", "--components", "2", "--patches", "400", "--operator"]
-    arguments += ["inpainting", "--observations", "8", "--samples", "64", "--blocks", "2", "--steps", "2"]
+    arguments += ["super_resolution", "--observations", "8", "--samples", "64", "--blocks", "2", "--steps", "2"]
     rows = {}
-    for iterations in ("2", "120"):
+    for iterations in ("2", "300"):
         exact_posteriors.main(
             ["table", *arguments, "--iterations", iterations, "--leave-out", *exact_posteriors.rivals(None)]
         )
         rows[iterations] = json.loads((tmp_path / "table.json").read_text())
     floor, before = rows["2"]
-    _, after = rows["120"]
+    _, after = rows["300"]
     assert floor["w2 / floor"] == pytest.approx(1, abs=0.1)
     assert after["nfe"] == 4
     assert abs(after["coverage_90"] - 0.9) < abs(before["coverage_90"] - 0.9)
     assert after["w2_debiased"] < before["w2_debiased"]
     assert len(list((tmp_path / "networks").iterdir())) == 2
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    exact_posteriors.main(
-        ["table", *arguments, "--iterations", "120", "--leave-out", *exact_posteriors.rivals(None)]
-    )
+    exact_posteriors.main(["table", *arguments, "--iterations", "300", "--leave-out", *exact_posteriors.rivals(None)])
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
     assert "| UD2M (K=2, N=2, energy=1) | 4 |" in capsys.readouterr().out
     # every loss trains
     for loss in ("l2=1 adversarial=0.1", "mean_l2=1"):
-        network = exact_posteriors.train(
-            exact_posteriors.fitted(tmp_path, 4, 2, 400), Inpainting(0.5), 0.05, 1, exact_posteriors.read_loss(loss), 2, 8
-        )
+        weights, prior = exact_posteriors.read_loss(loss), exact_posteriors.fitted(tmp_path, 4, 2, 400)
+        network = exact_posteriors.train(prior, Inpainting(0.5), 0.05, 1, weights, 2, 8)
         assert all(p.isfinite().all() for p in network.parameters())

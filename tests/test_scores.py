@@ -136,6 +136,24 @@ def test_cfid_of_jointly_gaussian_pairs_is_the_mean_distance_of_the_conditionals
     assert conditional_frechet(x, shuffled, y) > 1
 
 
+def test_conditional_w2_of_a_shift_is_its_length_and_of_an_independent_sample_the_spread_of_the_mean():
+    y = gaussian(6000, 1, 2, 2).double() * 0.1 + 0.5
+    physics = Inpainting(1e-9).draw(1, (1, 2, 2))  # A = I: what is conditioned on is y
+
+    def found(drawn):
+        return numbers("cw2", Draws(x0, y, physics, 0.1, 0.1, drawn.unsqueeze(1)), 3000)
+
+    x0 = y + 0.02 * gaussian(*y.shape, seed=1)
+    again = y + 0.02 * gaussian(*y.shape, seed=2)
+    assert found(again)["cw2"] < 0.005
+    shifted = found(again + 0.05)
+    assert shifted["cw2"] == pytest.approx(0.05 * 2, rel=0.02)
+    assert shifted["cw2_low"] < 0.1 < shifted["cw2_high"]
+    # the right marginal, drawn without looking at y: E|y - m|^2 = 4 x 0.01 of the means, and spreads of 0.102 and 0.02
+    blind = x0[torch.randperm(len(x0), generator=generator(3))]
+    assert found(blind)["cw2"] == pytest.approx((4 * 0.01 + 4 * (0.102 - 0.02) ** 2) ** 0.5, rel=0.03)
+
+
 def test_cfid_refuses_rows_that_do_not_belong_together():
     with pytest.raises(ValueError, match=r"a row for each image, got \[5, 2\], \[5, 2\] and \[4, 2\]"):
         conditional_frechet(gaussian(5, 2), gaussian(5, 2), gaussian(4, 2))
@@ -231,6 +249,7 @@ def test_a_metric_without_the_weights_of_its_backbone_is_refused(tmp_path, monke
         ("coverage", 10, 8, (3, 32, 32), r"90 % need at least 13 samples .* got 8"),
         ("sbc", 99, 19, (3, 32, 32), "need at least 100 images .* got 99"),
         ("r", 10, 1, (3, 32, 32), "at least 2 samples"),
+        ("cw2", 2048, 8, (1, 32, 32), "need at least 2049 images, got 2048"),
     ],
 )
 def test_what_gives_no_sensible_number_is_refused(name, images, samples, size, words):

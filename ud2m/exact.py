@@ -15,6 +15,7 @@ from ud2m.output import write_bytes
 SPREAD = 0.25
 """Typical standard deviation of images in [0, 1], which scales the inputs of a correction."""
 
+
 class GaussianMixture(nn.Module):
     """p(x) = sum_j w_j N(x; m_j, C_j) on images of one small size, in float64.
 
@@ -166,8 +167,8 @@ class GaussianMixture(nn.Module):
 class AdaptedMixture(nn.Module):
     """The denoiser of a mixture plus a trainable correction that is 0 at first: what LoRA is to a network.
 
-    x0_hat = E[x0 | x_sigma] + s f(x_sigma, E[x0 | x_sigma], log sigma), s = sigma / sqrt(1 + sigma^2 / ``SPREAD``^2), with
-    a small dense network f whose last layer starts at 0.
+    x0_hat = E[x0 | x_sigma] + s f(x_sigma, E[x0 | x_sigma], log sigma), s = sigma / sqrt(1 + sigma^2 / ``SPREAD``^2),
+    with a small dense network f whose last layer starts at 0.
 
     Args:
         mixture: frozen. width: of the two hidden layers.

@@ -1,4 +1,4 @@
-"""Published samplers as deepinv has them, with the same prior as ours: DDRM, DiffPIR and DPS, and long Langevin runs."""
+"""Published samplers with the same prior as ours: DDRM, DiffPIR and DPS of deepinv, and long Langevin runs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -206,9 +206,7 @@ class EvaluationRun:
                 "images": images_digest(images.validation),
             }
         label = method["label"] + given(name)
-        return Job(
-            label, entry, images, problem, target, settings, num_samples, candidates, self._build
-        )
+        return Job(label, entry, images, problem, target, settings, num_samples, candidates, self._build)
 
     def _shown(self, images: Images) -> list[int]:
         count = min(self.config.show, images.count)
