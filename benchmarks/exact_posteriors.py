@@ -218,8 +218,8 @@ def judged(
     """Return distances to exact draws with intervals over observations, coverage and NFE.
 
     ``w2`` between sets of finite size falls when the method's draws are too narrow, below the ``floor`` even.
-    ``w2_debiased`` is the root of W2^2(exact, drawn) - W2^2(exact, exact') / 2 - W2^2(drawn, drawn') / 2 (as in Sinkhorn
-    divergences, Feydy et al., AISTATS 2019), 0 on average for exact draws alone; a negative value keeps its sign.
+    ``w2_debiased`` is the root of W2^2(exact, drawn) - W2^2(exact, exact') / 2 - W2^2(drawn, drawn') / 2 (as in
+    Sinkhorn divergences, Feydy et al., AISTATS 2019), 0 on average for exact draws; a negative value keeps its sign.
 
     The coverage is that of exact draws by the central intervals between two of the method's ordered draws whose share
     is nearest to 90 %. Images are clamped to [0, 1] everywhere, exact draws too.

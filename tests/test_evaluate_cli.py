@@ -195,7 +195,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: ddrm, diffpir, dps, latino"),
+        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: ddrm, diffpir, dps, langevin, latino"),
         ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
         ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: folder"),
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),
@@ -208,6 +208,10 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
             "Could not override 'method.target.steps'.*; settings of method ddrm are label, target._target_",
         ),
         ({"methods": '["ud2m target.model=nowhere"]'}, "no model at 'nowhere'"),
+        (
+            {"methods": "[latino]", "datasets": f'["folder root={{root}} channels=1 crop_size={SIZE}"]'},
+            "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",
+        ),
         ({"unsupported": "maybe"}, "unsupported must be error or skip"),
         ({"tune_by": "fid"}, "tune_by must be one of psnr_mean"),
         ({"num_samples": "0"}, "num_samples must be an integer of at least 1"),
@@ -216,6 +220,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_measured(material, tmp_path, capsys, changes, words):
+    changes = {key: value.replace("{root}", str(material / "pictures")) for key, value in changes.items()}
     assert re.search(words, refusal(capsys, material, tmp_path, **changes))
 
 

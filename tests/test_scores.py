@@ -198,6 +198,7 @@ def test_distances_of_sets_are_those_of_torchmetrics(weights):
     assert 0 < frechet["frechet_alex_high"] - frechet["frechet_alex"] < frechet["frechet_alex"]
 
 
+@pytest.mark.slow
 def test_patches_are_pieces_of_the_images(weights):
     draws = picture_draws(80, size=64)
     pieces = Draws(
@@ -209,6 +210,13 @@ def test_patches_are_pieces_of_the_images(weights):
     )
     whole = numbers("frechet_alex_32", draws, 80)
     assert whole["frechet_alex_32"] == pytest.approx(numbers("frechet_alex", pieces, 320)["frechet_alex"], rel=1e-6)
+
+
+def test_networks_of_scores_move_to_the_images(weights):
+    for name in ("lpips_alex", "kid_alex"):
+        (module,) = build_score(name).to("meta").modules
+        assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+    assert build_score("psnr").to("meta").modules == ()
 
 
 def test_lpips_is_the_package_and_diversity_is_that_between_samples(weights):

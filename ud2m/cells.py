@@ -119,6 +119,7 @@ def measure(
         if watch is None:
             watch = Stopwatch(x0.device)
             reset_peak_memory(x0.device)
+            scores = [score.to(x0.device) for score in scores]
         y, physics = problem.observe(x0, first)
         generator = problem.sampling_generator(first, x0.device)
         with NetworkEvaluations(getattr(method, "networks", ())) as counter, watch:

@@ -11,7 +11,7 @@ from typing import Any
 import scipy.stats
 import torch
 from deepinv.physics import LinearPhysics
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.image.kid import poly_mmd
 
 from ud2m.calibration import (
@@ -60,7 +60,15 @@ class Draws:
 
 
 class Score(ABC):
-    """Gathers one or more numbers of a method."""
+    """Gathers one or more numbers of a method; ``modules`` are the networks that it judges with."""
+
+    modules: tuple[nn.Module, ...] = ()
+
+    def to(self, device: torch.device | str) -> "Score":
+        """Move the networks to where the images are."""
+        for module in self.modules:
+            module.to(device)
+        return self
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:  # noqa: B027 - no demands
         """Raise ValueError where so many images (C, H, W), with so many samples each, give no sensible number."""
@@ -286,6 +294,7 @@ class FeatureDistances(Score):
 
     def __init__(self, net: str, kind: str, patch: int = 0):
         self.features, self.kind, self.patch = BackboneFeatures(net), kind, patch
+        self.modules = (self.features,)
         self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")
         self.backend = f"{self.features.distance.name}, last features" + (f", {patch}x{patch}" if patch else "")
         self.truth: list[Tensor] = []
@@ -404,7 +413,9 @@ def lpips_score(net: str) -> PerImage:
             found[f"diversity_lpips_{net}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
         return found
 
-    return PerImage(values, distance.smallest, {f"lpips_{net}_backend": distance.name})
+    score = PerImage(values, distance.smallest, {f"lpips_{net}_backend": distance.name})
+    score.modules = (distance,)
+    return score
 
 
 SCORES: dict[str, Callable[[], Score]] = {

@@ -174,6 +174,13 @@ class EvaluationRun:
         metrics = [m for m in self.metrics if num_samples > 1 or "samples" not in method or not several(m)]
         check_scores(metrics, images.count, num_samples, images.shape)
         built = self._build(target)
+        for network in getattr(built, "networks", ()):
+            channels = getattr(network, "channels", images.shape[0])
+            if channels != images.shape[0]:
+                raise ValueError(
+                    f"{name}: its prior draws images with {channels} channels, {images.label} has {images.shape[0]}; "
+                    "choose other datasets, another prior or model"
+                )
         y, operator = problem.observe(images.test[0][:1])
         try:
             if hasattr(built, "check"):
