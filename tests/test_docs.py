@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -28,11 +29,13 @@ from tiny_training import command_line, composed, tiny_overrides, write_images
 
 import ud2m.cli
 import ud2m.prior
+from ud2m.cli import evaluate
 from ud2m.images import read_image, write_image
 from ud2m.losses import GeneratorLoss, Prediction
 from ud2m.physics import GaussianBlur
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
+from ud2m.scores import SCORES, build_score
 from ud2m.unfolded import build_network
 from ud2m.warm_start import WARM_STARTS
 
@@ -101,12 +104,17 @@ def scripted_commands(tmp_path: Path) -> list[Command]:
     return [words(line) for line in done.stdout.splitlines()]
 
 
+EVALUATION = ("python", "-m", "ud2m.evaluate")
+
+
 def is_hydra(command: Command) -> bool:
-    return command[:2] in (("python", "train.py"), ("python", "sample.py"))
+    return command[:2] in (("python", "train.py"), ("python", "sample.py")) or command[:3] == EVALUATION
 
 
 def overrides_of(command: Command) -> tuple[str, list[list[str]]]:
     """Return the configuration's name, and the overrides of each run (several for a sweep)."""
+    if command[:3] == EVALUATION:
+        return "evaluate", [list(command[3:])]
     rest, name = list(command[2:]), command[1].removesuffix(".py")
     if "--config-name" in rest:
         position = rest.index("--config-name")
@@ -139,6 +147,12 @@ def compose_all(command: Command, folder: Path) -> None:
     for overrides in runs:
         with composed(*overrides, folder=folder, config_name=name) as config:
             OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        if name == "evaluate":
+            with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+                for group, entries in (("method", config.methods), ("physics", config.operators)):
+                    assert all(evaluate.part(group, evaluate.filled(entry, "x")) for entry in entries)
+                assert all(evaluate.part("data", entry) for entry in config.datasets)
+            assert all(build_score(metric) for metric in config.metrics if metric in SCORES and "lpips" not in metric)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -13,16 +13,17 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 
 # A part may import the parts of lower floors, and of its own as long as there is no circle.
 FLOORS = [
-    {"noise", "output", "shard_index"},
+    {"noise", "output", "shard_index", "usage"},
     {"schedule", "physics", "discriminator", "losses", "metrics", "calibration", "card"},
     {"prior", "prox", "tiling", "symmetry", "exact", "frechet"},
     {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},
-    {"pipeline", "baselines"},
-    {"images", "evaluation", "data", "report"},
-    {"comparison", "training"},
+    {"pipeline", "baselines", "rivals", "methods"},
+    {"images", "evaluation", "data", "report", "scores"},
+    {"comparison", "training", "cells", "leaderboard"},
     {"cli"},
+    {"evaluate"},
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 GROUND = FLOORS[0] | FLOORS[1]

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ud2m.noise import randn_like
 from ud2m.physics import DataTerm, image_shape
 from ud2m.pipeline import noise_levels
-from ud2m.prior import Prior
 from ud2m.prox import joint_prox
 from ud2m.warm_start import SmoothingStart, Start, start_from_y
 
@@ -23,6 +22,8 @@ def pseudo_inverse(y: Tensor, physics: DataTerm, sigma_y: Any = None, num_sample
 
 class WarmStart:
     """The warm start by itself, without any network evaluation, as every sample."""
+
+    networks: tuple[nn.Module, ...] = ()
 
     def __init__(self, start: Start):
         self.start = start
@@ -61,8 +62,9 @@ class Latino:
     From the warm start, for each level: z = x + tau eps; x = denoiser(z, tau); x = prox of the data at x with delta.
     """
 
-    def __init__(self, prior: Prior, setting: LatinoSetting, warm_start: Start | None = None):
+    def __init__(self, prior: nn.Module, setting: LatinoSetting, warm_start: Start | None = None):
         self.prior, self.setting = prior, setting
+        self.networks = [prior]
         self.start = WarmStart(warm_start or SmoothingStart())
         self.nfe = setting.num_levels
 

@@ -90,12 +90,43 @@ def gaussian_wasserstein2(mean: Tensor, covariance: Tensor, other_mean: Tensor, 
     return ((mean - other_mean).double().square().sum() + trace).clamp_min(0).sqrt().item()
 
 
-def residual_p_value(residual: Tensor, count: int) -> Tensor:
+def conditional_frechet(x: Tensor, drawn: Tensor, y: Tensor) -> float:
+    """Return the conditional Fréchet distance (CFID) of features of truths, samples and observations, each [n, F].
+
+    (x, y) and (drawn, y) are taken for jointly Gaussian; it is then the mean over y of the squared 2-Wasserstein
+    distance between the conditional Gaussians (Soloveitchik et al., "Conditional Frechet Inception Distance", 2021,
+    arXiv 2103.11521; used by pcaGAN, Bendel et al., NeurIPS 2024):
+
+    |m_x - m_d|^2 + tr((C_xy - C_dy) C_yy^+ (C_yx - C_yd)) + tr(P + Q - 2 (P^1/2 Q P^1/2)^1/2), with the conditional
+    covariances P = C_xx - C_xy C_yy^+ C_yx, and Q of the samples.
+
+    Raises:
+        ValueError: when the three do not have one row for each of at least 2 images.
+    """
+    if not len(x) == len(drawn) == len(y) or len(x) < 2 or x.shape != drawn.shape:
+        raise ValueError(
+            f"truths, samples and observations need a row for each image, got {list(x.shape)}, {list(drawn.shape)} and "
+            f"{list(y.shape)}"
+        )
+    parts = [part.double().flatten(1) for part in (x, drawn, y)]
+    means = [part.mean(0) for part in parts]
+    x0, d, seen = (part - mean for part, mean in zip(parts, means, strict=True))
+    scale = 1 / (len(x0) - 1)
+    inverse = torch.linalg.pinv(scale * seen.T @ seen, hermitian=True)
+    cross_x, cross_d = scale * x0.T @ seen, scale * d.T @ seen
+    P = scale * x0.T @ x0 - cross_x @ inverse @ cross_x.T
+    Q = scale * d.T @ d - cross_d @ inverse @ cross_d.T
+    shift = cross_x - cross_d
+    return gaussian_wasserstein2(means[0], P, means[1], Q) ** 2 + (shift @ inverse @ shift.T).trace().item()
+
+
+def residual_p_value(residual: Tensor, count: int | Tensor) -> Tensor:
     """Return the probability that noise alone makes a residual |A x - y| / (sigma_y sqrt(m)) at least as large, [B].
 
-    m residual^2 is chi^2 distributed with m = ``count`` degrees of freedom where x is the truth, and p then uniform.
+    m residual^2 is chi^2 distributed with m = ``count`` degrees of freedom where x is the truth, or a draw of the exact
+    posterior, and p then uniform. ``count`` is a number or [B].
     """
-    half = torch.as_tensor(count / 2, dtype=torch.float64)
+    half = torch.as_tensor(count, dtype=torch.float64, device=residual.device) / 2
     return torch.special.gammaincc(half, half * residual.double().square())
 
 

@@ -51,6 +51,14 @@ class Problem:
         physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
         return observe(physics, x0, self.sigma_y if self.noise is None else self.noise, streams), physics
 
+    def sampling_generator(self, first: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return the source of a method's own randomness for a batch that begins with image ``first``.
+
+        It is far from the streams of ``observe``: else a method could draw the very noise that it has to remove (of a
+        seed, generators on CPUs read 32 bits).
+        """
+        return torch.Generator(device).manual_seed(2**31 + 1_000_003 * self.seed + first)
+
 
 class Evaluation:
     """Scores of one method, gathered batch by batch.
@@ -80,9 +88,7 @@ class Evaluation:
     def add(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         """Observe clean images x0 [B, C, H, W], draw and score samples; return y and the samples [B, S, C, H, W]."""
         y, physics = self.problem.observe(x0, self.count)
-        # far from the streams of the problem: else a method could draw the very noise that it has to remove (of a seed,
-        # generators on CPUs read 32 bits)
-        generator = torch.Generator(x0.device).manual_seed(2**31 + 1_000_003 * self.problem.seed + self.count)
+        generator = self.problem.sampling_generator(self.count, x0.device)
         start = time.perf_counter()
         samples = self.method(y, physics, self.problem.sigma_y, self.num_samples, generator=generator, **self.options)
         self.seconds += time.perf_counter() - start

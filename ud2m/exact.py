@@ -1,11 +1,19 @@
 """A prior about which everything is known: a Gaussian mixture on small images, its denoiser and its posteriors."""
 
 import math
+from pathlib import Path
 
 import torch
 from deepinv.physics import LinearPhysics
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from sklearn.mixture import GaussianMixture as MixtureFit
 from torch import Tensor, nn
+
+from ud2m.output import write_bytes
+
+SPREAD = 0.25
+"""Typical standard deviation of images in [0, 1], which scales the inputs of a correction."""
 
 
 class GaussianMixture(nn.Module):
@@ -55,6 +63,31 @@ class GaussianMixture(nn.Module):
         fitted = MixtureFit(count, reg_covar=ridge, random_state=seed).fit(images.flatten(1).double().numpy())
         means = torch.from_numpy(fitted.means_).view(count, *images.shape[1:])
         return cls(torch.from_numpy(fitted.weights_), means, torch.from_numpy(fitted.covariances_))
+
+    def save(self, path: Path) -> None:
+        """Write weights, means and covariances as safetensors."""
+        parts = {
+            "weights": self.log_weights.exp(),
+            "means": self.means.view(-1, *self.image_shape),
+            "covariances": self.covariances(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save({name: part.contiguous() for name, part in parts.items()}))
+
+    @classmethod
+    def load(cls, path: Path) -> "GaussianMixture":
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file. ValueError: when it holds no mixture.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no mixture at {path}; fit one first")
+        try:
+            parts = load_file(path)
+            return cls(parts["weights"], parts["means"], parts["covariances"])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} holds no Gaussian mixture ({error}); fit it again") from error
 
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
         """Return E[x0 | x_sigma] [B, C, H, W] for noise levels sigma [B], image units."""
@@ -129,6 +162,36 @@ class GaussianMixture(nn.Module):
         total = self.variances.unsqueeze(1) + sigma.double().view(1, -1, 1) ** 2
         exponent = (centred**2 / total + total.log()).sum(-1) + centred.shape[-1] * math.log(2 * math.pi)
         return self.log_weights.view(-1, 1) - exponent / 2
+
+
+class AdaptedMixture(nn.Module):
+    """The denoiser of a mixture plus a trainable correction that is 0 at first: what LoRA is to a network.
+
+    x0_hat = E[x0 | x_sigma] + s f(x_sigma, E[x0 | x_sigma], log sigma), s = sigma / sqrt(1 + sigma^2 / ``SPREAD``^2),
+    with a small dense network f whose last layer starts at 0.
+
+    Args:
+        mixture: frozen. width: of the two hidden layers.
+    """
+
+    def __init__(self, mixture: GaussianMixture, width: int = 128):
+        super().__init__()
+        size = math.prod(mixture.image_shape)
+        self.mixture = mixture
+        self.correction = nn.Sequential(
+            nn.Linear(2 * size + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, size)
+        )
+        for parameter in self.correction[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Return x0_hat [B, C, H, W] for noise levels sigma [B], image units."""
+        x0_hat = self.mixture(x_sigma, sigma)
+        level = sigma.view(-1, 1)
+        seen = (x_sigma.flatten(1) - 0.5) / (level**2 + SPREAD**2).sqrt()
+        inputs = torch.cat([seen, (x0_hat.flatten(1) - 0.5) / SPREAD, level.log()], 1)
+        scale = level / (1 + level**2 / SPREAD**2).sqrt()
+        return x0_hat + (scale * self.correction(inputs)).view_as(x0_hat)
 
 
 def dense_matrix(physics: LinearPhysics, image_shape: tuple[int, ...]) -> Tensor:

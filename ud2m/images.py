@@ -1,5 +1,6 @@
 """Image files in and out, as float tensors [C, H, W] in [0, 1]."""
 
+import base64
 import io
 import math
 import struct
@@ -148,6 +149,11 @@ def to_png_bytes(image: Tensor, pixels: PixelFormat | None = None) -> bytes:
         buffer, format="PNG", icc_profile=pixels.profile
     )
     return buffer.getvalue()
+
+
+def data_url(image: Tensor) -> str:
+    """Return [C, H, W] as the source of an image inside an HTML page."""
+    return "data:image/png;base64," + base64.b64encode(to_png_bytes(image)).decode()
 
 
 def _deep_png(levels: np.ndarray, profile: bytes | None) -> bytes:

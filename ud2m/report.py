@@ -1,6 +1,5 @@
 """Results for readers: one self-contained HTML file, and the same table as plain text for a console."""
 
-import base64
 import html
 import json
 import math
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ud2m.images import std_image, std_scale, to_png_bytes
+from ud2m.images import data_url, std_image, std_scale
 from ud2m.output import write_bytes
 
 MISSING = "–"
@@ -72,8 +71,26 @@ COLUMNS = (
     ),
     Column("lpips_backend", "LPIPS network"),
     Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
-    Column("frechet", "Fréchet distance", "between the sets of samples and references; lower is better", ".3f", "min"),
+    Column(
+        "frechet",
+        "Fréchet distance",
+        "between the sets of samples and references; lower is better",
+        ".3f",
+        "min",
+        variants=True,
+    ),
     Column("frechet_backend", "Fréchet features"),
+    Column("kid", "Kernel distance", "between both sets, unbiased (KID); lower is better", ".4g", "min", variants=True),
+    Column("cfid", "CFID", "Fréchet distance given the observation; lower is better", ".3f", "min", variants=True),
+    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
+    Column("energy", "Energy score", "proper score of the samples together, per pixel; lower is better", ".4f", "min"),
+    Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
+    Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),
+    Column("coverage_50", "Coverage 50 %", "share of true pixels in intervals of about 50 %", ".3f"),
+    Column("coverage_80", "Coverage 80 %", "share of true pixels in intervals of about 80 %", ".3f"),
+    Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
+    Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
+    Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
     Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column(
         "residual",
@@ -82,7 +99,9 @@ COLUMNS = (
         ".3g",
         "one",
     ),
+    Column("residual_p", "Residual p", "chi^2 probability of the residual, 0.5 on average when calibrated", ".2f"),
     Column("seconds_per_image", "Time [s]", "seconds of computing for one sample of one image", ".3g"),
+    Column("peak_memory", "Memory [MB]", "peak while sampling and scoring: of the GPU, else of the process", ".0f"),
 )
 _SETTING_KEYS = ("data", "size", "operator", "sigma_y")  # scores compare only where these agree
 _LPIPS_KEYS = ("lpips", "lpips_mean")
@@ -386,7 +405,7 @@ def _std_picture(std: Tensor, scale: float, name: str) -> str:
 
 
 def _observation_picture(entry: Entry) -> str:
-    y, remark = _viewable(entry.observation)
+    y, remark = viewable(entry.observation)
     if entry.measured is not None:
         y = torch.where(entry.measured.bool().cpu(), y, torch.tensor(_HOLE))
         remark += "; light grey: not measured"
@@ -397,7 +416,7 @@ def _observation_picture(entry: Entry) -> str:
     return _picture(y, f"Observation y{size}{remark}", f"{entry.name}: observation", display=display)
 
 
-def _viewable(y: Tensor) -> tuple[Tensor, str]:
+def viewable(y: Tensor) -> tuple[Tensor, str]:
     """Return an observation as a picture [1 or 3, h, w] in [0, 1], and what was done to it."""
     y = y.detach().float().cpu()
     low, high = float(y.min()), float(y.max())
@@ -423,9 +442,8 @@ def _picture(image: Tensor, caption: str, alt: str, extra: str = "", display: fl
 
 
 def _image(image: Tensor, alt: str, style: str) -> str:
-    source = "data:image/png;base64," + base64.b64encode(to_png_bytes(image)).decode()
     height, width = map(str, image.shape[1:])
-    attributes = {"class": style, "width": width, "height": height, "alt": alt, "src": source}
+    attributes = {"class": style, "width": width, "height": height, "alt": alt, "src": data_url(image)}
     return f"<img{_attributes(attributes)}>"
 
 

@@ -12,6 +12,7 @@ from ud2m.physics.jpeg import Jpeg, JpegCodec
 from ud2m.physics.measurement import estimate_sigma_y, image_shape, mean_gain, measured, misfit, observe, residual
 from ud2m.physics.mixture import BlurMixture, Mixture
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
+from ud2m.physics.separable import Separable
 from ud2m.physics.super_resolution import SuperResolution
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OperatorFamily",
     "PixelMask",
     "RandomGaussianBlur",
+    "Separable",
     "SuperResolution",
     "UniformBlur",
     "at_least_float32",

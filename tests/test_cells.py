@@ -1,0 +1,142 @@
+"""Cells of an evaluation, and what a method uses."""
+
+import json
+
+import pytest
+import torch
+from tiny import adapted, tiny_network, tiny_prior
+from torch import nn
+
+from ud2m.cells import CellStore, Result, digest, images_digest, measure
+from ud2m.evaluation import Problem
+from ud2m.methods import PseudoInverse
+from ud2m.physics import GaussianBlur, Inpainting
+from ud2m.pipeline import PosteriorSampler
+from ud2m.scores import build_score
+from ud2m.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
+
+SETTINGS = {"method": {"num_steps": 3}, "seed": 0}
+
+
+def images(count=5):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Counted:
+    """The tiny model, with its network to be counted."""
+
+    def __init__(self, num_blocks=3):
+        prior = adapted(tiny_prior())
+        self.sampler = PosteriorSampler(tiny_network(prior, num_blocks), prior)
+        self.networks = [self.sampler.network.denoiser]
+
+    def __call__(self, y, physics, sigma_y, num_samples, *, generator):
+        return self.sampler(y, physics, sigma_y, num_samples, num_steps=2, chunk_size=4, generator=generator)
+
+
+def test_evaluations_are_counted_and_not_believed():
+    method = Counted(num_blocks=3)
+    row = measure(method, Problem(GaussianBlur(), 0.05), images().split([3, 2]), [], 2).row
+    assert (row["nfe"], row["images"], row["samples"]) == (6, 5, 2)
+    # a network that is called once more than it says is found out
+    block = method.sampler.network.blocks[0]
+    forward = block.forward
+    block.forward = lambda x, *rest: forward(method.networks[0](x, torch.full((len(x),), 0.1)), *rest)
+    assert measure(method, Problem(GaussianBlur(), 0.05), images().split([3, 2]), [], 2).row["nfe"] == 8
+    assert measure(PseudoInverse(), Problem(GaussianBlur(), 0.05), [images()], [], 1).row["nfe"] == 0
+
+
+def test_hooks_are_gone_afterwards_also_after_an_error():
+    network = nn.Identity()
+    with NetworkEvaluations([network]) as counter:
+        network(torch.zeros(3, 1))
+        network(torch.zeros(4, 1))
+    network(torch.zeros(9, 1))
+    assert counter.count == 7
+    with pytest.raises(ZeroDivisionError), NetworkEvaluations([network]):
+        _ = 1 / 0
+    assert not network._forward_pre_hooks
+
+
+def test_peak_memory_sees_a_tensor_that_is_gone():
+    reset_peak_memory()
+    before = peak_memory()
+    if before is None:
+        pytest.skip("this system does not tell the peak of its memory")
+    big = torch.ones(40 * 2**20 // 4 * 4)  # 160 MB
+    del big
+    assert peak_memory() - before > 100
+    reset_peak_memory()
+    assert peak_memory() - before < 100
+
+
+def test_a_stopwatch_adds_up(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5])
+    monkeypatch.setattr("ud2m.usage.time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch:
+            pass
+    assert watch.seconds == 2.5
+
+
+def test_every_method_sees_the_same_observations_and_the_shown_pictures_are_kept():
+    seen = []
+
+    class Spy(PseudoInverse):
+        def __call__(self, y, physics, sigma_y, num_samples, **options):
+            seen.append((y, physics.mask))
+            return super().__call__(y, physics, sigma_y, num_samples)
+
+    problem, x0 = Problem(Inpainting(), 0.05), images()
+    done = []
+    for sizes in ([5], [2, 3]):
+        result = measure(Spy(), problem, x0.split(sizes), [build_score("psnr")], 1, {0, 3}, done.append)
+    assert done == [5, 2, 3]
+    torch.testing.assert_close(torch.cat([y for y, _ in seen[1:]]), seen[0][0], rtol=0, atol=1e-6)
+    assert torch.equal(torch.cat([mask for _, mask in seen[1:]]), seen[0][1])
+    assert set(result.pictures) == {0, 3}
+    assert torch.equal(result.pictures[3]["x0"], x0[3])
+    torch.testing.assert_close(result.pictures[3]["y"], seen[0][0][3], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="no images"):
+        measure(Spy(), problem, [], [], 1)
+
+
+def test_a_cell_comes_back_as_it_was_kept(tmp_path):
+    store = CellStore(tmp_path / "cells")
+    assert store.load(SETTINGS) is None
+    pictures = {2: {"x0": images()[0], "mean": images()[1]}, 10: {"x0": images()[2]}}
+    store.save(SETTINGS, Result({"psnr": 30.5, "nfe": 9}, {"ranks": [[1, 2]]}, pictures))
+    found = store.load(SETTINGS)
+    assert (found.row, found.curves) == ({"psnr": 30.5, "nfe": 9}, {"ranks": [[1, 2]]})
+    assert list(found.pictures) == [2, 10]
+    torch.testing.assert_close(found.pictures[2]["mean"], images()[1], atol=1e-3, rtol=0)
+
+
+def test_other_settings_are_another_cell(tmp_path):
+    store = CellStore(tmp_path)
+    store.save(SETTINGS, Result({}, {}, {}))
+    assert store.load(SETTINGS | {"seed": 1}) is None
+    assert store.load({"method": {"num_steps": 4}, "seed": 0}) is None
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+    assert images_digest(images().split([3, 2])) == images_digest([images()]) != images_digest([images() + 1e-3])
+
+
+def test_damaged_and_foreign_cells_are_refused(tmp_path):
+    store = CellStore(tmp_path)
+    store.save(SETTINGS, Result({}, {}, {}))
+    path = tmp_path / f"{digest(SETTINGS)}.json"
+    content = path.read_text()
+    path.write_text(content[:20])
+    with pytest.raises(ValueError, match=r"damaged .* delete this file"):
+        store.load(SETTINGS)
+    path.write_text(json.dumps(json.loads(content) | {"settings": {"seed": 7}}))
+    with pytest.raises(ValueError, match="made with other settings"):
+        store.load(SETTINGS)
+    path.write_text(content)
+    path.with_suffix(".safetensors").unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        store.load(SETTINGS)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"damaged|does not hold"):
+        store.load(SETTINGS)

@@ -1,0 +1,249 @@
+"""python -m ud2m.evaluate: what it writes, what it does not do twice, and what it says about bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
+from tiny import SIZE, adapted, save_tiny_prior, tiny_network
+from tiny_training import write_images
+
+from ud2m.cells import images_digest
+from ud2m.cli import evaluate
+from ud2m.images import read_image
+from ud2m.pipeline import PosteriorSampler, SamplerConfig
+from ud2m.prior import Prior
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A micro prior, models for two operators, and a folder of small pictures."""
+    folder = tmp_path_factory.mktemp("material")
+    for name in ("gaussian_blur", "inpainting"):
+        prior = adapted(Prior.from_pretrained(save_tiny_prior(folder / "prior")), scale=0.1 + len(name) / 100)
+        PosteriorSampler(tiny_network(prior), prior, SamplerConfig(num_steps=2)).save_pretrained(folder / name)
+    for split in ("train", "val", "test"):
+        write_images(folder / "pictures" / split, 4, SIZE)
+    return folder
+
+
+def overrides(material: Path, results: Path, **changes: str) -> list[str]:
+    values = {
+        "name": "tiny",
+        "results": str(results),
+        "prior": str(material / "prior"),
+        "datasets": f'["folder root={material}/pictures crop_size={SIZE} batch_size=3"]',
+        "operators": '["gaussian_blur operator.width=0.8",inpainting]',
+        "methods": f'[pinv,"ud2m target.model={material}/{{physics}}"]',
+        "metrics": "[psnr,residual]",
+        "num_samples": "2",
+        "tune_images": "2",
+        "tune_samples": "1",
+        "show": "2",
+    }
+    return [f"{key}={value}" for key, value in (values | changes).items()]
+
+
+def run(material: Path, results: Path, **changes: str) -> list[dict]:
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        evaluate.main(compose("evaluate", overrides(material, results, **changes)))
+    return json.loads((results / "tiny" / "metrics.json").read_text())
+
+
+def refusal(capsys, material: Path, results: Path, **changes: str) -> str:
+    """Return the one line that a refused call prints; nothing was measured."""
+    with pytest.raises(SystemExit) as stopped:
+        run(material, results, **changes)
+    assert stopped.value.code == 1
+    assert not list(results.glob("*/cells/*"))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The labels of the methods that are really run."""
+    calls = []
+    measure = evaluate.measure
+
+    def spy(method, problem, batches, *rest, **options):
+        calls.append((type(method).__name__, type(problem.operator).__name__))
+        return measure(method, problem, batches, *rest, **options)
+
+    monkeypatch.setattr(evaluate, "measure", spy)
+    return calls
+
+
+def test_every_method_is_measured_on_every_operator_and_everything_is_written(material, tmp_path, capsys):
+    rows = run(material, tmp_path)
+    assert [(row["method"], row["operator"].split()[0]) for row in rows] == [
+        ("A^dagger y", "gaussian_blur"),
+        (f"UD2M (model={material}/{{physics}})", "gaussian_blur"),
+        ("A^dagger y", "inpainting"),
+        (f"UD2M (model={material}/{{physics}})", "inpainting"),
+    ]
+    assert [row["nfe"] for row in rows] == [0, 6, 0, 6]
+    assert all(row["psnr_mean_low"] <= row["psnr_mean"] <= row["psnr_mean_high"] for row in rows)
+    assert all(isinstance(value, int | float | str | None) for row in rows for value in row.values())
+    assert (rows[1]["images"], rows[1]["samples"], rows[1]["seed"], rows[1]["size"]) == (4, 2, 0, "16x16")
+    folder = tmp_path / "tiny"
+    for name in ("table.md", "table.tex", "report.html", "settings.json"):
+        assert "ud2m" in (folder / name).read_text().lower()
+    settings = json.loads((folder / "settings.json").read_text())
+    assert {cell["seed"] for cell in settings["cells"]} == {0}
+    # Oracle: the model itself, on the same observations
+    from ud2m.evaluation import Problem
+    from ud2m.physics import Inpainting
+
+    x0 = torch.stack([read_image(p) for p in sorted((material / "pictures" / "test").iterdir())])
+    sampler = PosteriorSampler.from_pretrained(str(material / "inpainting"))
+    problem, values = Problem(Inpainting(0.7), 0.01), []
+    for first in (0, 3):
+        part = x0[first : first + 3]
+        y, physics = problem.observe(part, first)
+        samples = sampler(y, physics, 0.01, 2, generator=problem.sampling_generator(first), tile=512)
+        values.append(-10 * (samples.mean(1) - part).square().flatten(1).mean(1).log10())
+    assert rows[3]["psnr_mean"] == pytest.approx(torch.cat(values).mean().item(), abs=1e-4)
+    assert images_digest([x0]) == settings["cells"][3]["images"]
+    assert "report:" in capsys.readouterr().out
+
+
+def test_a_finished_cell_is_not_measured_again_and_others_are_never_taken_for_it(material, tmp_path, measured):
+    one = {"operators": "[inpainting]"}
+    first = run(material, tmp_path, **one)
+    assert len(measured) == 2
+    # one more method: only that one
+    run(material, tmp_path, methods=f'[pinv,"ud2m target.model={material}/{{physics}} target.num_steps=1"]', **one)
+    assert [name for name, _ in measured[2:]] == ["Trained"]
+    one["methods"] = "[pinv]"
+    for count, change in enumerate(({"seed": "1"}, {"metrics": "[psnr]"}), start=4):
+        assert run(material, tmp_path, **one, **change) != first[:1]
+        assert len(measured) == count
+    assert run(material, tmp_path, **one) == first[:1]
+    assert len(measured) == 5
+
+
+@pytest.mark.slow
+def test_another_model_under_the_same_name_is_another_cell(material, tmp_path, measured):
+    model = tmp_path / "model"
+    for scale in (0.1, 0.2):
+        prior = adapted(Prior.from_pretrained(str(material / "prior")), scale=scale)
+        PosteriorSampler(tiny_network(prior), prior).save_pretrained(model, overwrite=True)
+        rows = run(material, tmp_path / "results", methods=f'["ud2m target.model={model}"]', operators="[inpainting]")
+    assert len(measured) == 2
+    assert len(rows) == 1
+
+
+def test_an_interrupted_evaluation_goes_on(material, tmp_path, monkeypatch, measured):
+    spied = evaluate.measure
+
+    def interrupted(*arguments, **options):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return spied(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(material, tmp_path)
+    assert stopped.value.code == 130
+    assert len(list((tmp_path / "tiny" / "cells").glob("*.json"))) == 2
+    monkeypatch.setattr(evaluate, "measure", spied)
+    del measured[:]
+    assert len(run(material, tmp_path)) == 4
+    assert len(measured) == 2
+
+
+@pytest.mark.slow
+def test_a_method_takes_the_setting_that_is_best_on_validation_images(material, tmp_path, measured):
+    methods = '["ddrm target.num_steps=4 tune.eta=[0.0,1.0] tune.power=[1.0,3.0]"]'
+    (row,) = run(material, tmp_path, methods=methods, operators="[inpainting]")
+    assert len(measured) == 4 + 1
+    assert "eta = " in row["setting"]
+    chosen = dict(part.split(" = ") for part in row["setting"].split(", "))
+    # Oracle: each setting by itself, on the validation images
+    scores = {}
+    for eta in ("0.0", "1.0"):
+        for power in ("1.0", "3.0"):
+            data = f'["folder root={material}/pictures crop_size={SIZE} batch_size=3 test_limit=2"]'
+            alone = f'["ddrm target.num_steps=4 target.eta={eta} target.power={power}"]'
+            (other,) = run(
+                material, tmp_path, methods=alone, operators="[inpainting]", tune="false", datasets=data,
+                num_samples="1",
+            )  # fmt: skip
+            scores[eta, power] = other["psnr_mean"]
+    # val and test hold the same pictures here, and two of four are the same ones
+    assert (chosen["eta"], chosen["power"]) == max(scores, key=scores.get)
+    assert row["nfe"] == 4
+
+
+def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, tmp_path, capsys):
+    changes = {"methods": "[pinv,ddrm]", "operators": '["super_resolution operator.factor=2"]', "tune": "false"}
+    error = refusal(capsys, material, tmp_path, **changes)
+    assert "Ddrm cannot take the operator CircularDownsampling; it takes operators with" in error
+    assert "unsupported=skip" in error
+    rows = run(material, tmp_path, unsupported="skip", **changes)
+    assert [row["method"] for row in rows] == ["A^dagger y"]
+    assert "skipped: Ddrm cannot" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: ddrm, diffpir, dps, langevin, latino"),
+        ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
+        ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: folder"),
+        ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),
+        ({"metrics": "[psnr,coverage]"}, "the metric coverage: .* at least 13 samples"),
+        ({"metrics": "[sbc]"}, "the metric sbc: .* at least 15 images"),
+        ({"methods": "[]"}, "methods must name at least one"),
+        ({"methods": "[pinv,pinv]"}, "none twice"),
+        (
+            {"methods": '["ddrm target.steps=3"]'},
+            "Could not override 'method.target.steps'.*; settings of method ddrm are label, target._target_",
+        ),
+        ({"methods": '["ud2m target.model=nowhere"]'}, "no model at 'nowhere'"),
+        (
+            {"methods": "[latino]", "datasets": f'["folder root={{root}} channels=1 crop_size={SIZE}"]'},
+            "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",
+        ),
+        ({"unsupported": "maybe"}, "unsupported must be error or skip"),
+        ({"tune_by": "fid"}, "tune_by must be one of psnr_mean"),
+        ({"num_samples": "0"}, "num_samples must be an integer of at least 1"),
+        ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be positive"),
+        ({"operators": '["super_resolution operator.factor=5"]'}, "super_resolution operator.factor=5 on folder"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_measured(material, tmp_path, capsys, changes, words):
+    changes = {key: value.replace("{root}", str(material / "pictures")) for key, value in changes.items()}
+    assert re.search(words, refusal(capsys, material, tmp_path, **changes))
+
+
+def test_a_metric_without_weights_is_refused(material, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    error = refusal(capsys, material, tmp_path, metrics="[lpips_squeeze]")
+    assert "the metric lpips_squeeze needs the weights of its backbone" in error
+
+
+def test_a_grid_names_settings_of_the_method():
+    target = {"a": 1, "b": {"c": 2}}
+    found = list(evaluate.combinations(target, {"a": [1, 3], "b.c": [4]}))
+    assert found == [{"a": 1, "b": {"c": 4}}, {"a": 3, "b": {"c": 4}}]
+    assert target == {"a": 1, "b": {"c": 2}}
+    assert evaluate.difference(found[1], found) == "a = 3"
+    with pytest.raises(ValueError, match=r"tune names 'b.d', which the method does not have; it has c"):
+        list(evaluate.combinations(target, {"b.d": [1]}))
+
+
+@pytest.mark.slow
+def test_the_module_runs_as_a_command(material, tmp_path):
+    command = [sys.executable, "-m", "ud2m.evaluate", *overrides(material, tmp_path, methods="[pinv]")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "report: " in done.stdout
+    assert (tmp_path / "tiny" / "report.html").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -1,0 +1,152 @@
+"""Tables and the report of an evaluation; its script is run in headless Chromium where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from test_report import Page
+
+from ud2m.cells import Result
+from ud2m.leaderboard import Board, escape, latex, markdown, notes, render, visible
+
+
+def row(method, operator="blur", nfe=9, **numbers):
+    common = {"data": "photos", "size": "8x8", "operator": operator, "sigma_y": 0.01, "seed": 0, "images": 5}
+    return {"method": method, "nfe": nfe} | common | numbers
+
+
+ROWS = [
+    row("A^dagger y", nfe=0, psnr_mean=10.0, psnr_mean_low=9.0, psnr_mean_high=11.0, seconds_per_image=0.001),
+    row("UD2M", psnr_mean=31.234, psnr_mean_low=30.1, psnr_mean_high=32.3, lpips_alex=0.05,
+        lpips_alex_backend="alex, lpips 0.1.4", coverage_90=0.88, coverage_90_nominal=0.9, seconds_per_image=0.5),
+    row("LATINO <b> & co", nfe=100, psnr_mean=30.5, psnr_mean_low=30.0, psnr_mean_high=31.0, lpips_alex=0.04,
+        seconds_per_image=5.0, setting="tau_first = 0.1"),
+    row("UD2M", operator="holes_2", psnr_mean=25.0, seconds_per_image=0.5),
+]  # fmt: skip
+
+
+def board(rows=ROWS):
+    def result(k):
+        generator = torch.Generator().manual_seed(k)
+        kinds = {"x0": (3, 8, 8), "y": (3, 4, 4), "sample": (3, 8, 8), "mean": (3, 8, 8)}
+        pictures = {n: {kind: torch.rand(s, generator=generator) for kind, s in kinds.items()} for n in (0, 3)}
+        return Result(rows[k], {"calibration": [[0.9, 0.8], [0.5, 0.4]]}, pictures)
+
+    results = [result(k) for k in range(len(rows))]
+    return Board("An evaluation <1>", rows, results, {"seed": 0}, {"photos": {0: "cat", 3: "dog & cat"}})
+
+
+def test_constants_and_bounds_are_no_columns():
+    keys = [column.key for column in visible(ROWS)]
+    assert keys[:4] == ["operator", "method", "nfe", "psnr_mean"]
+    assert not {"seed", "images", "data", "size", "sigma_y", "psnr_mean_low", "lpips_alex_backend"} & set(keys)
+    found = "\n".join(notes(ROWS))
+    for words in ("data photos", "sigma_y 0.01", "images 5", "seed 0", "lpips_alex: network alex, lpips 0.1.4"):
+        assert words in found
+    assert "coverage_90: 0.9 is right" in found
+
+
+def test_markdown_shows_intervals_and_winners():
+    lines = markdown(ROWS).splitlines()
+    assert lines[0].startswith("| Operator | Method | NFE | PSNR of mean [dB] | LPIPS (alex) |")
+    assert "| **31.23 [30.10, 32.30]** |" in lines[3]
+    assert "| 30.50 [30.00, 31.00] | **0.040** |" in lines[4]
+    assert "| 25.00 |" in lines[5]  # alone in its group: nothing to win
+    assert len({line.count(" | ") for line in lines[:6]}) == 1
+
+
+def test_latex_is_escaped_and_balanced():
+    text = latex(ROWS)
+    assert r"holes\_2" in text
+    assert r"LATINO <b> \& co" in text
+    assert r"A\textasciicircum{}dagger y" in text
+    assert r"\textbf{31.23} {\scriptsize [30.10, 32.30]}" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    columns = re.search(r"\\begin{tabular}{(\w+)}", text)[1]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(columns) - 1}
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    assert text.count(r"\midrule") == 2  # under the heading, and between the operators
+    assert escape("σ_y 5 %") == r"$\sigma_y$ 5 \%"
+
+
+def test_the_page_is_whole_escaped_and_loads_nothing():
+    text = render(board())
+    assert not re.search(r"https?:|//cdn|@import|url\(", text)
+    assert set(re.findall(r"<script([^>]*)>", text)) == {""}
+    assert "default-src 'none'" in text
+    page = Page(re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL))
+    assert "LATINO <b> & co" in page.text
+    assert "dog & cat" in page.text
+    assert page.rows[1][1] == "A^dagger y"
+    # 2 images x (reference, observation, and a sample and a mean per method) for 3 and 1 methods
+    assert len(page.images()) == 2 * (2 + 2 * 3) + 2 * (2 + 2 * 1)
+
+
+def test_plots_show_methods_with_a_network_at_their_cost_and_interval():
+    text = render(board())
+    (plot, *_) = re.findall(r"<svg[^>]*aria-label=\"PSNR of mean \[dB\] against network evaluations.*?</svg>", text)
+    points = {float(x): float(y) for x, y in re.findall(r"<circle cx=([\d.]+) cy=([\d.]+)", plot)}
+    assert len(points) == 2  # not A^dagger y
+    (left, right) = sorted(points)
+    assert points[left] < points[right]  # UD2M, cheaper, is better: higher up
+    tick = float(re.search(r"<text x=([\d.]+) y=206 text-anchor=middle>100</text>", plot)[1])
+    assert tick == pytest.approx(right, abs=0.2)
+    assert "UD2M: 31.23 [30.10, 32.30] at 9" in plot
+    assert "Coverage of credible intervals" in text
+
+
+PROBE = """
+<script>
+const found = {};
+const order = () => [...document.querySelectorAll('#results tbody tr')].map(r => r.cells[3].dataset.value);
+const heads = [...document.querySelectorAll('#results th button')];
+heads[3].click(); found.rising = order();
+heads[3].click(); found.falling = order();
+found.sort = heads[3].parentElement.getAttribute('aria-sort');
+const lpips = () => [...document.querySelectorAll('#results tbody tr')].map(r => r.cells[4].dataset.value);
+heads[4].click(); found.lpips = lpips();
+const frame = document.querySelector('.strip .frame'), box = frame.getBoundingClientRect();
+const image = frame.querySelector('img');
+document.querySelector('[data-zoom="8"]').click();
+frame.dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: box.left + box.width / 4,
+  clientY: box.top + box.height / 2}));
+found.transforms = [...frame.closest('.strip').querySelectorAll('img')].map(i => i.style.transform);
+found.origin = image.style.transformOrigin;
+found.width = frame.getBoundingClientRect().width === box.width;
+frame.parentElement.parentElement.dispatchEvent(new PointerEvent('pointerleave'));
+found.after = image.style.transform;
+found.broken = [...document.images].filter(i => !i.naturalWidth).length;
+found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+found.resources = performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length;
+const result = document.createElement('pre');
+result.id = 'probe'; result.textContent = JSON.stringify(found); document.body.append(result);
+</script>
+"""
+
+
+@pytest.mark.slow
+def test_sorting_and_zoom_work_in_a_browser(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium is installed: the script of the report is not run")
+    page = tmp_path / "report.html"
+    page.write_text(render(board()).replace("</body>", PROBE + "</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--window-size=1000,800", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]  # errors of the script
+    found = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)[1])
+    values = [10.0, 25.0, 30.5, 31.234]
+    assert list(map(float, found["rising"])) == values
+    assert list(map(float, found["falling"])) == values[::-1]
+    assert found["sort"] == "descending"
+    assert found["lpips"] == ["0.04", "0.05", "", ""]  # what is missing stays last
+    assert set(found["transforms"]) == {"scale(8)"}
+    assert found["origin"].startswith("25% 50%")
+    assert found["width"]
+    assert found["after"] == ""
+    assert (found["broken"], found["resources"]) == (0, 0)
+    assert found["wide"] <= 0

@@ -1,0 +1,244 @@
+"""Samplers of deepinv against exact posteriors and against deepinv by itself."""
+
+import deepinv
+import pytest
+import torch
+from torch import nn
+
+from ud2m.exact import GaussianMixture
+from ud2m.physics import (
+    DdrmBlur,
+    DdrmSuperResolution,
+    Denoising,
+    GaussianBlur,
+    Inpainting,
+    Jpeg,
+    SuperResolution,
+    UniformBlur,
+    observe,
+)
+from ud2m.rivals import Ddrm, DeepinvDenoiser, DiffPir, Dps, decomposition
+
+SHAPE = (1, 8, 8)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def white(deviation=0.1):
+    """Independent Gaussian pixels around 0.5."""
+    return GaussianMixture(torch.ones(1), torch.full((1, *SHAPE), 0.5), deviation**2 * torch.eye(64)[None])
+
+
+def smooth():
+    """One Gaussian whose pixels are correlated over some distance."""
+    line = torch.arange(8.0).double()
+    kernel = torch.exp(-((line[:, None] - line) ** 2) / 8)
+    return GaussianMixture(
+        torch.ones(1), torch.full((1, *SHAPE), 0.5), (0.04 * torch.kron(kernel, kernel) + 1e-4 * torch.eye(64))[None]
+    )
+
+
+def problem(prior, family, sigma_y=0.05):
+    x0 = prior.sample(1, generator(1)).float()
+    physics = family.draw(1, tuple(x0.shape[1:]), generator(2))
+    return observe(physics, x0, sigma_y, generator(3)), physics
+
+
+class Recorder(nn.Module):
+    """Keeps what a denoiser is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels, self.batches = [], []
+
+    def forward(self, x, sigma):
+        self.levels.append(sigma)
+        self.batches.append(len(x))
+        return 0.9 * x
+
+
+def test_the_adapter_gives_every_sample_its_level():
+    denoiser = Recorder()
+    for sigma in (0.3, torch.tensor(0.3), torch.tensor([[0.3]]), torch.full((2,), 0.3)):
+        DeepinvDenoiser(denoiser)(torch.zeros(2, *SHAPE), sigma)
+        torch.testing.assert_close(denoiser.levels[-1], torch.tensor([0.3, 0.3]))
+
+
+# --- DDRM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", [GaussianBlur(0.8), Inpainting(0.5), Denoising(), DdrmBlur(), DdrmSuperResolution(2)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decompositions_are_those_of_the_operators(family, channels):
+    physics = family.draw(1, (channels, 8, 8), generator())
+    x = torch.rand(1, channels, 8, 8, generator=generator(1))
+    parts = decomposition(physics)
+    coefficients = parts.V_adjoint(x)
+    torch.testing.assert_close(parts.V(coefficients), x, atol=1e-5, rtol=0)
+    # U^T A x = gains V^T x
+    torch.testing.assert_close(parts.U_adjoint(physics.A(x)), parts.gains.float() * coefficients, atol=1e-5, rtol=0)
+    noise = parts.V_adjoint(torch.randn(2000, channels, 8, 8, generator=generator(2)))
+    # what is divided by sqrt(2) inside deepinv: real coefficients of white noise have variance 1, complex ones 1/2
+    share = noise.var(0).mean().item()
+    assert share == pytest.approx(0.5 if parts.is_complex else 1.0, abs=0.1)
+
+
+def test_ddrm_draws_unseen_pixels_from_the_prior_and_deepinv_alone_too_narrowly():
+    prior = white()
+    y, physics = problem(prior, Inpainting(0.5), 0.02)
+    unseen = physics.mask[0] == 0
+    # eta = 0 is the probability flow, which is exact for a Gaussian prior where nothing is seen
+    method = Ddrm(prior, num_steps=200, eta=0.0)
+    samples = method(y, physics, 0.02, 200, generator=generator())[0]
+    assert samples[:, unseen].std(0).mean() == pytest.approx(0.1, rel=0.05)
+    assert samples[:, unseen].mean() == pytest.approx(0.5, abs=0.01)
+    theirs = deepinv.physics.Inpainting(
+        SHAPE, mask=physics.mask[0].float(), noise_model=deepinv.physics.GaussianNoise(0.02)
+    )
+    torch.manual_seed(0)
+    plain = method.sampler(y.expand(200, *SHAPE).clone(), theirs)
+    assert plain[:, unseen].std(0).mean() == pytest.approx(0.1 / 2**0.5, rel=0.05)
+
+
+def test_ddrm_is_deepinvs_where_coefficients_are_complex():
+    prior, family = smooth(), UniformBlur(3)
+    y, physics = problem(prior, family)
+    method = Ddrm(prior, num_steps=10)
+    ours = method(y, physics, 0.05, 3, generator=generator(5))[0]
+    blur = deepinv.physics.BlurFFT(
+        SHAPE, filter=family.kernels(1).float(), noise_model=deepinv.physics.GaussianNoise(0.05)
+    )
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(5))))
+    theirs = method.sampler(y.expand(3, *SHAPE).clone(), blur).clamp(0, 1)
+    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", [UniformBlur(3), Inpainting(0.5), DdrmSuperResolution(2)])
+def test_ddrm_comes_near_to_the_exact_posterior(family):
+    prior = smooth()
+    y, physics = problem(prior, family)
+    posterior = prior.posterior(y, physics, 0.05)
+    samples = Ddrm(prior, num_steps=50)(y, physics, 0.05, 200, generator=generator())[0]
+    error = (samples.mean(0) - posterior.mean()).square().mean().sqrt()
+    deviation = posterior.covariance().diagonal().mean().sqrt()
+    assert error < deviation  # an approximation: its mean is right within the posterior's deviation
+    assert 0.3 < (samples.var(0).mean().sqrt() / deviation).item() < 1.5
+    far = (samples.mean(0) - prior.mean()).square().mean().sqrt()
+    assert far > 3 * error  # and it is not the prior's mean
+
+
+# --- DiffPIR and DPS ----------------------------------------------------------------------------------------------
+
+
+def test_diffpir_is_deepinvs_and_comes_near_to_the_exact_posterior():
+    prior, family = smooth(), UniformBlur(3)
+    y, physics = problem(prior, family)
+    posterior = prior.posterior(y, physics, 0.05)
+    method = DiffPir(prior, num_steps=50, chunk_size=100)
+    samples = method(y, physics, 0.05, 100, generator=generator(4))[0]
+    theirs = deepinv.physics.BlurFFT(
+        SHAPE, filter=family.kernels(1).float(), noise_model=deepinv.physics.GaussianNoise(0.05)
+    )
+    sampler = deepinv.sampling.DiffPIR(
+        DeepinvDenoiser(prior), deepinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=50, zeta=0.1, lambda_=7.0
+    )
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(4))))
+    expected = sampler(y.expand(100, *SHAPE).clone(), theirs).clamp(0, 1)
+    torch.testing.assert_close(samples, expected, atol=1e-3, rtol=0)
+    deviation = posterior.covariance().diagonal().mean().sqrt()
+    assert (samples.mean(0) - posterior.mean()).square().mean().sqrt() < 0.6 * deviation
+    assert 0.7 < (samples.var(0).mean().sqrt() / deviation).item() < 1.6
+
+
+def test_dps_follows_the_data_the_more_the_larger_its_weight():
+    prior = smooth()
+    y, physics = problem(prior, UniformBlur(3))
+    posterior = prior.posterior(y, physics, 0.05)
+
+    def error(weight):
+        samples = Dps(prior, num_steps=60, weight=weight)(y, physics, 0.05, 24, generator=generator())[0]
+        return (samples.mean(0) - posterior.mean()).square().mean().sqrt().item()
+
+    deviation = posterior.covariance().diagonal().mean().sqrt().item()
+    assert error(50.0) < 1.2 * deviation < error(0.5)
+
+
+def test_dps_is_deepinvs():
+    prior = smooth()
+    y, physics = problem(prior, UniformBlur(3))
+    ours = Dps(prior, num_steps=10, weight=30.0)(y, physics, 0.05, 2, generator=generator(4))[0]
+    sampler = deepinv.sampling.DPS(DeepinvDenoiser(prior), num_steps=10, weight=30.0)
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(4))))
+    expected = sampler(y.expand(2, *SHAPE).clone(), physics).clamp(0, 1)
+    torch.testing.assert_close(ours, expected.to(ours), atol=1e-5, rtol=0)
+
+
+# --- what all share -----------------------------------------------------------------------------------------------
+
+
+METHODS = [lambda prior, **o: Ddrm(prior, 5, **o), lambda prior, **o: DiffPir(prior, 5, **o)]
+METHODS += [lambda prior, **o: Dps(prior, 5, **o)]
+each_method = pytest.mark.parametrize("make", METHODS)
+
+
+@each_method
+def test_every_observation_gets_its_own_mask_and_samples(make):
+    prior = white(0.05)
+    x0 = prior.sample(3, generator(1)).float()
+    physics = Inpainting(0.3).draw(3, SHAPE, generator(2))
+    y = observe(physics, x0, 0.01, generator(3))
+    before = torch.get_rng_state()
+    samples = make(prior)(y, physics, 0.01, 4, generator=generator())
+    assert samples.shape == (3, 4, *SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)  # deepinv draws from the global source
+    assert 0 <= samples.min() < samples.max() <= 1
+    assert torch.equal(samples, make(prior)(y, physics, 0.01, 4, generator=generator()))
+    assert not torch.equal(samples, make(prior)(y, physics, 0.01, 4, generator=generator(1)))
+    assert not torch.equal(samples[:, 0], samples[:, 1])
+
+
+@each_method
+def test_the_network_sees_no_more_than_a_chunk(make):
+    y, physics = problem(white(), UniformBlur(3))
+    denoiser = Recorder()
+    make(denoiser, chunk_size=3)(y, physics, 0.05, 7, generator=generator())
+    assert set(denoiser.batches) == {3, 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "words"),
+    [
+        (
+            Ddrm,
+            SuperResolution(2, "box"),
+            "Ddrm cannot take the operator CircularDownsampling; it takes .* blur, masks",
+        ),
+        (Ddrm, GaussianBlur(0.8, boundary="valid"), "Ddrm cannot take the operator BoundedBlur"),
+        (DiffPir, Jpeg(), "DiffPir cannot take the operator JpegCodec; it takes every linear operator"),
+        (Dps, Jpeg(), "Dps cannot take the operator JpegCodec"),
+    ],
+)
+def test_operators_that_cannot_be_taken_are_named_with_those_that_can(method, family, words):
+    physics = family.draw(1, (3, 16, 16), generator())
+    with pytest.raises(ValueError, match=words):
+        method(Recorder()).check(physics)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Ddrm(white(), 1), "num_steps of at least 2, got 1"),
+        (lambda: Ddrm(white(), eta=2), "eta and etab in"),
+        (lambda: DiffPir(white(), zeta=-1), "zeta in"),
+        (lambda: DiffPir(white(), num_steps=0), "num_steps of DiffPIR"),
+        (lambda: Dps(white(), weight=0), "positive weight"),
+        (lambda: Dps(white(), chunk_size=0), "chunk_size"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
