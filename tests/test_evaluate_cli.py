@@ -197,7 +197,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
     [
         ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: ddrm, diffpir, dps, langevin, latino"),
         ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
-        ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: folder"),
+        ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: .*folder"),
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),
         ({"metrics": "[psnr,coverage]"}, "the metric coverage: .* at least 13 samples"),
         ({"metrics": "[sbc]"}, "the metric sbc: .* at least 15 images"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ud2m.physics import DataTerm, mean_gain
+from ud2m.precision import full_precision
 
 TYPICAL_SIGMA_Y = 0.02
 """Noise level of y, image units, at which the feature ``noise`` is 0."""
@@ -37,5 +38,5 @@ def describe(names: tuple[str, ...], x_sigma: Tensor, sigma: Tensor, physics: Da
     """Return the named features of each sample, [B, F]; no gradient passes."""
     if not names:
         return sigma.new_zeros(len(sigma), 0)
-    with torch.no_grad(), torch.autocast(sigma.device.type, enabled=False):
+    with torch.no_grad(), full_precision(sigma.device):
         return torch.stack([FEATURES[name](x_sigma, sigma, physics, sigma_y).to(sigma) for name in names], 1)

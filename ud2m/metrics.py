@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from ud2m.precision import full_precision
+
 # torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
 BACKBONES = {
     "alex": ("alexnet-owt-7be5be79.pth", 31),
@@ -130,7 +132,7 @@ class LPIPSDistance(nn.Module):
                 f"{list(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
             )
         colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return self.network(*colour, normalize=True).flatten()
 
 

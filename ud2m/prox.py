@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ud2m.physics import DataTerm, at_least_float32, per_sample
+from ud2m.precision import full_precision
 
 
 def joint_prox(
@@ -54,6 +55,6 @@ def joint_prox(
     ratio = delta / sigma**2
     c = torch.lerp(mean, noisy, ratio / (1 + ratio))
     v = delta / (1 + ratio)
-    with torch.autocast(x.device.type, enabled=False):  # it would round products of matrices, as of separable blurs
+    with full_precision(x.device):  # it would round products of matrices, as of separable blurs
         u = physics.prox_l2(c, y.to(dtype), v / (lam * sigma_y**2))
     return u.to(torch.promote_types(x.dtype, x_sigma.dtype))

@@ -14,6 +14,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.physics import DataTerm, Denoising
+from ud2m.precision import full_precision
 from ud2m.prior import weights_fingerprint
 from ud2m.prox import joint_prox
 
@@ -45,7 +46,7 @@ class PinvStart(Start):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
-        with torch.autocast(y.device.type, enabled=False):
+        with full_precision(y.device):
             return physics.A_dagger(y)
 
 

@@ -16,6 +16,7 @@ from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.iterative import ConjugateGradients
 from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.precision import full_precision
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
@@ -188,7 +189,7 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
     def _product(self, product: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"the operator takes [B, {', '.join(map(str, shape))}] here, got {list(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return product(x.to(self.dtype or at_least_float32(x))).to(x.dtype)
 
 

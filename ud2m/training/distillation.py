@@ -14,6 +14,7 @@ from ud2m.losses import DiscriminatorLoss, GeneratorLoss, Prediction
 from ud2m.noise import rand, randn_like
 from ud2m.physics import DataTerm, OperatorFamily, observe, select_samples
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
+from ud2m.precision import full_precision
 from ud2m.prior import LoraSpec, Prior
 from ud2m.sampler import check_eta
 from ud2m.training.ema import Ema
@@ -218,7 +219,7 @@ class DistillationModule(SteppedModule):
             )
         self.prior.check_size(x0.shape[2], x0.shape[3])
         batch, outputs = len(x0), self.loss.num_outputs
-        with torch.autocast(self.device.type, enabled=False):  # the networks alone see less than float32
+        with full_precision(self.device):  # the networks alone see less than float32
             physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
             sigma_y = self.draw_sigma_y(batch, streams).to(x0)
             y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from ud2m.losses import NonFiniteLossError
+from ud2m.precision import full_precision
 from ud2m.training.checkpoints import read_checkpoint
 from ud2m.training.ema import Ema
 from ud2m.training.random_streams import row_streams
@@ -174,7 +175,7 @@ class SteppedModule(L.LightningModule, ABC):
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Use the averages, in full precision: a metric under the trainer's autocast is wrong (SSIM by far)."""
-        with self.ema.applied(), torch.autocast(self.device.type, enabled=False):
+        with self.ema.applied(), full_precision(self.device):
             yield
 
     def log_scores(self, scores: Mapping[str, Any], score: float) -> None:
