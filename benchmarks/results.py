@@ -92,7 +92,7 @@ SECTIONS = (
         "initialisation",
         "Initialisation of psi and warm start",
         "The paper's rule and the annealed one, from A^dagger y and from the smoothing start, before and after a short "
-        "training; every sixth 32x32 piece of the test photographs, and 57 test images of MNIST.",
+        "training; every twelfth 32x32 piece of the test photographs, and 29 test images of MNIST.",
     ),
     Section(
         "cross_operators",

@@ -17,6 +17,7 @@ OPERATORS="gaussian_blur super_resolution inpainting"
 # of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour,
 SHORT="steps=120 validate_every=120 data.crop_size=32 training.optimizer.warmup=10"
 SIXTH="data.test_limit=57"            # their test pieces: every sixth one
+TWELFTH="data.test_limit=29"          # of the many runs on initialisations
 
 # train NAME overrides...: a run in runs/results/NAME
 train() {
@@ -64,8 +65,10 @@ operators() {
         train "demo_$operator" experiment=demo physics="$operator"
         for size in 32 128; do
             sample "${operator}_$size" model="photos_$operator" data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true
+            sample "steps_${operator}_$size" model="photos_$operator" data.tile_size=$size step_scale=1.4
             sample "demo_${operator}_$size" model="$RUNS/demo_$operator/export" data.tile_size=$size
             collect "${operator}_$size" "$OUT/${operator}_$size" \
+                "UD2M, step_scale 1.4=$OUT/steps_${operator}_$size" \
                 "UD2M, demo's budget=$OUT/demo_${operator}_$size" \
                 --command "python sample.py model=photos_$operator data.tile_size=$size data.val_limit=${SEARCH[$size]} compare=true"
         done
@@ -98,7 +101,6 @@ losses() {
     done <<'VARIANTS'
 default|energy (default)|
 spread1|energy, spread 1|loss.terms.energy.term.spread=1
-spread07|energy, spread 0.7|loss.terms.energy.term.spread=0.7
 rank0|energy, rank 0 (psi alone)|lora.rank=0
 adversarial|energy + 0.01 adversarial|loss.adversarial=0.01
 prior|energy + 0.05 prior features|loss.perceptual=0.05
@@ -121,10 +123,10 @@ initialisation() {
         while IFS='|' read -r start label overrides; do
             for budget in untrained trained; do
                 name=initialisation/${images}_${start}_$budget
-                local steps=$SHORT
+                local steps="$SHORT steps=60 validate_every=60"
                 [ $budget = trained ] || steps="steps=1 validate_every=1 training.optimizer.lr=1e-9 training.optimizer.lr_psi=1e-9 training.optimizer.lr_start=1e-9"
                 train "$name" ${!images} $overrides $steps
-                sample "$name" model="$RUNS/$name/export" data=$images $SIXTH
+                sample "$name" model="$RUNS/$name/export" data=$images $TWELFTH
                 sources+=("$label, $budget=$OUT/$name")
             done
         done <<'STARTS'
