@@ -301,7 +301,8 @@ def test_a_jpeg_file_is_restored_from_its_own_coefficients(model, tmp_path):
     pixels = (torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0)) * 60 + 100).byte().numpy()
     path = tmp_path / "photo.jpg"
     Image.fromarray(pixels).save(path, quality=80, subsampling=2)
-    arguments = [f"model={model}", "physics=jpeg", "degraded=true", f"input={path}", "num_samples=2"]
+    operator = ["physics=jpeg", "physics.operator.likelihood=cell"]
+    arguments = [f"model={model}", *operator, "degraded=true", f"input={path}", "num_samples=2"]
     sample(*arguments, f"output={tmp_path / 'out'}")
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
     restored = Image.open(tmp_path / "out" / "samples" / "000.png")
