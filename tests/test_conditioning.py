@@ -7,13 +7,23 @@ import torch
 from tiny import SIZE, SPECS, adapted, save_tiny_prior, tiny_prior
 
 from ud2m.conditioning import FEATURES, describe
-from ud2m.physics import Denoising, GaussianBlur, Inpainting, Jpeg, Mixture, SuperResolution, mean_gain, observe
+from ud2m.physics import (
+    Denoising,
+    GaussianBlur,
+    Inpainting,
+    Jpeg,
+    Mixture,
+    SuperResolution,
+    kept_gain,
+    mean_gain,
+    observe,
+)
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
 from ud2m.unfolded import build_network
 
 SHAPE = (3, SIZE, SIZE)
-NAMES = ["noise", "gain", "level"]
+NAMES = ["noise", "gain", "strength", "level"]
 
 
 def network(conditioning=None, prior=None):
@@ -50,12 +60,33 @@ def test_the_gain_of_a_blur_is_the_sum_of_its_squared_taps():
     assert mean_gain(physics, x).item() == pytest.approx(expected.item(), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("family", "tolerance"),
+    [(Denoising(), 1e-6), (Inpainting(0.7), 1e-6), (GaussianBlur(1.0), 0.05), (SuperResolution(2), 0.02)],
+)
+def test_the_strength_is_that_of_the_dense_operator(family, tolerance):
+    physics = family.draw(1, SHAPE, torch.Generator().manual_seed(0))
+    units = torch.eye(math.prod(SHAPE)).view(-1, *SHAPE)
+    # an operator that was drawn for one sample takes one sample
+    matrix = torch.cat([physics.A(unit.unsqueeze(0)).flatten(1) for unit in units]).double()
+    gram = matrix.T @ matrix  # A A^T, of the same traces
+    expected = gram.square().sum() / gram.trace()
+    value = kept_gain(physics, torch.zeros(1, *SHAPE)).double()
+    torch.testing.assert_close(value, expected.expand(1), atol=tolerance, rtol=0)
+
+
+def test_the_strength_of_a_jpeg_is_one():
+    physics = Jpeg().draw(2, (3, 32, 32))
+    assert kept_gain(physics, torch.zeros(2, 3, 32, 32)).tolist() == [1, 1]
+
+
 def test_features_are_what_they_say():
     x, sigma, _, physics, sigma_y = problem(Mixture([Denoising(), Inpainting(0.5)]))
     features = describe(tuple(NAMES), x, sigma, physics, sigma_y)
     torch.testing.assert_close(features[:, 0], (sigma_y / 0.02).log())
     torch.testing.assert_close(features[:, 1], mean_gain(physics, x).log())
-    torch.testing.assert_close(features[:, 2], torch.tensor([math.log(0.5 / 1.5), math.log(5 / 6)]))
+    torch.testing.assert_close(features[:, 2], kept_gain(physics, x).log())
+    torch.testing.assert_close(features[:, 3], torch.tensor([math.log(0.5 / 1.5), math.log(5 / 6)]))
     assert describe((), x, sigma, physics, sigma_y).shape == (2, 0)
     assert set(NAMES) == set(FEATURES)
 
@@ -108,5 +139,5 @@ def test_slopes_receive_gradients_and_are_exported(tmp_path):
 
 
 def test_unknown_features_are_refused():
-    with pytest.raises(ValueError, match=r"conditioned on \['weather'\]; choose from noise, gain, level"):
+    with pytest.raises(ValueError, match=r"conditioned on \['weather'\]; choose from noise, gain, strength, level"):
         network(["weather"])

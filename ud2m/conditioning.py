@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ud2m.physics import DataTerm, mean_gain
+from ud2m.physics import DataTerm, kept_gain, mean_gain
 from ud2m.precision import full_precision
 
 TYPICAL_SIGMA_Y = 0.02
@@ -22,6 +22,11 @@ def gain(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> 
     return mean_gain(physics, x_sigma).clamp_min(1e-6).log()
 
 
+def strength(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    """Return log(tr((A^T A)^2) / tr(A^T A)) [B], how strongly what is kept is seen: 0 for masks, log 1/2 for blurs."""
+    return kept_gain(physics, x_sigma).clamp_min(1e-6).log()
+
+
 def level(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
     """Return log(sigma / (1 + sigma)) [B], the noise level of x_sigma against the range of an image."""
     return (sigma / (1 + sigma)).log()
@@ -30,6 +35,7 @@ def level(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) ->
 FEATURES: dict[str, Callable[[Tensor, Tensor, DataTerm, Tensor], Tensor]] = {
     "noise": noise,
     "gain": gain,
+    "strength": strength,
     "level": level,
 }
 

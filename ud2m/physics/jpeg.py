@@ -22,7 +22,7 @@ from ud2m.physics.jpeg_codec import (
     quality_tables,
     to_blocks,
 )
-from ud2m.physics.measurement import estimate_sigma_y, image_shape, mean_gain, misfit, observe, residual
+from ud2m.physics.measurement import estimate_sigma_y, image_shape, kept_gain, mean_gain, misfit, observe, residual
 from ud2m.physics.samples import at_least_float32, per_sample
 
 TOLERANCE = 1e-3
@@ -359,6 +359,7 @@ def _(physics: JpegCodec, x: Tensor, y: Tensor, sigma_y: Tensor | float) -> Tens
 
 
 @mean_gain.register
+@kept_gain.register
 def _(physics: JpegCodec, like: Tensor) -> Tensor:
     """Return 1: a file says something of every pixel."""
     return like.new_ones(len(like))

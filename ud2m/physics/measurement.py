@@ -41,9 +41,24 @@ def mean_gain(physics: DataTerm, like: Tensor) -> Tensor:
 
     Near tr(A^T A) / n: about the share of pixels that a mask keeps, the sum of squares of a kernel.
     """
-    generator = torch.Generator().manual_seed(20_250_703)  # one that nobody draws masks with
-    w = torch.randn(like.shape[1:], generator=generator).to(like).expand(like.shape)
+    w = _white_noise(like)
     return physics.A(w).flatten(1).square().sum(1) / w.flatten(1).square().sum(1)
+
+
+@singledispatch
+def kept_gain(physics: DataTerm, like: Tensor) -> Tensor:
+    """Return |A^T A w|^2 / |A w|^2 [B] for the w of ``mean_gain``: how strongly the operator passes on what it keeps.
+
+    Near tr((A^T A)^2) / tr(A^T A): 1 for a mask, whatever it hides, about 1/2 for a Gaussian blur.
+    """
+    y = physics.A(_white_noise(like))
+    kept = cast(LinearPhysics, physics).A_adjoint(y).flatten(1).square().sum(1)
+    return kept / y.flatten(1).square().sum(1).clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def _white_noise(like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(20_250_703)  # one that nobody draws masks with
+    return torch.randn(like.shape[1:], generator=generator).to(like).expand(like.shape)
 
 
 @singledispatch
