@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ud2m.losses import (
     Adversarial,
-    DiscriminatorLoss,
     EnergyScore,
     FeatureDistance,
     FeatureEnergyScore,
     Perceptual,
     build_generator_loss,
+    gradient_square,
 )
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution
 from ud2m.pipeline import PosteriorSampler
@@ -120,8 +120,7 @@ OPERATORS = [Inpainting(0.5), GaussianBlur(1.0), SuperResolution(2)]
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: type(operator).__name__)
 def test_prox_schedule_and_losses_stay_in_float32_under_autocast(operator, prior):
-    # the penalty differentiates D, whose backward pass is the network's too
-    module = module_of(prior, operator=operator, discriminator_loss=DiscriminatorLoss(gradient_penalty=0.0))
+    module = module_of(prior, operator=operator)
     unet = module.prior._base()
     watch = Watch([module.prior.unet, module.discriminator, *unet.down_blocks, unet.conv_in, unet.time_embedding])
     x0 = torch.rand(2, 3, SIZE, SIZE)
@@ -151,3 +150,49 @@ def test_frozen_weights_in_bfloat16_are_half_the_bytes_and_train(prior, tmp_path
     assert module.scores["psnr"] > 0
     module.export(tmp_path / "export")
     assert PosteriorSampler.from_pretrained(tmp_path / "export").prior.in_bfloat16 is False
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_the_gradient_penalty_is_that_of_full_precision(precision, prior):
+    generator = torch.Generator().manual_seed(0)
+    x, condition = torch.rand(2, 2, 3, SIZE, SIZE, generator=generator)
+    judge = module_of(prior).discriminator
+    expected = gradient_square(judge, x, condition)
+    with torch.autocast("cpu", precision):
+        found = gradient_square(judge, x, condition)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+def test_channels_last_changes_nothing_but_the_layout(prior, tmp_path):
+    expected = gradients(module_of(prior))
+    module = module_of(prior, channels_last=True)
+    convolution = next(m for m in module.prior.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not convolution.weight.is_contiguous()
+    found = gradients(module)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
+    fit(module, tmp_path)
+    module.export(tmp_path / "export")
+    y = torch.rand(1, 3, SIZE, SIZE)
+    physics = Inpainting(0.5).draw(1, (3, SIZE, SIZE), torch.Generator().manual_seed(0))
+    with module.ema.applied():
+        one, other = (
+            sampler(y, physics, 0.05, generator=torch.Generator().manual_seed(1))
+            for sampler in (module.sampler, PosteriorSampler.from_pretrained(tmp_path / "export"))
+        )
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "modules"])
+def test_a_compiled_network_has_the_same_gradients(checkpointing, prior):
+    expected = gradients(module_of(prior))
+    found = gradients(module_of(prior, compile="aot_eager", checkpointing=checkpointing))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_backend_that_torch_does_not_have_is_refused(prior):
+    with pytest.raises(ValueError, match=r"torch\.compile has no backend 'turbo'; it has .*inductor"):
+        distillation(prior, compile="turbo")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize, softplus
 
+from ud2m.precision import full_precision
+
 # Added to squared norms: the root gets a gradient at 0. sqrt(1e-8) = 1e-4 is far below any noise level in
 # use, and the energy score stays proper, since sqrt(|d|^2 + c) is, like |d|, conditionally negative definite
 # (Micchelli, 1986).
@@ -384,9 +386,13 @@ class DiscriminatorLoss(nn.Module):
 
 
 def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor, condition: Tensor) -> Tensor:
-    """Return |grad_x D(x, condition)|^2 per sample [B], D averaged over its logits; differentiable in D."""
+    """Return |grad_x D(x, condition)|^2 per sample [B], D averaged over its logits; differentiable in D.
+
+    In full precision whatever the rest is in: this gradient is not scaled, and vanishes in float16.
+    """
     x = x.detach().requires_grad_()
-    logits = _full(discriminator(x, condition)).reshape(len(x), -1).mean(1)
+    with full_precision(x.device):
+        logits = discriminator(x, condition).reshape(len(x), -1).mean(1)
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1)
 

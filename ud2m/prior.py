@@ -249,6 +249,23 @@ class Prior(nn.Module):
         self.in_bfloat16 = True
         return self
 
+    def use_channels_last(self) -> "Prior":
+        """Keep weights, and so activations, with channels side by side: what GPUs convolve fastest in low precision."""
+        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        return self
+
+    def compile_network(self, backend: str) -> "Prior":
+        """Compile the network with this backend of torch.compile on its first call, once for each shape and mode.
+
+        Raises:
+            ValueError: for a backend that torch does not have.
+        """
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"torch.compile has no backend {backend!r}; it has {known}")
+        self.unet.compile(backend=backend)
+        return self
+
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as peft does (``adapter_config.json``, ``adapter_model.safetensors``)."""
         if isinstance(self.unet, peft.PeftModel):

@@ -9,7 +9,16 @@ from ud2m.physics.family import OperatorFamily
 from ud2m.physics.general import Colorization, DeepinvOperator, Denoising
 from ud2m.physics.inpainting import Inpainting, MaskCollection, MaskFile, MissingBoxes, MissingStrokes, PixelMask
 from ud2m.physics.jpeg import Jpeg, JpegCodec
-from ud2m.physics.measurement import estimate_sigma_y, image_shape, kept_gain, mean_gain, measured, misfit, observe, residual
+from ud2m.physics.measurement import (
+    estimate_sigma_y,
+    image_shape,
+    kept_gain,
+    mean_gain,
+    measured,
+    misfit,
+    observe,
+    residual,
+)
 from ud2m.physics.mixture import BlurMixture, Mixture
 from ud2m.physics.samples import at_least_float32, per_sample, select_samples
 from ud2m.physics.separable import Separable

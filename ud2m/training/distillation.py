@@ -94,6 +94,9 @@ class DistillationModule(SteppedModule):
         checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients.
         frozen_bfloat16: keep the frozen weights in bfloat16 (``Prior.store_frozen_in_bfloat16``), in which the network
             is then validated too.
+        channels_last: ``Prior.use_channels_last``.
+        compile: backend of torch.compile for the prior's network (``Prior.compile_network``), None to do without. The
+            discriminator is not compiled: its penalty is differentiated twice.
         seed: of all randomness.
 
     Raises:
@@ -123,6 +126,8 @@ class DistillationModule(SteppedModule):
         seed: int = 0,
         checkpointing: str = "none",
         frozen_bfloat16: bool = False,
+        channels_last: bool = False,
+        compile: str | None = None,
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
         super().__init__(settings, seed)
@@ -142,6 +147,10 @@ class DistillationModule(SteppedModule):
             self.prior.checkpoint_layers()
         if frozen_bfloat16:
             self.prior.store_frozen_in_bfloat16()
+        if channels_last:
+            self.prior.use_channels_last()
+        if compile is not None:
+            self.prior.compile_network(compile)
         self.operator, self.sigma_y, self.levels = operator, float(sigma_y), levels
         self.sigma_y_range = (float(low), float(high))
         self.loss = loss(

@@ -20,7 +20,10 @@ from ud2m.training.ema import Ema
 from ud2m.training.random_streams import row_streams
 from ud2m.training.schedules import warmup_cosine
 
-PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+
+SMALLEST_SCALE = 1.0
+"""Factor on float16 losses below which gradients that overflow are those of a run that has gone astray."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,6 @@ class SteppedModule(L.LightningModule, ABC):
                 "epochs; leave data.samples_per_epoch to follow from validate_every and accumulate"
             )
         if self.trainer.precision not in PRECISIONS:
-            # float16 scales its gradients, and clipping would see the scaled ones
             raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {self.trainer.precision}")
         self.total_steps = batches // accumulate * (self.trainer.max_epochs or 1)
 
@@ -145,22 +147,35 @@ class SteppedModule(L.LightningModule, ABC):
     def update(self) -> None:
         """Clip and step every optimiser at this step's learning rate, and move the average.
 
+        In float16 the losses were scaled up. Gradients that overflowed are left out: the player stands still in this
+        step, and the next one is scaled less.
+
         Raises:
             FloatingPointError: when a gradient is not finite; the parameters are then still those of the last step.
         """
         factor = warmup_cosine(self.steps_done, self.settings.warmup, self.total_steps)
-        optimizers = self.optimizers()
         # Without an adversarial term there is no second player.
-        for name, optimizer in zip(self.players, _as_list(optimizers), strict=False):
+        players = list(zip(self.players, _as_list(self.optimizers()), strict=False))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        for name, optimizer in players:
+            if scaler is not None:
+                scaler.unscale_(optimizer.optimizer)
             groups = optimizer.param_groups
             norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.settings.clip)
-            if not torch.isfinite(norm):
+            if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
                 raise FloatingPointError(self.stopped(f"the gradient of '{name}' is {norm.item():g}"))
             for group in groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
             self.log_dict({f"grad_norm/{name}": norm, f"lr/{name}": groups[-1]["lr"]})
-            optimizer.step()
+        for _, optimizer in players:
+            if scaler is None:
+                optimizer.step()
+            else:  # Lightning's step unscales again, and moves the scale between the players
+                scaler.step(optimizer.optimizer)
             optimizer.zero_grad()
+        if scaler is not None:
+            self.log("grad_scale", scaler.get_scale())
+            scaler.update()
         self.ema.update()
 
     def stopped(self, reason: str) -> str:
