@@ -5,7 +5,9 @@ import io
 import json
 import sys
 import tarfile
+import threading
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -259,10 +261,87 @@ def test_a_list_that_does_not_fit_is_refused(folders, tmp_path, text, message):
         data_of(folders, test_list=tmp_path / "nowhere.txt").all_images("test")
 
 
-@pytest.mark.parametrize("place", ["https://server/shards", "s3://bucket/train", "pipe:cat shards/train"])
-def test_addresses_on_the_network_are_refused(folders, place):
-    with pytest.raises(ValueError, match=r"data\.root must be a folder, got .*; copy the shards to a disk"):
-        data_of(folders, root=place)
+@pytest.fixture
+def server(folders):
+    """The address of a web server with the folders of shards, and the paths that were asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folders))
+
+        def log_message(self, kind, *values):
+            asked.append(values[0].split()[1])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+
+
+def everywhere(data):
+    loaded = list(data.train_dataloader())
+    held_out = [data.all_images("test")[i] for i in range(len(data.all_images("test").names))]
+    return loaded, held_out
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_behind_an_address_are_those_of_the_folder(folders, server, tmp_path, num_workers):
+    address, asked = server
+    places = {"root": f"{address}/train", "held_out": f"{address}/held_out/", "cache": tmp_path / "cache"}
+    settings = {"samples_per_epoch": None, "num_workers": num_workers}
+    expected, found = everywhere(data_of(folders, **settings)), everywhere(data_of(folders, **settings, **places))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    before = len([path for path in asked if path.endswith(".tar")])
+    again = everywhere(data_of(folders, **settings, **places))
+    assert all(torch.equal(one, other) for one, other in zip(again[0], expected[0], strict=True))
+    assert len([path for path in asked if path.endswith(".tar")]) == before > 0
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_a_shard_is_fetched_when_it_is_first_used(folders, server, tmp_path):
+    address, asked = server
+    data = data_of(folders, root=f"{address}/train", samples_per_epoch=4, cache=tmp_path)
+    list(data.train_dataloader())
+    assert 1 <= len([path for path in asked if path.endswith(".tar")]) <= 2 < len(data.train_index.shards)
+
+
+def test_a_command_may_bring_the_shards(folders, tmp_path):
+    data = data_of(folders, root=f"pipe:cat '{folders}/train/{{}}'", cache=tmp_path)
+    expected = list(data_of(folders).train_dataloader())
+    assert all(torch.equal(one, other) for one, other in zip(data.train_dataloader(), expected, strict=True))
+
+
+def test_what_cannot_be_fetched_is_named(folders, server, tmp_path):
+    address, _ = server
+    with pytest.raises(OSError, match=r"cannot fetch http://127.*/nowhere/index\.json .*check the address"):
+        data_of(folders, root=f"{address}/nowhere", cache=tmp_path).train_dataloader()
+    with pytest.raises(OSError, match=r"cannot fetch pipe:false index\.json"):
+        data_of(folders, root="pipe:false {}", cache=tmp_path).train_dataloader()
+    with pytest.raises(OSError, match=r"cannot fetch ftp2://server/index\.json .*no gopen handler"):
+        data_of(folders, root="ftp2://server", cache=tmp_path).train_dataloader()
+    with pytest.raises(ValueError, match="is no index of shards"):
+        data_of(folders, root="pipe:echo '<html>' {}", cache=tmp_path).train_dataloader()
+
+
+def test_a_shard_that_arrives_cut_is_not_kept(folders, copied, tmp_path):
+    path = copied / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    data = data_of(folders, root=f"pipe:cat {copied}/{{}}", cache=tmp_path / "cache", samples_per_epoch=None)
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is wrong: its SHA-256 is not that of the index, after"):
+        list(data.train_dataloader())
+    assert not list((tmp_path / "cache").rglob("shard-000001*"))
+
+
+def test_a_cached_shard_that_changed_is_found_on_request(folders, tmp_path):
+    places = {"root": f"pipe:cat {folders}/train/{{}}", "cache": tmp_path, "samples_per_epoch": None}
+    list(data_of(folders, **places).train_dataloader())
+    (path,) = tmp_path.rglob("shard-000002.tar")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"shard-000002\.tar is wrong: its SHA-256 is not that of the index; delete"):
+        data_of(folders, **places, check_hashes=True).train_dataloader()
 
 
 def test_images_that_are_not_square_are_tiled(folders, tmp_path):

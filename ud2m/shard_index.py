@@ -39,6 +39,7 @@ class ShardIndex:
         source: ``digest`` (SHA-256 of the listing of the source), its number of ``images`` and of ``broken`` ones.
         classes: names of the class folders; the number in a ``.cls`` file counts from 0 in this list.
         shards: in the order in which they were written.
+        address: where shards come from that are not in ``folder`` yet; None: all are there.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class ShardIndex:
     source: dict[str, Any]
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
+    address: str | None = None
 
     @property
     def images(self) -> int:

@@ -25,6 +25,7 @@ from ud2m.data.crops import (
     downscale,
 )
 from ud2m.data.module import ImageDataModule, NamedImages, Split, position
+from ud2m.data.remote import CACHE, fetch_index, is_address, shard_path, wrong_in_cache
 from ud2m.data.sampler import StreamSampler
 from ud2m.images import decode_image
 from ud2m.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
@@ -46,8 +47,8 @@ class ShardData(ImageDataModule):
     ranks, workers or buffer only from the end of an epoch, and elsewhere it is refused.
 
     Args:
-        root: folder of finished shards to train on.
-        held_out: another such folder, of other images. Its images number 0, 2, 4, ... (over all shards) are for
+        root: folder of finished shards to train on, or an address of one (``remote.fetch_index``).
+        held_out: another one, of other images. Its images number 0, 2, 4, ... (over all shards) are for
             validation, 1, 3, 5, ... for the test, as tiles of side ``tile_size``.
         val_list, test_list: files that name the held-out images of a split instead, one per line (what follows a blank
             is ignored, as are folders and endings), in the order in which they are used. Where only ``test_list`` is
@@ -57,7 +58,8 @@ class ShardData(ImageDataModule):
         buffer: samples among which each reader shuffles, on top of the order of shards that each pass draws; 1 keeps
             the order within the shards.
         check_hashes: compare the SHA-256 of all shards with the index before anything starts. Otherwise only that
-            they are there and have the right size.
+            they are there and have the right size; those behind an address are compared when they come.
+        cache: folder that shards behind an address are kept in.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey.
     """
 
@@ -73,12 +75,11 @@ class ShardData(ImageDataModule):
         candidates: int = 1,
         buffer: int = 1000,
         check_hashes: bool = False,
+        cache: str | Path = CACHE,
         **common: Any,
     ):
         super().__init__(**common)
-        check_place("data.root", root)
-        check_place("data.held_out", held_out)
-        self.root, self.held_out = Path(root).expanduser(), Path(held_out).expanduser()
+        self.root, self.held_out, self.cache = root, held_out, Path(cache).expanduser()
         self.lists: dict[str, str | Path | None] = {"val": val_list, "test": test_list}
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
@@ -87,7 +88,7 @@ class ShardData(ImageDataModule):
     @cached_property
     def train_index(self) -> ShardIndex:
         """The index of the training shards, which have been found to be there."""
-        return checked_index(self.root, self.crop_size, self.check_hashes)
+        return self._index(self.root, self.crop_size)
 
     def train_set(self) -> "ShardCrops":
         """Return endless crops by their position in the stream."""
@@ -124,7 +125,7 @@ class ShardData(ImageDataModule):
         Raises:
             FileNotFoundError, ValueError: when a list is missing, names an image twice, or one that is not there.
         """
-        index = checked_index(self.held_out, self.tile_size, self.check_hashes)
+        index = self._index(self.held_out, self.tile_size)
         listed = {kind: listed_numbers(index, Path(file)) for kind, file in self.lists.items() if file is not None}
         numbers: Sequence[int] = range(0 if split == "val" else 1, index.images, 2)
         if split in listed:
@@ -139,6 +140,15 @@ class ShardData(ImageDataModule):
         readers = f"{self._world_size} ranks x {self._workers} workers"
         own = {"shards": self.train_index.digest, "readers": readers, "buffer": self.buffer}
         return {**super().state_dict(), **own}
+
+    def _index(self, place: str | Path, side: int) -> ShardIndex:
+        if is_address(place):
+            index = fetch_index(str(place), self.cache)
+            found = wrong_in_cache(index) if self.check_hashes else []
+        else:
+            index = read_index(Path(place).expanduser())
+            found = faults(index) if self.check_hashes else quick_faults(index)
+        return checked(index, side, found)
 
     @property
     def _world_size(self) -> int:
@@ -286,8 +296,8 @@ class ShardReader:
         return self._members(shard)[number][0].removesuffix(self.suffix)
 
     def path(self, shard: int) -> Path:
-        """Return the file of a shard."""
-        return self.index.folder / self.index.shards[shard].name
+        """Return the file of a shard, which may have to be fetched."""
+        return shard_path(self.index, self.index.shards[shard])
 
     def _members(self, shard: int) -> list[tuple[str, int, int]]:
         if shard not in self.members:
@@ -404,32 +414,19 @@ def listed_numbers(index: ShardIndex, file: Path) -> list[int]:
 ADVICE = "run data_prep/make_shards.py --verify on the folder, and copy or make again what it names"
 
 
-def check_place(key: str, place: str | Path) -> None:
-    """Raise ValueError for an address on the network."""
-    if "://" in str(place) or str(place).startswith("pipe:"):
-        raise ValueError(
-            f"{key} must be a folder, got {place}: a run goes on in the middle of a shard and splits shards over "
-            "readers, for which it reads at places of its own; "
-            "copy the shards to a disk, or mount them (with rclone or s3fs)"
-        )
-
-
-def checked_index(folder: Path, side: int, check_hashes: bool) -> ShardIndex:
-    """Return the index of a folder whose shards are there and hold images large enough for crops of ``side`` pixels.
+def checked(index: ShardIndex, side: int, found: Sequence[str]) -> ShardIndex:
+    """Return the index of shards that are as it says and hold images large enough for crops of ``side`` pixels.
 
     Raises:
-        FileNotFoundError, ValueError: as ``read_index``; for missing or wrong shards, which are listed; for images
-            that are too small.
+        ValueError: when faults were ``found``, which are listed; for images that are too small.
     """
-    index = read_index(folder)
-    found = faults(index) if check_hashes else quick_faults(index)
     if found:
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""
-        raise ValueError(f"{folder}: {'; '.join(found[:10])}{more}; {ADVICE}")
+        raise ValueError(f"{index.folder}: {'; '.join(found[:10])}{more}; {ADVICE}")
     if index.settings["size"] < side:
         raise ValueError(
-            f"the images in {folder} have a shorter side of {index.settings['size']} pixels, too small for crops or "
-            f"tiles of {side}; lower crop_size and tile_size, or make the shards again with --size {side}"
+            f"the images in {index.folder} have a shorter side of {index.settings['size']} pixels, too small for crops "
+            f"or tiles of {side}; lower crop_size and tile_size, or make the shards again with --size {side}"
         )
     return index
 

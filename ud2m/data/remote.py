@@ -1,0 +1,93 @@
+"""Shards that lie behind an address: each is fetched whole when it is first used, checked, and kept on disk."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from ud2m.output import write_bytes
+from ud2m.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
+
+CACHE = "~/.cache/ud2m/shards"
+
+
+def is_address(place: str | Path) -> bool:
+    """Return whether a place is none of the file system: it has a scheme, as ``https://``, or is a ``pipe:``."""
+    return "://" in str(place) or str(place).startswith("pipe:")
+
+
+def fetch_index(address: str, cache: Path) -> ShardIndex:
+    """Return the index behind an address, whose shards will lie in a folder of ``cache``.
+
+    The folder is named by the index: other shards behind the same address do not mix with those that are there.
+
+    Args:
+        address: of a folder, as ``https://server/shards/train``; a ``pipe:`` command has {} where the name of a file
+            belongs, as ``pipe:ssh server cat shards/train/{}``.
+
+    Raises:
+        OSError: when it cannot be fetched. ValueError: when it is no index.
+    """
+    content = fetch(address, INDEX_FILE)
+    folder = cache / hashlib.sha256(content).hexdigest()[:16]
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{located(address, INDEX_FILE)} is no index of shards ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / INDEX_FILE, content)
+    return replace(read_index(folder), address=address)
+
+
+def shard_path(index: ShardIndex, shard: Shard) -> Path:
+    """Return the file of a shard, after fetching it where it is not there yet.
+
+    Processes that want the same shard at once each fetch it, and the last one's file stays.
+
+    Raises:
+        OSError: when it cannot be fetched. ValueError: when it is not what the index says.
+    """
+    path = index.folder / shard.name
+    if index.address is None or path.is_file():
+        return path
+    content = fetch(index.address, shard.name)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise ValueError(
+            f"{located(index.address, shard.name)} is wrong: its SHA-256 is not that of the index, after "
+            f"{len(content)} of {shard.bytes} bytes; upload it again"
+        )
+    write_bytes(path, content)
+    return path
+
+
+def wrong_in_cache(index: ShardIndex) -> list[str]:
+    """Return a line for each shard that has been fetched and has changed since. Reads every byte of them."""
+    there = [(shard, index.folder / shard.name) for shard in index.shards]
+    wrong = (path for shard, path in there if path.is_file() and file_sha256(path) != shard.sha256)
+    return [f"{path} is wrong: its SHA-256 is not that of the index; delete it" for path in wrong]
+
+
+def located(address: str, name: str) -> str:
+    """Return the address of a file."""
+    return address.replace("{}", name) if "{}" in address else f"{address.rstrip('/')}/{name}"
+
+
+def fetch(address: str, name: str) -> bytes:
+    """Return the file ``name`` behind an address, by whatever means the webdataset package has for its scheme.
+
+    Raises:
+        ImportError: when webdataset is not installed. OSError: when the file cannot be fetched.
+    """
+    try:
+        from webdataset.gopen import gopen
+    except ImportError as error:
+        raise ImportError("shards behind an address need webdataset: pip install 'ud2m[webdataset]'") from error
+    place = located(address, name)
+    try:
+        with gopen(place) as stream:
+            content: bytes = stream.read()
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot fetch {place} ({error}); check the address, or copy the shards to a disk") from error
+    if not content:  # a command that fails late is no error of its stream
+        raise OSError(f"cannot fetch {place}: nothing came; check the address, or copy the shards to a disk")
+    return content
