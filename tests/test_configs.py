@@ -51,7 +51,7 @@ def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, pri
         assert OmegaConf.load(tmp_path / "config.yaml") == resolved
         data = load_data(resolved, request)
         module = instantiate(resolved.training, _convert_="all")
-        trainer = build_trainer(resolved, tmp_path)
+        trainer = build_trainer(resolved, tmp_path, [])
     assert isinstance(data, ImageDataModule)
     assert isinstance(module, DistillationModule | PriorModule)
     assert {type(logger) for logger in trainer.loggers} == {CSVLogger, TensorBoardLogger}

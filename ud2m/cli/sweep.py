@@ -19,7 +19,7 @@ from ud2m.cli.errors import USER_ERRORS, message, user_facing
 from ud2m.cli.sweep_plot import page
 from ud2m.output import write_bytes
 
-SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image")
+SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")
 """Columns of the table that are neither settings nor scores."""
 ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ud2m.cli.estimate import estimate
+from ud2m.cli.pruning import MedianPruning
 from ud2m.cli.sweep import survives_sweep
 from ud2m.output import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
@@ -199,7 +200,8 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
         read_checkpoint(resume_from)  # Lightning's own message for a damaged file is a traceback
     data = instantiate(config.data, _convert_="all")
     model = instantiate(config.training, _convert_="all")
-    trainer = build_trainer(config, folder)
+    callbacks = build_callbacks(config, folder)
+    trainer = build_trainer(config, folder, callbacks)
     check_batch(config.data.batch_size, trainer.world_size)
     try:
         fit(trainer, model, data, resume_from)
@@ -208,7 +210,10 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
         model.restore(checkpoints / BEST)
         model.export(folder / "export")
         log_export(trainer.loggers, folder / "export", config.name)
-        return model.evaluate(data)
+        rows = model.evaluate(data)
+        for pruning in (callback for callback in callbacks if isinstance(callback, MedianPruning)):
+            rows[-1]["gave_up_at"] = pruning.stopped_at
+        return rows
     except SystemExit as error:  # a signal, or Lightning's answer to Ctrl-C
         if error.code:
             print(f"interrupted; {how_to_resume(folder)}", file=sys.stderr)
@@ -256,11 +261,17 @@ def check_batch(batch_size: int, world_size: int) -> None:
         )
 
 
-def build_trainer(config: DictConfig, folder: Path) -> L.Trainer:
-    """Return the trainer with its loggers, progress bar and checkpoints (last, and best by the model's own score)."""
+def build_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
+    """Return progress bar, health, checkpoints (last, and best by the model's own score), and pruning where asked."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.get("checkpoint_every"))
+    after = config.get("give_up_after")
+    return [StepProgress(), Health(), checkpoints, *([] if after is None else [MedianPruning(folder, after)])]
+
+
+def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """Return the trainer with its loggers."""
     loggers = [instantiate(logger) for logger in config.logger.values()]
     keep_curves(loggers)
-    callbacks = [StepProgress(), Health(), Checkpoints(folder / CHECKPOINTS, config.get("checkpoint_every"))]
     try:
         return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
     except InstantiationException as error:
