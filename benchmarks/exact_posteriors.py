@@ -14,6 +14,7 @@ of 90 % intervals. Everything is kept in ``results/exact`` and measured once; do
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import store
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -300,12 +302,11 @@ class Study:
             result = Result({"method": name} | settings | row, {}, {})
             self.store.save(full, result)
         self.rows.append(dict(result.row))
-        print(line(self.rows[-1]), flush=True)
+        print("\n".join(table_lines(self.rows)[0 if len(self.rows) == 1 else -1 :]), flush=True)
 
     def table(self) -> None:
         """Judge UD2M for all K and N, and the others."""
         options = self.options
-        print(HEADING, flush=True)
         self.add("exact draws", lambda: Exact(self.mixture))
         for name, method in rivals(self.mixture).items():
             if name not in options.leave_out:
@@ -317,7 +318,6 @@ class Study:
 
     def losses(self) -> None:
         """Judge one K and N after training with one loss after the other."""
-        print(HEADING, flush=True)
         for loss in STUDY:
             self._unfolded(self.options.blocks[0], self.options.steps[0], loss)
         self.write("losses")
@@ -329,9 +329,15 @@ class Study:
         self.add(name, lambda: Unfolded(self.network(blocks, loss), steps, read_eta(options.eta)), **settings)
 
     def write(self, name: str) -> None:
-        """Write all rows as JSON and Markdown."""
+        """Write all rows as JSON and Markdown, and into docs/results where that was asked for."""
         write_json(self.folder / f"{name}.json", self.rows)
-        write_bytes(self.folder / f"{name}.md", "\n".join([HEADING, *map(line, self.rows), ""]).encode())
+        write_bytes(self.folder / f"{name}.md", "\n".join([*table_lines(self.rows), ""]).encode())
+        if self.options.store:
+            rows = [
+                {"method" if key == "Method" else key: text for key, text in cells(row).items()} for row in self.rows
+            ]
+            command = shlex.join(["python", *sys.argv])
+            print(store(self.options.store, command, vars(self.options), rows).relative_to(REPOSITORY))
 
 
 def rivals(mixture: GaussianMixture) -> dict[str, Any]:
@@ -345,23 +351,31 @@ def rivals(mixture: GaussianMixture) -> dict[str, Any]:
     }
 
 
-HEADING = (
-    "| Method | NFE | W2 to the posterior | floor | W2 / floor | W2, debiased | coverage of 90 % | std | exact std |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-)
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """Return a row as Markdown."""
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row as text by column."""
 
     def number(name: str, digits: int) -> str:
         value, low, high = (f"{row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
         return f"{value} [{low}, {high}]"
 
-    return (
-        f"| {row['method']} | {row['nfe']:g} | {number('w2', 4)} | {row['floor']:.4f} | {row['w2 / floor']:.2f} | "
-        f"{number('w2_debiased', 4)} | {number('coverage_90', 3)} | {row['std']:.4f} | {row['exact std']:.4f} |"
-    )
+    return {
+        "Method": row["method"],
+        "NFE": f"{row['nfe']:g}",
+        "W2 to the posterior": number("w2", 4),
+        "floor": f"{row['floor']:.4f}",
+        "W2 / floor": f"{row['w2 / floor']:.2f}",
+        "W2, debiased": number("w2_debiased", 4),
+        "coverage of 90 %": number("coverage_90", 3),
+        "std": f"{row['std']:.4f}",
+        "exact std": f"{row['exact std']:.4f}",
+    }
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return rows as the lines of a Markdown table."""
+    texts = [cells(row) for row in rows]
+    head = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
+    return head + ["| " + " | ".join(text.values()) + " |" for text in texts]
 
 
 def read_eta(text: str) -> float | str:
@@ -374,6 +388,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("action", choices=("fit", "table", "losses"))
     found.add_argument("--folder", default="results/exact")
+    found.add_argument("--store", metavar="NAME", help="of a section of docs/results.md to write the rows into")
     found.add_argument("--side", type=int, default=8, help="of the patches, in pixels")
     found.add_argument("--components", type=int, default=20, help="of the mixture")
     found.add_argument("--patches", type=int, default=20000, help="that the mixture is fitted to")

@@ -115,6 +115,19 @@ SECTIONS = (
         "residual is the one that a user sees.",
     ),
     Section(
+        "exact_posteriors",
+        "Exact posteriors: distance and calibration",
+        "Prior: a Gaussian mixture fitted to grey 8x8 patches of the training photographs, of which denoiser and "
+        "posterior are known exactly; blur of 0.8 pixels, sigma_y = 0.05. UD2M is trained with the energy score around "
+        "the exact denoiser for each K, and sampled with each N; the rivals use the same denoiser. What the columns "
+        "mean: [evaluation.md](evaluation.md#exact-posteriors).",
+    ),
+    Section(
+        "exact_losses",
+        "Exact posteriors: what each loss does to calibration",
+        "As above, K = 3 and N = 3, trained with one loss after the other.",
+    ),
+    Section(
         "cost",
         "Cost beside the bare network",
         "Median time ratios. Sampling: one call of the sampler at 3x128x128 / its K N bare network evaluations. "
