@@ -15,7 +15,7 @@ from tiny_training import composed
 from ud2m.cli.train import build_trainer, prepare
 from ud2m.data import ImageDataModule
 from ud2m.physics import OperatorFamily
-from ud2m.training import DistillationModule, PriorModule
+from ud2m.training import BridgeModule, DistillationModule, PriorModule
 
 CONF = REPOSITORY / "conf"
 # those of the paper have a file of their own
@@ -53,7 +53,7 @@ def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, pri
         module = instantiate(resolved.training, _convert_="all")
         trainer = build_trainer(resolved, tmp_path, [])
     assert isinstance(data, ImageDataModule)
-    assert isinstance(module, DistillationModule | PriorModule)
+    assert isinstance(module, DistillationModule | PriorModule | BridgeModule)
     assert {type(logger) for logger in trainer.loggers} == {CSVLogger, TensorBoardLogger}
     steps = trainer.max_epochs * (data.samples_per_epoch // data.batch_size) // module.settings.accumulate
     assert steps == resolved.steps

@@ -13,11 +13,13 @@ from hydra import compose, initialize_config_dir
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import write_images
 
+from ud2m.bridge import Bridge, BridgeSchedule
 from ud2m.cells import images_digest
 from ud2m.cli import evaluate
 from ud2m.images import read_image
 from ud2m.pipeline import PosteriorSampler, SamplerConfig
 from ud2m.prior import Prior
+from ud2m.warm_start import SmoothingStart
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,17 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
     assert "report:" in capsys.readouterr().out
 
 
+def test_bridges_are_methods_whose_steps_are_tuned(material, tmp_path):
+    bridge = Bridge(
+        Prior.from_pretrained(save_tiny_prior(material / "prior")).unet, BridgeSchedule(), SmoothingStart([4])
+    )
+    bridge.save(material / "bridge")
+    methods = ",".join(f'"{name} target.model={material}/bridge"' for name in ("i2sb", "cddb"))
+    rows = run(material, tmp_path, methods=f"[{methods}]", operators="[inpainting]")
+    assert [row["nfe"] in (1, 3, 9) for row in rows] == [True, True]
+    assert rows[1]["residual"] < 0.9 * rows[0]["residual"]
+
+
 def test_a_finished_cell_is_not_measured_again_and_others_are_never_taken_for_it(material, tmp_path, measured):
     one = {"operators": "[inpainting]"}
     first = run(material, tmp_path, **one)
@@ -195,7 +208,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: ddrm, diffpir, dps, langevin, latino"),
+        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: cddb, ddrm, diffpir, dps, i2sb, langevin, latino"),
         ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
         ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: .*folder"),
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),

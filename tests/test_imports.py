@@ -19,7 +19,7 @@ FLOORS = [
     {"warm_start", "conditioning"},
     {"unfolded"},
     {"sampler"},
-    {"pipeline", "baselines", "rivals", "methods"},
+    {"pipeline", "baselines", "rivals", "bridge", "methods"},
     {"images", "evaluation", "data", "report", "scores"},
     {"comparison", "training", "cells", "leaderboard"},
     {"cli"},
@@ -31,7 +31,7 @@ GROUND = FLOORS[0] | FLOORS[1]
 FRAMEWORKS = {
     "lightning": {"training", "data", "cli"},
     "pytorch_lightning": set(),
-    "diffusers": {"prior", "pipeline"},
+    "diffusers": {"prior", "pipeline", "bridge"},
     "peft": {"prior", "pipeline"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},

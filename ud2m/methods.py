@@ -40,6 +40,7 @@ class Trained:
         num_steps: int | None = None,
         eta: float | str | None = None,
         symmetries: int | None = None,
+        step_scale: float | None = None,
         chunk_size: int = 64,
         tile: int | None = 512,
         device: torch.device | str = "cpu",
@@ -49,6 +50,7 @@ class Trained:
             "num_steps": num_steps,
             "eta": eta,
             "symmetries": symmetries,
+            "step_scale": step_scale,
             "chunk_size": chunk_size,
             "tile": tile,
         }
@@ -60,7 +62,8 @@ class Trained:
         """Which model this is: a SHA-256 of all its weights, and its defaults."""
         config = self.sampler.config
         defaults = (
-            f"{config.num_steps} {config.grid_power} {config.eta} {config.symmetries} {self.sampler.network.spec}"
+            f"{config.num_steps} {config.grid_power} {config.eta} {config.symmetries} {config.step_scale} "
+            f"{self.sampler.network.spec}"
         )
         return f"{weights_fingerprint(self.sampler.network.state_dict())} {defaults}"
 

@@ -162,7 +162,7 @@ class Prior(nn.Module):
         network = NETWORKS.get(str(architecture.get("_class_name")))
         if network is None:
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
-        unet = network.from_config(architecture) if on_meta else _load_unet(network, where, reference)
+        unet = network.from_config(architecture) if on_meta else load_unet(network, where, reference)
         with torch.device("cpu"):
             schedule = VPSchedule.from_config(scheduler)
         label = scheduler.get(LABEL) if label is None else label
@@ -403,18 +403,22 @@ def _inside(parent: Path, name: str) -> Path | None:
     return folder if name and Path(name).name == name and folder.is_dir() else None
 
 
-def _load_unet(network: type[UNet2DModel], where: str, reference: str) -> UNet2DModel:
-    """Return the network of a folder or hub id in float32; raises ValueError when its weights are not whole."""
+def load_unet(network: type[UNet2DModel], where: str, reference: str | None = None) -> UNet2DModel:
+    """Return the network of a folder or hub id in float32; raises ValueError when its weights are not whole.
+
+    ``reference`` is its name in messages, where that is not ``where``.
+    """
+    reference = reference or where
     try:
         unet, loading = network.from_pretrained(
             where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load the weights of the prior {reference}: {error}") from error
+        raise ValueError(f"cannot load the weights of {reference}: {error}") from error
     # diffusers would go on with random weights where some are missing
     odd = {kind: names for kind, names in loading.items() if names}
     if odd:
-        raise ValueError(f"the weights of the prior {reference} do not fit its {UNET_FILE}: {odd}")
+        raise ValueError(f"the weights of {reference} do not fit its {UNET_FILE}: {odd}")
     return unet
 
 
