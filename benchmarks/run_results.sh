@@ -95,11 +95,11 @@ noisier() {
 losses() {
     local sources=() name label overrides
     while IFS='|' read -r name label overrides; do
-        train "losses/$name" experiment=demo $SHORT $overrides
+        train "losses/$name" experiment=demo $SHORT loss.mean_l2=0 $overrides
         sample "losses/$name" model="$RUNS/losses/$name/export" $SIXTH
         sources+=("$label=$OUT/losses/$name")
     done <<'VARIANTS'
-default|energy (default)|
+default|energy|
 spread1|energy, spread 1|loss.terms.energy.term.spread=1
 rank0|energy, rank 0 (psi alone)|lora.rank=0
 adversarial|energy + 0.01 adversarial|loss.adversarial=0.01
@@ -108,6 +108,7 @@ prior|energy + 0.05 prior features|loss.perceptual=0.05
 lpips|energy + 0.05 LPIPS|loss.perceptual=0.05 loss/distance=lpips
 feature_energy|energy + 0.05 feature energy|loss.feature_energy=0.05
 mean_l2|energy + 10 squared error of the mean|loss.mean_l2=10
+mean_l2_30|energy + 30 squared error of the mean (demo, blur, SR)|loss.mean_l2=30
 l2|L2|loss.l2=1 loss.energy=0
 l2_lpips|L2 + 0.1 LPIPS|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips
 l2_lpips_adversarial|L2 + 0.1 LPIPS + 0.01 adversarial|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01
@@ -117,7 +118,7 @@ VARIANTS
 
 # Both rules for psi and the warm starts, before training (learning rates of almost 0) and after a short one.
 initialisation() {
-    local photos="experiment=demo" sources=() images start label overrides budget
+    local photos="experiment=demo loss.mean_l2=0" sources=() images start label overrides budget
     train mnist_prior experiment=mnist_prior
     local mnist="experiment=mnist_super_resolution prior=$RUNS/mnist_prior/export"
     for images in photos mnist; do
