@@ -1,6 +1,6 @@
 """How fast images reach a training at 256x256, in images per second and loader process: shards and a folder of files.
 
-    python benchmarks/loading.py
+    python benchmarks/loading.py [--store]
     python benchmarks/loading.py --shards shards/imagenet256/train --folder images/train --workers 4 --batches 100
 
 Without folders of your own, JPEG files of 500x375 pixels are cut out of the photographs of ``data=photos``, and shards
@@ -15,7 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
+from results import store
 
 from ud2m.data import FolderData, ImageDataModule, PhotoData, ShardData
 
@@ -56,12 +58,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=30, help="batches that are timed")
     parser.add_argument("--workers", type=int, default=1, help="loader processes")
+    parser.add_argument("--store", action="store_true", help="write docs/results/loading.json, of the example")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both readers and print one line for each."""
     options = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    config = {name: getattr(options, name) for name in ("images", "batch_size", "batches", "workers")}
+    rows = []
     with tempfile.TemporaryDirectory() as work:
         if options.shards is None or options.folder is None:
             options.shards, options.folder = example(Path(work), options.images)
@@ -73,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "folder": FolderData(options.folder, cache_mb=0, **common),
         }
         for name, data in readers.items():
-            print(f"{name}: {speed(data, options.batches):.0f} images per second and loader process")
+            rows.append({"method": name, "images per second and process": f"{speed(data, options.batches):.0f}"})
+            print(rows[-1])
+    if options.store:
+        print(store("loading", "python benchmarks/loading.py --store", config, rows))
 
 
 if __name__ == "__main__":

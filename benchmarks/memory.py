@@ -1,4 +1,4 @@
-"""Print what activation checkpointing saves: python benchmarks/memory.py [--repeats 3] [--json FILE].
+"""Print what activation checkpointing saves: python benchmarks/memory.py [--repeats 3] [--store].
 
 One training step (both players, energy score) of the photo prior's network with K = 2, 3 and 8 modules, on the CPU.
 The peak is that of all tensors which the step allocates, by torch's profiler; weights are there before. Times are
@@ -6,14 +6,15 @@ medians, as ratios to the step without checkpointing.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from results import store
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,6 +22,8 @@ import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
 from ud2m.training import DistillationModule
 from ud2m.training.distillation import CHECKPOINTING
 
+COUNTS = (2, 3, 8)
+"""K."""
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
@@ -57,34 +60,45 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--store", action="store_true", help="write docs/results/memory.json")
     return parser
 
 
+def seconds(models: dict[str, DistillationModule], x0: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Return the times of steps; they take turns, so that a drifting machine hits all alike."""
+    times: dict[str, list[float]] = {kind: [] for kind in models}
+    for repeat in range(repeats + 1):
+        for kind, model in models.items():
+            start = time.perf_counter()
+            step(model, x0)
+            if repeat:
+                times[kind].append(time.perf_counter() - start)
+    return times
+
+
 def main() -> None:
-    """Measure, print one line per setting, and write JSON where asked for."""
+    """Measure, print one line per kind of checkpointing, and store them where asked for."""
     options = parser().parse_args()
     torch.set_num_threads(1)
     x0 = torch.rand(options.batch, 3, options.size, options.size)
-    rows = {}
-    for count in (2, 3, 8):
+    rows: dict[str, dict[str, Any]] = {kind: {"method": f"checkpointing: {kind}"} for kind in CHECKPOINTING}
+    peaks: dict[tuple[str, int], float] = {}
+    for count in COUNTS:
         models = {kind: build(count, kind) for kind in CHECKPOINTING}
-        seconds: dict[str, list[float]] = {kind: [] for kind in models}
-        for repeat in range(options.repeats + 1):  # interleaved: a drifting machine hits all alike
-            for kind, model in models.items():
-                start = time.perf_counter()
-                step(model, x0)
-                if repeat:
-                    seconds[kind].append(time.perf_counter() - start)
+        times = seconds(models, x0, options.repeats)
         for kind, model in models.items():
-            ratios = [a / b for a, b in zip(seconds[kind], seconds["none"], strict=True)]
-            rows[f"{kind}, K={count}"] = {"peak_mib": peak(model, x0) / 2**20, "time": statistics.median(ratios)}
-            print(f"{kind}, K={count}: {rows[f'{kind}, K={count}']}", flush=True)
-    for kind in CHECKPOINTING:
-        few, many = (rows[f"{kind}, K={count}"]["peak_mib"] for count in (2, 8))
-        print(f"{kind}: peak(K=8) / peak(K=2) = {many / few:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+            peaks[kind, count] = peak(model, x0) / 2**20
+            ratio = statistics.median(a / b for a, b in zip(times[kind], times["none"], strict=True))
+            rows[kind] |= {
+                f"peak, K = {count} [MiB]": f"{peaks[kind, count]:.0f}",
+                f"time, K = {count}": f"{ratio:.2f}",
+            }
+    for kind, row in rows.items():
+        row["peak, K = 8 / K = 2"] = f"{peaks[kind, 8] / peaks[kind, 2]:.2f}"
+        print(row)
+    if options.store:
+        config = {"size": options.size, "batch": options.batch, "repeats": options.repeats}
+        print(store("memory", "python benchmarks/memory.py --store", config, list(rows.values())))
 
 
 if __name__ == "__main__":

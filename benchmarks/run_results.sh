@@ -3,8 +3,8 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts, in order (all but `models` by default): models prior operators losses initialisation general cost picture.
-# `models` trains the shipped prior and the three shipped models anew and puts them into ud2m/pretrained. What is finished
+# Parts, in order (all but `models` by default): models prior operators losses initialisation general exact cost picture.
+# `models` trains the shipped prior and the four shipped models anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
 set -euo pipefail
@@ -50,7 +50,7 @@ ship() {
 models() {
     train photos_prior experiment=photos_prior
     ship $RUNS/photos_prior/export photos_prior
-    for operator in $OPERATORS; do
+    for operator in $OPERATORS general; do
         train "photos_$operator" experiment="photos_$operator"
         ship "$RUNS/photos_$operator/export" "photos_$operator"
     done
@@ -149,18 +149,28 @@ general() {
     "$PYTHON" benchmarks/cross_operators.py misspecified
 }
 
+# Exactly known posteriors.
+exact() {
+    local study="--iterations 1000 --observations 16 --samples 64"
+    "$PYTHON" benchmarks/exact_posteriors.py table --blocks 1 2 4 8 --steps 1 2 4 8 16 $study --store exact_posteriors
+    "$PYTHON" benchmarks/exact_posteriors.py losses $study --store exact_losses
+}
+
+# Time ratios, memory and reading: on a machine that does nothing else.
 cost() {
     "$PYTHON" benchmarks/results.py cost
+    "$PYTHON" benchmarks/memory.py --store
+    "$PYTHON" benchmarks/loading.py --store
 }
 
 picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
-[ $# -gt 0 ] || set -- prior operators losses initialisation general cost picture
+[ $# -gt 0 ] || set -- prior operators losses initialisation general exact cost picture
 for part in "$@"; do
     case $part in
-        models | prior | operators | losses | initialisation | general | cost | picture) "$part" ;;
+        models | prior | operators | losses | initialisation | general | exact | cost | picture) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
 done
