@@ -108,7 +108,7 @@ prior|energy + 0.05 prior features|loss.perceptual=0.05
 lpips|energy + 0.05 LPIPS|loss.perceptual=0.05 loss/distance=lpips
 feature_energy|energy + 0.05 feature energy|loss.feature_energy=0.05
 mean_l2|energy + 10 squared error of the mean|loss.mean_l2=10
-mean_l2_30|energy + 30 squared error of the mean (demo, blur, SR)|loss.mean_l2=30
+mean_l2_30|energy + 30 squared error of the mean (the demo's)|loss.mean_l2=30
 l2|L2|loss.l2=1 loss.energy=0
 l2_lpips|L2 + 0.1 LPIPS|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips
 l2_lpips_adversarial|L2 + 0.1 LPIPS + 0.01 adversarial|loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01
