@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from processes import start
 from safetensors.torch import load_file
-from tiny import SIZE, perturb, save_tiny_prior, tiny_prior, trained
+from tiny import LORA, SIZE, perturb, save_tiny_prior, tiny_prior, trained
 from tiny_training import (
     EPOCHS,
     STEPS,
@@ -29,7 +29,7 @@ from torch import nn
 
 from ud2m.evaluation import evaluate
 from ud2m.losses import L2, build_generator_loss
-from ud2m.physics import observe
+from ud2m.physics import Inpainting, observe
 from ud2m.prior import Prior
 from ud2m.training import Levels
 from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
@@ -672,6 +672,47 @@ def test_selection_by_lpips_needs_its_weights(net, prior, monkeypatch):
 def test_numbers_of_a_prior_are_checked(change):
     with pytest.raises(ValueError, match="must"):
         prior_module(**change)
+
+
+def without_judge(module):
+    """The parameters that an export holds."""
+    return {name: p for name, p in trained(module).items() if not name.startswith(("discriminator.", "loss."))}
+
+
+def test_a_run_starts_from_a_trained_model(prior, tmp_path):
+    first = distillation(prior)
+    fit(first, tmp_path / "first")
+    first.export(tmp_path / "export")
+    with first.ema.applied():
+        expected = {name: parameter.detach().clone() for name, parameter in without_judge(first).items()}
+    module = distillation(prior, start_from=str(tmp_path / "export"), operator=Inpainting(0.2), sigma_y=0.1)
+    found = without_judge(module)
+    assert expected.keys() == found.keys()
+    assert any(not torch.equal(p, found[name]) for name, p in without_judge(distillation(prior)).items())
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name])
+    # the average of the new run begins there too
+    with module.ema.applied():
+        assert all(torch.equal(p, found[name]) for name, p in without_judge(module).items())
+    fit(module, tmp_path / "run")
+    assert any(not torch.equal(p, expected[name]) for name, p in without_judge(module).items())
+
+
+def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
+    distillation(prior).export(tmp_path / "export")
+    start = {"start_from": str(tmp_path / "export")}
+    with pytest.raises(ValueError, match=r"cannot start from the model .*it has another lora: "):
+        distillation(prior, lora={**LORA, "rank": 1}, **start)
+    network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
+    with pytest.raises(ValueError, match="it has another num_blocks"):
+        distillation(prior, network=network, **start)
+    with pytest.raises(ValueError, match="it has another prior"):
+        distillation(save_tiny_prior(tmp_path / "other", seed=5), **start)
+    (tmp_path / "export" / "psi.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot start from the model"):
+        distillation(prior, **start)
+    with pytest.raises(FileNotFoundError, match="no model at 'nowhere'"):
+        distillation(prior, start_from="nowhere")
 
 
 def half(scale, growth_interval=2000):

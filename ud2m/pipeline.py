@@ -27,6 +27,8 @@ from ud2m.unfolded import UnfoldedNetwork, build_network
 
 CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
 FORMAT = 1
+PSI_MEANS = ("num_blocks", "rule", "conditioning")
+"""Parts of a network's description without which psi means nothing."""
 
 
 @dataclass
@@ -257,6 +259,34 @@ class PosteriorSampler:
             ) from error
         base.merge_adapter()
         return cls(network.requires_grad_(False).to(device).eval(), base, config)
+
+
+def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) -> None:
+    """Give a network, whose prior has an adapter, the trained parameters of a model: to train it further.
+
+    Args:
+        reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others.
+
+    Raises:
+        FileNotFoundError: when nothing is there. ValueError: when it has another prior, adapter or kind of psi.
+    """
+    folder = _export_folder(str(reference))
+    content = _read_config(folder)
+    here = {
+        "prior": prior.fingerprint,
+        "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),
+        **{part: network.spec.get(part) for part in PSI_MEANS},
+    }
+    try:
+        there = {"prior": content["prior"]["fingerprint"], "lora": LoraSpec(**content["lora"]).to_dict()}
+        there |= {part: content["network"].get(part) for part in PSI_MEANS}
+        other = [part for part in here if here[part] != there[part]]
+        if other:
+            raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
+        prior.read_adapter(folder)
+        network.load_own_state(load_file(folder / PSI_FILE))
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
 
 
 def check_count(name: str, value: Any) -> None:

@@ -279,14 +279,18 @@ class Prior(nn.Module):
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
-        """Load an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
+        """Add an adapter with what ``save_adapter`` wrote; errors as of ``read_adapter``."""
+        return self.add_lora(spec).read_adapter(folder)
+
+    def read_adapter(self, folder: Path) -> "Prior":
+        """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
 
         Raises:
-            ValueError: when it is not an adapter of this ``spec``. OSError, SafetensorError: when a file is missing or
-                damaged.
+            ValueError: when it is not an adapter of this one's ``LoraSpec``. OSError, SafetensorError: when a file is
+                missing or damaged.
         """
-        self.add_lora(spec)
-        if isinstance(self.unet, peft.PeftModel):
+        spec = self.lora
+        if isinstance(self.unet, peft.PeftModel) and spec is not None:
             # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
             stored = _read_json(Path(folder) / CONFIG_NAME)
             state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from ud2m import pipeline
 from ud2m.evaluation import Evaluation, Problem, lpips_if_available
 from ud2m.losses import DiscriminatorLoss, GeneratorLoss, Prediction
 from ud2m.noise import rand, randn_like
@@ -97,6 +98,7 @@ class DistillationModule(SteppedModule):
         channels_last: ``Prior.use_channels_last``.
         compile: backend of torch.compile for the prior's network (``Prior.compile_network``), None to do without. The
             discriminator is not compiled: its penalty is differentiated twice.
+        start_from: model whose trained parameters the run begins with (``pipeline.start_from``). None: the prior's.
         seed: of all randomness.
 
     Raises:
@@ -128,6 +130,7 @@ class DistillationModule(SteppedModule):
         frozen_bfloat16: bool = False,
         channels_last: bool = False,
         compile: str | None = None,
+        start_from: str | None = None,
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
         super().__init__(settings, seed)
@@ -142,6 +145,8 @@ class DistillationModule(SteppedModule):
         self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
+        if start_from is not None:
+            pipeline.start_from(self.network, self.prior, start_from)
         self.network.checkpointing = checkpointing != "none"
         if checkpointing == "all":
             self.prior.checkpoint_layers()
