@@ -104,6 +104,7 @@ spread1|energy, spread 1|loss.terms.energy.term.spread=1
 rank0|energy, rank 0 (psi alone)|lora.rank=0
 adversarial|energy + 0.01 adversarial|loss.adversarial=0.01
 more_adversarial|energy + 0.3 adversarial|loss.adversarial=0.3
+fast_adversarial|energy + 0.3 adversarial, D 20 x faster|loss.adversarial=0.3 training.optimizer.lr_discriminator=4e-3
 prior|energy + 0.05 prior features|loss.perceptual=0.05
 lpips|energy + 0.05 LPIPS|loss.perceptual=0.05 loss/distance=lpips
 feature_energy|energy + 0.05 feature energy|loss.feature_energy=0.05
