@@ -14,22 +14,27 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from results import store
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
+from results import store
 from ud2m.training import DistillationModule
-from ud2m.training.distillation import CHECKPOINTING
 
 COUNTS = (2, 3, 8)
 """K."""
+KINDS = {
+    "none": (),
+    "modules": ("training.checkpointing=modules",),
+    "modules, 2 kept": ("training.checkpointing=modules", "training.kept_modules=2"),
+    "all": ("training.checkpointing=all",),
+}
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def build(num_blocks: int, checkpointing: str) -> DistillationModule:
+def build(num_blocks: int, *checkpointing: str) -> DistillationModule:
     """Return the training module of the deblurring experiment, with a discriminator."""
-    options = [f"network.num_blocks={num_blocks}", f"training.checkpointing={checkpointing}"]
+    options = [f"network.num_blocks={num_blocks}", *checkpointing]
     with initialize_config_dir(CONF, version_base="1.3"):
         config = compose("train", ["experiment=photos_gaussian_blur", "name=memory", "loss.adversarial=0.01", *options])
     return instantiate(config.training, _convert_="all")
@@ -81,10 +86,10 @@ def main() -> None:
     options = parser().parse_args()
     torch.set_num_threads(1)
     x0 = torch.rand(options.batch, 3, options.size, options.size)
-    rows: dict[str, dict[str, Any]] = {kind: {"method": f"checkpointing: {kind}"} for kind in CHECKPOINTING}
+    rows: dict[str, dict[str, Any]] = {kind: {"method": f"checkpointing: {kind}"} for kind in KINDS}
     peaks: dict[tuple[str, int], float] = {}
     for count in COUNTS:
-        models = {kind: build(count, kind) for kind in CHECKPOINTING}
+        models = {kind: build(count, *overrides) for kind, overrides in KINDS.items()}
         times = seconds(models, x0, options.repeats)
         for kind, model in models.items():
             peaks[kind, count] = peak(model, x0) / 2**20

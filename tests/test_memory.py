@@ -59,26 +59,28 @@ def gradients(module, precision=None):
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", ["modules", "all"])
-def test_checkpointing_gives_the_same_gradients_from_more_evaluations(checkpointing, precision, prior):
+@pytest.mark.parametrize(("checkpointing", "kept"), [("modules", 1), ("modules", 2), ("all", 1)])
+def test_checkpointing_gives_the_same_gradients_from_more_evaluations(checkpointing, kept, precision, prior):
     expected = gradients(module_of(prior), precision)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in expected.values())
-    module, calls = module_of(prior, checkpointing=checkpointing), []
+    module, calls = module_of(prior, checkpointing=checkpointing, kept_modules=kept), []
     module.prior.register_forward_pre_hook(lambda *_: calls.append(None))
     found = gradients(module, precision)
-    assert len(calls) == 3 + 2  # the last module is not evaluated again
+    assert len(calls) == 3 + 3 - kept  # the last modules are not evaluated again
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_memory_is_flat_in_the_number_of_modules(prior):
     x0 = torch.rand(1, 3, SIZE, SIZE)
 
-    def growth(checkpointing):
-        few, many = (peak(module_of(prior, count, checkpointing=checkpointing), x0) for count in (2, 6))
+    def growth(checkpointing, kept=1):
+        options = {"checkpointing": checkpointing, "kept_modules": kept}
+        few, many = (peak(module_of(prior, count, **options), x0) for count in (2, 6))
         return many / few
 
     assert growth("none") > 1.8
     assert growth("modules") < 1.25
+    assert growth("modules", kept=2) < 1.25
 
 
 def test_residual_blocks_save_memory_beside_modules(prior):
@@ -90,6 +92,8 @@ def test_residual_blocks_save_memory_beside_modules(prior):
 def test_an_unknown_kind_of_checkpointing_is_refused(prior):
     with pytest.raises(ValueError, match="checkpointing must be one of none, modules, all, got 'some'"):
         distillation(prior, checkpointing="some")
+    with pytest.raises(ValueError, match="kept_modules must be at least 1, got 0"):
+        distillation(prior, checkpointing="modules", kept_modules=0)
 
 
 class Watch(TorchDispatchMode):

@@ -158,8 +158,8 @@ class UnfoldedNetwork(nn.Module):
         conditioning: names of the features that psi depends on, from ``ud2m.conditioning.FEATURES``. Differs from
             [UD2M], where psi is one number each: that suits one operator and one noise level.
 
-    With ``checkpointing`` set, the modules keep their inputs alone for the backward pass and are evaluated again in it:
-    memory hardly grows with K. The gradients are the same.
+    With ``kept_modules`` set, so many modules, the last ones, keep their activations for the backward pass; the others
+    keep their inputs and are evaluated again in it: memory hardly grows with K. The gradients are the same.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class UnfoldedNetwork(nn.Module):
         self.closing = None if rule.closing(one, one) is None else LearnedProx(len(conditioning))
         self.rule = rule
         self.warm_start = warm_start
-        self.checkpointing = False
+        self.kept_modules: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -226,11 +226,13 @@ class UnfoldedNetwork(nn.Module):
         return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing, features)
 
     def _is_replayed(self, k: int, symmetries: int) -> bool:
-        """Return whether module k is evaluated again in the backward pass, where the last one's turn comes at once.
+        """Return whether module k is evaluated again in the backward pass.
 
         Random orientations are drawn inside of a module, and would be others in the second evaluation.
         """
-        return self.checkpointing and torch.is_grad_enabled() and k < self.num_blocks - 1 and symmetries == 1
+        if self.kept_modules is None or symmetries > 1 or not torch.is_grad_enabled():
+            return False
+        return k < self.num_blocks - self.kept_modules
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the parameters that are not the denoiser's: psi, and those of a learned warm start."""

@@ -26,7 +26,7 @@ from ud2m.unfolded import build_network
 from ud2m.warm_start import start_from_y
 
 CHECKPOINTING = ("none", "modules", "all")
-"""What is evaluated again in the backward pass: nothing, all LATINO modules but the last, also residual blocks."""
+"""What is evaluated again in the backward pass: nothing, LATINO modules (but the last), also residual blocks."""
 
 METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
 """Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
@@ -92,7 +92,8 @@ class DistillationModule(SteppedModule):
         validation: ``num_samples`` per image, ``lpips`` (backbone, or None to do without), and ``metric`` (one of
             ``METRICS``), the score of the sampler that selects the best checkpoint.
         info: plain values that the export keeps, such as the configuration of the operator.
-        checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients.
+        checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients. kept_modules: the
+            last LATINO modules, which it leaves out; at least one, whose turn in the backward pass comes at once.
         frozen_bfloat16: keep the frozen weights in bfloat16 (``Prior.store_frozen_in_bfloat16``), in which the network
             is then validated too.
         channels_last: ``Prior.use_channels_last``.
@@ -127,6 +128,7 @@ class DistillationModule(SteppedModule):
         noise: float | None = None,
         seed: int = 0,
         checkpointing: str = "none",
+        kept_modules: int = 1,
         frozen_bfloat16: bool = False,
         channels_last: bool = False,
         compile: str | None = None,
@@ -142,12 +144,14 @@ class DistillationModule(SteppedModule):
         check_eta(sampling["eta"])
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        if kept_modules < 1:
+            raise ValueError(f"kept_modules must be at least 1, got {kept_modules}")
         self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
         if start_from is not None:
             pipeline.start_from(self.network, self.prior, start_from)
-        self.network.checkpointing = checkpointing != "none"
+        self.network.kept_modules = None if checkpointing == "none" else kept_modules
         if checkpointing == "all":
             self.prior.checkpoint_layers()
         if frozen_bfloat16:
