@@ -86,8 +86,8 @@ SECTIONS = (
         "losses",
         "What each loss term does",
         "Short runs of equal length that differ in the loss alone; Gaussian deblurring, every sixth 32x32 piece of the "
-        "test photographs. In 120 steps the discriminator stays undecided, at 20 times its rate of learning too, so that "
-        "the adversarial term has no say yet.",
+        "test photographs. In 120 steps the discriminator stays undecided, at 20 times its rate of learning too: the "
+        "adversarial term has no say yet.",
     ),
     Section(
         "initialisation",
