@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import store
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from results import store
 from ud2m.baselines import Latino, LatinoSetting
 from ud2m.calibration import wasserstein2
 from ud2m.cells import CellStore, Result, digest
@@ -39,6 +39,7 @@ from ud2m.output import write_bytes, write_json
 from ud2m.physics import GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe, select_samples
 from ud2m.physics.general import LUMINANCE
 from ud2m.prior import weights_fingerprint
+from ud2m.report import markdown_line
 from ud2m.rivals import DDPM_TABLE, Ddrm, DiffPir, Dps, Langevin
 from ud2m.sampler import sample_posterior
 from ud2m.schedule import VPSchedule
@@ -374,8 +375,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return rows as the lines of a Markdown table."""
     texts = [cells(row) for row in rows]
-    head = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
-    return head + ["| " + " | ".join(text.values()) + " |" for text in texts]
+    head = [markdown_line(texts[0]), "| --- |" + " ---: |" * (len(texts[0]) - 1)]
+    return head + [markdown_line(text.values()) for text in texts]
 
 
 def read_eta(text: str) -> float | str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ud2m.output import write_bytes, write_json
-from ud2m.report import Column, best_cells, format_value, table_columns
+from ud2m.report import Column, best_cells, format_value, markdown_line, table_columns
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
@@ -287,13 +287,13 @@ def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> str:
     best = best_cells(rows, columns)
     if keys:
         columns = [column for key in keys for column in columns if column.key == key]
-    lines = [_line([column.heading for column in columns])]
+    lines = [markdown_line([column.heading for column in columns])]
     words = [any(isinstance(row.get(column.key), str) for row in rows) for column in columns]
-    lines.append(_line(["---" if is_text else "---:" for is_text in words]))
+    lines.append(markdown_line(["---" if is_text else "---:" for is_text in words]))
     for index, row in enumerate(rows):
         cells = [format_value(column, row.get(column.key)) for column in columns]
         won = [(index, column.key) in best for column in columns]
-        lines.append(_line([f"**{cell}**" if wins else cell for cell, wins in zip(cells, won, strict=True)]))
+        lines.append(markdown_line([f"**{cell}**" if wins else cell for cell, wins in zip(cells, won, strict=True)]))
     return "\n".join(lines)
 
 
@@ -350,10 +350,6 @@ def _named(column: Column) -> Column:
         level = column.key.partition("@")[2]
         return replace(column, heading=f"σ = {level}", format=".2f", best="max")
     return replace(column, format=COST_FORMATS.get(column.key, column.format))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

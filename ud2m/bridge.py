@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ud2m.noise import randn_like
 from ud2m.output import atomic_folder
-from ud2m.physics import DataTerm, image_shape, select_samples
+from ud2m.physics import DataTerm, image_shape
 from ud2m.physics.samples import per_sample
-from ud2m.pipeline import check_count, noise_levels
+from ud2m.pipeline import check_count, draw_in_chunks, noise_levels
 from ud2m.prior import SCHEDULER_FILE, load_unet, save_prior, weights_fingerprint
 from ud2m.warm_start import SmoothingStart, start_from_y
 
@@ -163,15 +163,7 @@ class BridgeSampler:
     ) -> Tensor:
         """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...]."""
         self.check(physics)
-        levels = noise_levels(sigma_y, y)
-        seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator).tolist()
-        rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
-        samples = []
-        for number, chunk in enumerate(rows.split(self.chunk_size)):
-            first = number * self.chunk_size
-            streams = [torch.Generator(y.device).manual_seed(seed) for seed in seeds[first : first + len(chunk)]]
-            samples.append(self.draw(y[chunk], select_samples(physics, chunk), levels[chunk], streams))
-        return torch.cat(samples).clamp(0, 1).unflatten(0, (len(y), num_samples))
+        return draw_in_chunks(self.draw, y, physics, noise_levels(sigma_y, y), num_samples, self.chunk_size, generator)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: Tensor, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each observation."""

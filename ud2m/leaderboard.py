@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ud2m.cells import Result
 from ud2m.images import data_url
-from ud2m.report import Column, best_cells, format_value, table_columns, viewable
+from ud2m.report import Column, best_cells, format_value, html_page, markdown_line, table_columns, viewable
 
 SETTING = ("data", "size", "operator", "sigma_y")
 HIDDEN = ("_low", "_high", "_nominal", "_backend")
@@ -78,11 +78,11 @@ def markdown(rows: Rows) -> str:
     """Return the rows as a Markdown table, the best value of a column, operator and data set in bold, with notes."""
     columns = visible(rows)
     best = best_cells(rows, columns)
-    lines = [_line(column.heading for column in columns)]
-    lines.append(_line("---" if _is_text(rows, column) else "---:" for column in columns))
+    lines = [markdown_line(column.heading for column in columns)]
+    lines.append(markdown_line("---" if _is_text(rows, column) else "---:" for column in columns))
     for index, row in enumerate(rows):
         cells = [(cell_text(column, row), (index, column.key) in best) for column in columns]
-        lines.append(_line(f"**{text}**" if wins else text for text, wins in cells))
+        lines.append(markdown_line(f"**{text}**" if wins else text for text, wins in cells))
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(rows))]) + "\n"
 
 
@@ -132,7 +132,7 @@ def render(board: Board) -> str:
         body += f"<section><h2>{_text(heading)}</h2>{_plots(board, indices)}{_pictures(board, indices)}</section>"
     settings = json.dumps(board.settings, indent=2, ensure_ascii=False, default=str)
     body += f"<details><summary>Settings</summary><pre class=scroll tabindex=0>{_text(settings)}</pre></details>"
-    return _PAGE.format(title=_text(board.title), style=_STYLE, body=body, script=_SCRIPT)
+    return html_page(board.title, _STYLE, body, _SCRIPT)
 
 
 def _groups(rows: Rows) -> dict[tuple[tuple[str, Any], ...], list[int]]:
@@ -301,31 +301,9 @@ def _is_text(rows: Rows, column: Column) -> bool:
     return any(isinstance(row.get(column.key), str) for row in rows)
 
 
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def _text(value: Any) -> str:
     return html.escape(str(value))
 
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>{body}</main>
-<script>{script}</script>
-</body>
-</html>
-"""
 
 _STYLE = """
 :root { --ink: #1b1b1b; --paper: #fff; --soft: #666; --line: #ddd; --tint: #f4f4f4; }

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,25 +136,15 @@ class PosteriorSampler:
         sigma_y = noise_levels(self.config.sigma_y if sigma_y is None else sigma_y, y)
         shape = image_shape(physics, y)
         self._check_image(shape)
-        seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
-        rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
         levels = self.prior.schedule.grid(num_steps, self.config.grid_power)
         if tile is not None:
             chunk_size = max(1, min(chunk_size, chunk_size * tile**2 // (shape[1] * shape[2])))
-        samples = [
-            sample_posterior(
-                partial(self.network, tile=tile, symmetries=symmetries, step_scale=step_scale),
-                y[chunk],
-                select_samples(physics, chunk),
-                sigma_y[chunk],
-                levels,
-                shape,
-                eta,
-                [torch.Generator(y.device).manual_seed(seed) for seed in part],
-            )
-            for chunk, part in zip(rows.split(chunk_size), _split(seeds, chunk_size), strict=True)
-        ]
-        return torch.cat(samples).clamp(0, 1).unflatten(0, (len(y), num_samples))
+        network = partial(self.network, tile=tile, symmetries=symmetries, step_scale=step_scale)
+
+        def draw(y: Tensor, physics: DataTerm, sigma_y: Tensor, streams: list[torch.Generator]) -> Tensor:
+            return sample_posterior(network, y, physics, sigma_y, levels, shape, eta, streams)
+
+        return draw_in_chunks(draw, y, physics, sigma_y, num_samples, chunk_size, generator)
 
     def _check_image(self, image_shape: tuple[int, ...]) -> None:
         if len(image_shape) != 3 or image_shape[0] != self.prior.channels:
@@ -259,6 +249,36 @@ class PosteriorSampler:
             ) from error
         base.merge_adapter()
         return cls(network.requires_grad_(False).to(device).eval(), base, config)
+
+
+def draw_in_chunks(
+    draw: Callable[[Tensor, Any, Tensor, list[torch.Generator]], Tensor],
+    y: Tensor,
+    physics: DataTerm,
+    sigma_y: Tensor,
+    num_samples: int,
+    chunk_size: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...], of at most ``chunk_size`` rows at once.
+
+    Args:
+        draw: (y, physics, sigma_y, streams) -> one image per row. Each sample has a stream of its own, so that it does
+            not depend on the chunks.
+        sigma_y: [B]. generator: seeds the streams; on any device.
+    """
+    seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
+    rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
+    samples = [
+        draw(
+            y[chunk],
+            select_samples(physics, chunk),
+            sigma_y[chunk],
+            [torch.Generator(y.device).manual_seed(seed) for seed in part],
+        )
+        for chunk, part in zip(rows.split(chunk_size), _split(seeds, chunk_size), strict=True)
+    ]
+    return torch.cat(samples).clamp(0, 1).unflatten(0, (len(y), num_samples))
 
 
 def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) -> None:

@@ -195,7 +195,7 @@ def render(report: Report) -> str:
         + "".join(_section(section) for section in report.sections)
         + _settings(report.settings)
     )
-    return _PAGE.format(title=_text(report.title), style=_STYLE, body=body)
+    return html_page(report.title, _STYLE, body)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -474,6 +474,19 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return _tag("details", content)
 
 
+def markdown_line(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table; a bar would begin a new cell, and a new line end the table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def html_page(title: str, style: str, body: str, script: str = "") -> str:
+    """Return a page that loads nothing, and runs nothing but ``script``; ``body`` is HTML, ``title`` text."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        policy, script = f"{policy}; script-src 'unsafe-inline'", f"<script>{script}</script>\n"
+    return _PAGE.format(policy=policy, title=_text(title), style=style, body=body, script=script)
+
+
 def _require(condition: bool, name: str, what: str, wanted: str, got: Tensor) -> None:
     if not condition:
         raise ValueError(f"report entry {name!r}: {what} must have shape {wanted}, got {tuple(got.shape)}")
@@ -486,13 +499,13 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+  content="{policy}">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
 <main>{body}</main>
-</body>
+{script}</body>
 </html>
 """
 

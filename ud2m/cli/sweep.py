@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
 from ud2m.cli.sweep_plot import page
 from ud2m.output import write_bytes
+from ud2m.report import markdown_line
 
 SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")
@@ -142,7 +143,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    lines = [_line(columns), "|" + " --- |" * len(columns), *(_line(row) for row in cells)]
+    lines = [markdown_line(columns), "|" + " --- |" * len(columns), *(markdown_line(row) for row in cells)]
     if rows[0]["rank"] is not None:
         lines += ["", f"best score: run {rows[0]['run']}"]
     failed = sum(row["rank"] is None for row in rows)
@@ -152,11 +153,6 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([columns, *cells])
     write_bytes(folder / "sweep.csv", table.getvalue().encode())
-
-
-def _line(cells: list[str]) -> str:
-    # a bar would begin a new cell
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _cell(value: Any) -> str:
