@@ -196,9 +196,9 @@ def test_a_method_takes_the_setting_that_is_best_on_validation_images(material, 
 
 
 def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, tmp_path, capsys):
-    changes = {"methods": "[pinv,ddrm]", "operators": '["super_resolution operator.factor=2"]', "tune": "false"}
+    changes = {"methods": "[pinv,ddrm]", "operators": '["gaussian_blur operator.boundary=zero"]', "tune": "false"}
     error = refusal(capsys, material, tmp_path, **changes)
-    assert "Ddrm cannot take the operator CircularDownsampling; it takes operators with" in error
+    assert "Ddrm cannot take the operator BoundedBlur; it takes operators with" in error
     assert "unsupported=skip" in error
     rows = run(material, tmp_path, unsupported="skip", **changes)
     assert [row["method"] for row in rows] == ["A^dagger y"]

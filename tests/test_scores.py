@@ -7,7 +7,12 @@ import scipy.stats
 import torch
 
 from ud2m import scores
-from ud2m.calibration import conditional_frechet, energy_score, gaussian_wasserstein2
+from ud2m.calibration import (
+    conditional_frechet,
+    debiased_conditional_frechet,
+    energy_score,
+    gaussian_wasserstein2,
+)
 from ud2m.evaluation import Problem, evaluate
 from ud2m.exact import GaussianMixture
 from ud2m.metrics import LPIPSDistance, calibration_ratio
@@ -146,12 +151,28 @@ def test_conditional_w2_of_a_shift_is_its_length_and_of_an_independent_sample_th
     x0 = y + 0.02 * gaussian(*y.shape, seed=1)
     again = y + 0.02 * gaussian(*y.shape, seed=2)
     assert found(again)["cw2"] < 0.005
+    assert abs(found(again)["cw2_debiased"]) < 0.005
     shifted = found(again + 0.05)
     assert shifted["cw2"] == pytest.approx(0.05 * 2, rel=0.02)
+    assert shifted["cw2_debiased"] == pytest.approx(0.05 * 2, rel=0.02)
     assert shifted["cw2_low"] < 0.1 < shifted["cw2_high"]
     # the right marginal, drawn without looking at y: E|y - m|^2 = 4 x 0.01 of the means, and spreads of 0.102 and 0.02
     blind = x0[torch.randperm(len(x0), generator=generator(3))]
     assert found(blind)["cw2"] == pytest.approx((4 * 0.01 + 4 * (0.102 - 0.02) ** 2) ** 0.5, rel=0.03)
+
+
+def test_the_debiased_conditional_distance_of_equal_laws_is_0_on_average_where_the_plain_one_is_not():
+    plain, debiased = [], []
+    for seed in range(40):
+        y = gaussian(60, 3, seed=3 * seed)
+        x, drawn = (y @ torch.ones(3, 8) + gaussian(60, 8, seed=3 * seed + k) for k in (1, 2))
+        plain.append(conditional_frechet(x, drawn, y))
+        debiased.append(debiased_conditional_frechet(x, drawn, y))
+        wider = debiased_conditional_frechet(x, 2 * drawn - y @ torch.ones(3, 8), y)
+        assert wider == pytest.approx(8, rel=0.5)  # eight features, deviations of 1 and 2
+    error = torch.tensor(debiased).std().item() / 40**0.5
+    assert abs(sum(debiased) / 40) < 3 * error
+    assert sum(plain) / 40 > 0.5 > 5 * error
 
 
 def test_cfid_refuses_rows_that_do_not_belong_together():

@@ -1,5 +1,7 @@
 """How well samples stand for a posterior: ranks, coverage, scores, distances and how sure of them one can be."""
 
+from dataclasses import dataclass
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -90,6 +92,32 @@ def gaussian_wasserstein2(mean: Tensor, covariance: Tensor, other_mean: Tensor, 
     return ((mean - other_mean).double().square().sum() + trace).clamp_min(0).sqrt().item()
 
 
+@dataclass(frozen=True)
+class ConditionalGaussian:
+    """x given y as N(mean + (y - mean_y) gain, covariance), in the convention of rows."""
+
+    mean: Tensor
+    mean_y: Tensor
+    gain: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, y: Tensor) -> "ConditionalGaussian":
+        """Return the law of rows x [n, F] given y [n, G], taken for jointly Gaussian."""
+        mean, mean_y = x.mean(0), y.mean(0)
+        x, y, scale = x - mean, y - mean_y, 1 / (len(x) - 1)
+        gain = torch.linalg.pinv(scale * y.T @ y, hermitian=True) @ (scale * y.T @ x)
+        residual = x - y @ gain
+        return cls(mean, mean_y, gain, scale * residual.T @ residual)
+
+    def distance(self, other: "ConditionalGaussian", y: Tensor) -> float:
+        """Return the mean over rows y of the squared 2-Wasserstein distance between both laws given y."""
+        shift = self.mean - other.mean + (y - self.mean_y) @ self.gain - (y - other.mean_y) @ other.gain
+        zero = torch.zeros_like(self.mean)
+        spread = gaussian_wasserstein2(zero, self.covariance, zero, other.covariance)
+        return shift.square().sum(1).mean().item() + spread**2
+
+
 def conditional_frechet(x: Tensor, drawn: Tensor, y: Tensor) -> float:
     """Return the conditional Fréchet distance (CFID) of features of truths, samples and observations, each [n, F].
 
@@ -103,21 +131,30 @@ def conditional_frechet(x: Tensor, drawn: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: when the three do not have one row for each of at least 2 images.
     """
+    x, drawn, y = _rows(x, drawn, y)
+    return ConditionalGaussian.fit(x, y).distance(ConditionalGaussian.fit(drawn, y), y)
+
+
+def debiased_conditional_frechet(x: Tensor, drawn: Tensor, y: Tensor) -> float:
+    """Return the same without the bias of finite sets, 0 on average where the laws agree; it can be negative.
+
+    The images are parted into those of even and odd number, and the distances D between laws fitted to different halves
+    give D(x, drawn') / 2 + D(x', drawn) / 2 - D(x, x') / 2 - D(drawn, drawn') / 2, as in Sinkhorn divergences (Feydy et
+    al., AISTATS 2019).
+    """
+    x, drawn, y = _rows(x, drawn, y)
+    (first, second), (ours, theirs) = ([ConditionalGaussian.fit(z[k::2], y[k::2]) for k in (0, 1)] for z in (x, drawn))
+    between = first.distance(theirs, y) + second.distance(ours, y)
+    return (between - first.distance(second, y) - ours.distance(theirs, y)) / 2
+
+
+def _rows(x: Tensor, drawn: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not len(x) == len(drawn) == len(y) or len(x) < 2 or x.shape != drawn.shape:
         raise ValueError(
             f"truths, samples and observations need a row for each image, got {list(x.shape)}, {list(drawn.shape)} and "
             f"{list(y.shape)}"
         )
-    parts = [part.double().flatten(1) for part in (x, drawn, y)]
-    means = [part.mean(0) for part in parts]
-    x0, d, seen = (part - mean for part, mean in zip(parts, means, strict=True))
-    scale = 1 / (len(x0) - 1)
-    inverse = torch.linalg.pinv(scale * seen.T @ seen, hermitian=True)
-    cross_x, cross_d = scale * x0.T @ seen, scale * d.T @ seen
-    P = scale * x0.T @ x0 - cross_x @ inverse @ cross_x.T
-    Q = scale * d.T @ d - cross_d @ inverse @ cross_d.T
-    shift = cross_x - cross_d
-    return gaussian_wasserstein2(means[0], P, means[1], Q) ** 2 + (shift @ inverse @ shift.T).trace().item()
+    return x.double().flatten(1), drawn.double().flatten(1), y.double().flatten(1)
 
 
 def residual_p_value(residual: Tensor, count: int | Tensor) -> Tensor:

@@ -83,6 +83,7 @@ COLUMNS = (
     Column("kid", "Kernel distance", "between both sets, unbiased (KID); lower is better", ".4g", "min", variants=True),
     Column("cfid", "CFID", "Fréchet distance given the observation; lower is better", ".3f", "min", variants=True),
     Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
+    Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
     Column("energy", "Energy score", "proper score of the samples together, per pixel; lower is better", ".4f", "min"),
     Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
     Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),

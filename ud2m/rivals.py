@@ -14,6 +14,7 @@ from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.physics import DataTerm, Separable, select_samples
+from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.pipeline import check_count, noise_levels
 from ud2m.schedule import VPSchedule
 
@@ -107,8 +108,8 @@ class Ddrm(Rival):
     """
 
     takes = (
-        "operators with a known singular value decomposition: circular blur, masks, denoising, and ddrm_blur and "
-        "ddrm_super_resolution"
+        "operators with a known singular value decomposition: circular blur, super-resolution, masks, denoising, "
+        "ddrm_blur and ddrm_super_resolution"
     )
 
     def __init__(
@@ -131,7 +132,7 @@ class Ddrm(Rival):
 
     def supports(self, physics: DataTerm) -> bool:
         """Return whether there is a decomposition."""
-        return isinstance(physics, DecomposablePhysics | Separable)
+        return isinstance(physics, DecomposablePhysics | Separable | CircularDownsampling)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
@@ -150,7 +151,11 @@ class Ddrm(Rival):
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A = U diag(gains) V^T with an orthogonal V on all images; complex coefficients lie as pairs of real ones."""
+    """A = U diag(gains) V^T with V V^T = 1; complex coefficients lie as pairs of real ones.
+
+    V may have more columns than an image has pixels (a Parseval frame): white noise of the coefficients is white noise
+    of the image all the same.
+    """
 
     gains: Tensor
     U_adjoint: Callable[[Tensor], Tensor]
@@ -186,6 +191,49 @@ def _(physics: Separable) -> Decomposition:
 
     gains = nn.functional.pad(physics.weights, room).unsqueeze(0)
     return Decomposition(gains, u_adjoint, v_adjoint, v, is_complex=False)
+
+
+@decomposition.register
+def _(physics: CircularDownsampling) -> Decomposition:
+    """U is the Hartley transform, which is real and diagonalises A A^T; what A does not see stays an image.
+
+    The coefficients are those of y, [B, C, h w], and after them the pixels of x - A^+ A x, [B, C, H W].
+    """
+    values = physics.singular_values()
+    kept = values > RELATIVE_RANK_TOLERANCE * values.amax((-2, -1), keepdim=True)
+    gains, inverse = values * kept, torch.where(kept, 1 / values, torch.zeros_like(values))
+    channels, height, width = physics.img_size
+    low = (height // physics.factor, width // physics.factor)
+
+    def u_adjoint(y: Tensor) -> Tensor:
+        return torch.cat([hartley(y).flatten(2), y.new_zeros(*y.shape[:2], height * width)], 2)
+
+    def unseen(x: Tensor) -> Tensor:
+        return x - physics.A_dagger(physics.A(x))
+
+    def v_adjoint(x: Tensor) -> Tensor:
+        seen = inverse.to(x.dtype) * hartley(physics.A(x))
+        return torch.cat([seen.flatten(2), unseen(x).flatten(2)], 2)
+
+    def v(coefficients: Tensor) -> Tensor:
+        seen, rest = coefficients.tensor_split([low[0] * low[1]], 2)
+        spread = physics.A_adjoint(hartley(inverse.to(seen.dtype) * seen.unflatten(2, low)))
+        return spread + unseen(rest.unflatten(2, (height, width)))
+
+    seen_gains = gains.expand(-1, channels, -1, -1).flatten(2)
+    return Decomposition(
+        torch.cat([seen_gains, seen_gains.new_zeros(len(seen_gains), channels, height * width)], 2),
+        u_adjoint,
+        v_adjoint,
+        v,
+        is_complex=False,
+    )
+
+
+def hartley(image: Tensor) -> Tensor:
+    """Return the orthonormal two-dimensional Hartley transform, which is its own inverse (Bracewell, 1983)."""
+    spectrum = torch.fft.fft2(image, norm="ortho")
+    return spectrum.real - spectrum.imag
 
 
 class DiffPir(Rival):

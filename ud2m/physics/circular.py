@@ -78,6 +78,10 @@ class CircularFilter(Immutable):
         gain = 1 / (power + ridge).clamp_min(torch.finfo(power.dtype).tiny)
         return (z + self._image_of(self._spread(gain * mismatch), 1, gain.dtype)).to(z.dtype)
 
+    def singular_values(self) -> Tensor:
+        """Return sqrt(P) at all frequencies of y, [1 or B, 1 or C, H / factor, W / factor] in the order of ``fft2``."""
+        return full_spectrum(self._power().clamp_min(0), self._size(self.factor)[1]).real.sqrt()
+
     def _set_kernel(self, kernel: Tensor, image_shape: tuple[int, int, int], factor: int) -> None:
         channels, height, width = image_shape
         self.img_size, self.factor = (channels, height, width), factor
