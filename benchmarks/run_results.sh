@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts, in order (all but `models` by default): models prior operators losses initialisation general exact cost picture.
+# Parts: PARTS at the end, in order, by default, and `models`.
 # `models` trains the shipped prior and the four shipped models anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -37,6 +37,13 @@ sample() {
     local folder=$OUT/$1
     shift
     [ -f "$folder/metrics.json" ] || "$PYTHON" sample.py output="$folder" "$@" </dev/null
+}
+
+# evaluate NAME overrides...: results/NAME, whose finished cells are not computed again
+evaluate() {
+    local name=$1
+    shift
+    "$PYTHON" -m ud2m.evaluate name="$name" "$@" </dev/null
 }
 
 collect() {
@@ -157,6 +164,122 @@ exact() {
     "$PYTHON" benchmarks/exact_posteriors.py losses $study --store exact_losses
 }
 
+# Conditional W2 of digits over K and N.
+mnist() {
+    train mnist_prior experiment=mnist_prior
+    for blocks in 1 2 4 8; do
+        train mnist_K$blocks experiment=mnist_super_resolution prior=$RUNS/mnist_prior/export network.num_blocks=$blocks \
+            loss.terms.energy.term.spread=1.0 steps=500 validate_every=250 trainer.precision=bf16-mixed
+    done
+    "$PYTHON" benchmarks/mnist_wasserstein.py table
+    "$PYTHON" benchmarks/mnist_wasserstein.py picture --blocks 1 8 --steps 1 1
+}
+
+# The paper's columns with all rivals: bridges and models for the operators that no shipped model is for are trained first,
+# then models with a network as their start, which go on from those without.
+rivals() {
+    local photos="experiment=photos_super_resolution" operators=(gaussian_blur super_resolution uniform_blur jpeg) operator
+    local bridges='"i2sb label=I2SB target.model=runs/results/bridge_{physics}/export"'
+    bridges+=',"cddb label=CDDB target.model=runs/results/bridge_{physics}/export"'
+    local started='"ud2m label=UD2M,_warm-start_network target.model=runs/results/start_{physics}/export"'
+    local metrics='[psnr,ssim,lpips_alex,frechet_alex,r,residual]' folders=() slow=()
+    for operator in "${operators[@]}"; do
+        local model=photos_$operator
+        if [ "$operator" = uniform_blur ] || [ "$operator" = jpeg ]; then
+            train "photos_$operator" $photos physics="$operator" steps=700 validate_every=350
+            model=$RUNS/photos_$operator/export
+        fi
+        train "bridge_$operator" experiment=photos_bridge physics="$operator"
+        train "start_$operator" $photos physics="$operator" network=learned training.start_from="$model" \
+            training.optimizer.lr_start=1e-3 steps=200 validate_every=200
+        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 unsupported=skip metrics="$metrics" \
+            methods="[start,latino,ddrm,diffpir,$bridges,\"ud2m label=UD2M target.model=$model\",$started]" \
+            datasets='["photos test_limit=285"]'
+        folders+=("results/rivals_$operator")
+        [ "$operator" != jpeg ] || continue
+        evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=2 tune_images=4 tune_samples=1 \
+            methods="[latino,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
+            metrics='[psnr,ssim,lpips_alex,residual]'
+        slow+=("results/rivals_dps_$operator")
+    done
+    collect rivals "${folders[@]}" --command "bash benchmarks/run_results.sh rivals"
+    collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
+}
+
+# Four evaluations of ours beside nine of the paper's rule.
+few_steps() {
+    local paper="network=paper training.sampling.grid_power=2.0" operator folders=()
+    local loss="loss.mean_l2=0 loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01"
+    for operator in gaussian_blur super_resolution; do
+        train "few_paper_$operator" experiment=demo physics=$operator $paper $loss training.sampling.symmetries=1
+        train "few_rule_$operator" experiment=demo physics=$operator $paper
+        train "few_K4_$operator" experiment=demo physics=$operator network.num_blocks=4 training.sampling.num_steps=1
+        train "few_K2_$operator" experiment=demo physics=$operator network.num_blocks=2 training.sampling.num_steps=2
+        train "demo_$operator" experiment=demo physics=$operator
+        local methods="" name label
+        while IFS='|' read -r name label; do
+            methods+="\"ud2m label=$label target.model=runs/results/${name}_$operator/export\","
+        done <<'MODELS'
+few_paper|paper,_K_=_3,_N_=_3
+few_rule|rule_of_the_paper,_K_=_3,_N_=_3
+demo|ours,_K_=_3,_N_=_3
+few_K4|ours,_K_=_4,_N_=_1
+few_K2|ours,_K_=_2,_N_=_2
+MODELS
+        methods+="\"ud2m label=ours,_K_=_3,_N_=_1 target.model=runs/results/demo_$operator/export target.num_steps=1\","
+        methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
+        evaluate "few_steps_$operator" operators="[$operator]" methods="[$methods]" \
+            metrics='[psnr,lpips_alex,r,residual]' datasets='["photos test_limit=57"]'
+        folders+=("results/few_steps_$operator")
+    done
+    collect few_steps "${folders[@]}" --command "bash benchmarks/run_results.sh few_steps"
+}
+
+# Short runs that differ in one choice, and one model sampled in many ways. Columns: name | label | training | sampling.
+ablations() {
+    local sources=() name label training sampling
+    while IFS='|' read -r name label training sampling; do
+        train "ablations/${name%%@*}" experiment=demo $SHORT loss.mean_l2=0 $training
+        sample "ablations/$name" model="$RUNS/ablations/${name%%@*}/export" $SIXTH $sampling
+        sources+=("$label=$OUT/ablations/$name")
+    done <<'VARIANTS'
+default|default||
+rank0|rank 0 (psi alone)|lora.rank=0|
+rank1|rank 1|lora.rank=1|
+rank4|rank 4|lora.rank=4|
+rank32|rank 32|lora.rank=32|
+power2|grid power 2|training.sampling.grid_power=2.0|
+power3|grid power 3|training.sampling.grid_power=3.0|
+power8|grid power 8|training.sampling.grid_power=8.0|
+visited|levels of training: those that sampling visits|training.levels.spread=0.0|
+anywhere|levels of training: anywhere|training.levels.spread=1.0|
+ema|averages over 500 steps|training.optimizer.ema_decay=0.998|
+K1@1|K = 1, N = 1|network.num_blocks=1|num_steps=1
+K1@2|K = 1, N = 2|network.num_blocks=1|num_steps=2
+K1@4|K = 1, N = 4|network.num_blocks=1|num_steps=4
+K1@8|K = 1, N = 8|network.num_blocks=1|num_steps=8
+K2@1|K = 2, N = 1|network.num_blocks=2|num_steps=1
+K2@2|K = 2, N = 2|network.num_blocks=2|num_steps=2
+K2@4|K = 2, N = 4|network.num_blocks=2|num_steps=4
+default@1|K = 3, N = 1||num_steps=1
+default@2|K = 3, N = 2||num_steps=2
+K4@1|K = 4, N = 1|network.num_blocks=4|num_steps=1
+K4@2|K = 4, N = 2|network.num_blocks=4|num_steps=2
+K8@1|K = 8, N = 1|network.num_blocks=8|num_steps=1
+VARIANTS
+    collect ablations "${sources[@]}" --command "bash benchmarks/run_results.sh ablations"
+    local methods="" eta steps
+    for eta in 0.0 0.5 1.0 fresh; do
+        methods+="\"ud2m label=N_=_3,_eta_=_$eta target.eta=$eta\","
+    done
+    for steps in 1 2 4 8; do
+        methods+="\"ud2m label=N_=_$steps,_eta_=_1.0 target.num_steps=$steps\","
+    done
+    evaluate sampling operators='[gaussian_blur]' methods="[${methods%,}]" metrics='[psnr,lpips_alex,r,residual]' \
+        datasets='["photos test_limit=57"]'
+    collect sampling results/sampling --command "bash benchmarks/run_results.sh ablations"
+}
+
 # Time ratios, memory and reading: on a machine that does nothing else.
 cost() {
     "$PYTHON" benchmarks/results.py cost
@@ -168,10 +291,11 @@ picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
-[ $# -gt 0 ] || set -- prior operators losses initialisation general exact cost picture
+PARTS="prior operators losses initialisation ablations general exact mnist rivals few_steps cost picture"
+[ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case $part in
-        models | prior | operators | losses | initialisation | general | exact | cost | picture) "$part" ;;
+    case " models $PARTS " in
+        *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
 done

@@ -94,12 +94,12 @@ def scripted_commands(tmp_path: Path) -> list[Command]:
     stub = tmp_path / "python"
     stub.write_text('#!/usr/bin/env bash\nprintf "python"\nprintf " %q" "$@"\necho\n')
     stub.chmod(0o755)
-    parts = re.search(r"Parts, in order .*: ([a-z ]+)\.", SCRIPT.read_text())
+    parts = re.search(r'^PARTS="([a-z_ ]+)"', SCRIPT.read_text(), re.MULTILINE)
     assert parts
     copy = tmp_path / "copy" / SCRIPT.relative_to(REPOSITORY)
     copy.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, copy)
-    script = ["bash", str(copy), *parts[1].split()]
+    script = ["bash", str(copy), "models", *parts[1].split()]
     done = subprocess.run(script, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True, check=True)
     return [words(line) for line in done.stdout.splitlines()]
 

@@ -162,17 +162,17 @@ def test_conditional_w2_of_a_shift_is_its_length_and_of_an_independent_sample_th
 
 
 def test_the_debiased_conditional_distance_of_equal_laws_is_0_on_average_where_the_plain_one_is_not():
-    plain, debiased = [], []
+    plain, debiased, wider = [], [], []
     for seed in range(40):
-        y = gaussian(60, 3, seed=3 * seed)
-        x, drawn = (y @ torch.ones(3, 8) + gaussian(60, 8, seed=3 * seed + k) for k in (1, 2))
+        y = gaussian(200, 3, seed=3 * seed)
+        x, drawn = (y @ torch.ones(3, 8) + gaussian(200, 8, seed=3 * seed + k) for k in (1, 2))
         plain.append(conditional_frechet(x, drawn, y))
         debiased.append(debiased_conditional_frechet(x, drawn, y))
-        wider = debiased_conditional_frechet(x, 2 * drawn - y @ torch.ones(3, 8), y)
-        assert wider == pytest.approx(8, rel=0.5)  # eight features, deviations of 1 and 2
+        wider.append(debiased_conditional_frechet(x, 2 * drawn - y @ torch.ones(3, 8), y))
     error = torch.tensor(debiased).std().item() / 40**0.5
     assert abs(sum(debiased) / 40) < 3 * error
-    assert sum(plain) / 40 > 0.5 > 5 * error
+    assert sum(plain) / 40 > 0.2 > 5 * error
+    assert sum(wider) / 40 == pytest.approx(8, rel=0.1)  # eight features, deviations of 1 and 2
 
 
 def test_cfid_refuses_rows_that_do_not_belong_together():

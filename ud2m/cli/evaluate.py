@@ -35,6 +35,7 @@ from ud2m.scores import build_score, check_scores
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PLACE = "{physics}"
+LABEL = "label="
 TUNED = {"psnr_mean": "psnr", "psnr": "psnr", "ssim_mean": "ssim", "ssim": "ssim", "energy": "energy"}
 TUNED |= {f"lpips_{net}": f"lpips_{net}" for net in BACKBONES}
 """Numbers that a setting can be chosen by, and the metric that they are of."""
@@ -212,8 +213,9 @@ class EvaluationRun:
                 "num_samples": config.tune_samples,
                 "images": images_digest(images.validation),
             }
-        label = method["label"] + given(name)
-        return Job(label, entry, images, problem, target, settings, num_samples, candidates, self._build)
+        return Job(
+            label(name, method["label"]), entry, images, problem, target, settings, num_samples, candidates, self._build
+        )
 
     def _shown(self, images: Images) -> list[int]:
         count = min(self.config.show, images.count)
@@ -319,7 +321,7 @@ def part(group: str, entry: str) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name or key.
     """
-    name, *overrides = entry.split() or [""]
+    name, *overrides = [word for word in entry.split() if not word.startswith(LABEL)] or [""]
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
         raise ValueError(f"unknown {group} {name!r}; known: {', '.join(known)}")
@@ -381,10 +383,14 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def given(entry: str) -> str:
-    """Return the settings of an entry as they are added to a label."""
-    words = [word.removeprefix("target.") for word in entry.split()[1:] if not word.startswith(("label=", "tune="))]
-    return f" ({', '.join(words)})" if words else ""
+def label(entry: str, default: str) -> str:
+    """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
+    words = entry.split()[1:]
+    for word in words:
+        if word.startswith(LABEL):
+            return word.removeprefix(LABEL).replace("_", " ")
+    words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
+    return f"{default} ({', '.join(words)})" if words else default
 
 
 def several(metric: str) -> bool:
