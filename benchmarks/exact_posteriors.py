@@ -3,15 +3,18 @@
     python benchmarks/exact_posteriors.py fit
     python benchmarks/exact_posteriors.py table [--blocks 1 2 4 8] [--steps 1 2 4 8 16] [--loss energy=1 ...]
     python benchmarks/exact_posteriors.py losses
+    python benchmarks/exact_posteriors.py sampling
 
 ``fit`` stores the mixture (``table`` does it where it is missing). ``table`` trains UD2M for every K of ``--blocks``
 and samples with every N of ``--steps``, beside LATINO, DDRM, DiffPIR, DPS and a long Langevin run with the same exact
-denoiser. ``losses`` trains one K with one loss after the other. Rows: the 2-Wasserstein distance to exact posterior
-draws beside the floor (two independent sets of exact draws), the same without the bias of finite sets, and the coverage
-of 90 % intervals. Everything is kept in ``results/exact`` and measured once; docs/evaluation.md says more.
+denoiser. ``losses`` trains one K with one loss after the other, ``sampling`` tries every eta and grid on one trained
+network. Rows: the 2-Wasserstein distance to exact posterior draws beside the floor (two independent sets of exact
+draws), the same without the bias of finite sets, and the coverage of 90 % intervals. Everything is kept in
+``results/exact`` and measured once; docs/evaluation.md says more.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shlex
@@ -58,6 +61,8 @@ OPERATORS: dict[str, OperatorFamily] = {
 }
 LOSSES = ("energy", "l2", "mean_l2", "adversarial")
 STUDY = ("energy=1", "l2=1", "l2=1 adversarial=0.05", "energy=1 adversarial=0.05", "energy=1 mean_l2=1")
+ETAS = ("0", "0.5", "1", "fresh")
+GRID_POWERS = (1.0, 2.0, 3.0, 5.0)
 NETWORK = {
     "rule": {"name": "annealed", "tau_max": 0.4, "floor": 3.0, "width": 1.0, "closing": 0.3},
     "warm_start": {"name": "smoothing", "scales": [4, 2], "deviation": 0.1},
@@ -176,10 +181,10 @@ def train(
 class Unfolded:
     """A trained network as a ``Method`` with N steps."""
 
-    def __init__(self, network: UnfoldedNetwork, num_steps: int, eta: float | str = 1.0):
+    def __init__(self, network: UnfoldedNetwork, num_steps: int, eta: float | str = 1.0, grid_power: float = 2.0):
         self.network, self.eta = network, eta
         self.networks = [network.denoiser]
-        self.levels = VPSchedule.from_config(DDPM_TABLE).grid(num_steps)
+        self.levels = VPSchedule.from_config(DDPM_TABLE).grid(num_steps, grid_power)
 
     @torch.no_grad()
     def __call__(
@@ -323,11 +328,26 @@ class Study:
             self._unfolded(self.options.blocks[0], self.options.steps[0], loss)
         self.write("losses")
 
+    def sampling(self) -> None:
+        """Judge one K and N with every eta and grid."""
+        blocks, steps, loss = self.options.blocks[0], self.options.steps[0], self.options.loss
+        training = {"iterations": self.options.iterations, "batch": self.options.batch}
+        for eta, power in itertools.product(ETAS, GRID_POWERS):
+            self.add(
+                f"K={blocks}, N={steps}, eta={eta}, t_n = T (n / N)^{power:g}",
+                partial(self._sampler, blocks, loss, steps, read_eta(eta), power),
+                **training,
+            )
+        self.write("sampling")
+
+    def _sampler(self, blocks: int, loss: str, steps: int, eta: float | str, power: float) -> Unfolded:
+        return Unfolded(self.network(blocks, loss), steps, eta, power)
+
     def _unfolded(self, blocks: int, steps: int, loss: str) -> None:
         options = self.options
         name = f"UD2M (K={blocks}, N={steps}, {loss})"
         settings = {"iterations": options.iterations, "batch": options.batch, "eta": options.eta}
-        self.add(name, lambda: Unfolded(self.network(blocks, loss), steps, read_eta(options.eta)), **settings)
+        self.add(name, partial(self._sampler, blocks, loss, steps, read_eta(options.eta), 2.0), **settings)
 
     def write(self, name: str) -> None:
         """Write all rows as JSON and Markdown, and into docs/results where that was asked for."""
@@ -387,7 +407,7 @@ def read_eta(text: str) -> float | str:
 def parser() -> argparse.ArgumentParser:
     """Return the reader of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("action", choices=("fit", "table", "losses"))
+    found.add_argument("action", choices=("fit", "table", "losses", "sampling"))
     found.add_argument("--folder", default="results/exact")
     found.add_argument("--store", metavar="NAME", help="of a section of docs/results.md to write the rows into")
     found.add_argument("--side", type=int, default=8, help="of the patches, in pixels")

@@ -162,6 +162,7 @@ exact() {
     local study="--iterations 1000 --observations 16 --samples 64"
     "$PYTHON" benchmarks/exact_posteriors.py table --blocks 1 2 4 8 --steps 1 2 4 8 16 $study --store exact_posteriors
     "$PYTHON" benchmarks/exact_posteriors.py losses $study --store exact_losses
+    "$PYTHON" benchmarks/exact_posteriors.py sampling $study --store exact_sampling
 }
 
 # Conditional W2 of digits over K and N.
@@ -186,18 +187,18 @@ rivals() {
     for operator in "${operators[@]}"; do
         local model=photos_$operator
         if [ "$operator" = uniform_blur ] || [ "$operator" = jpeg ]; then
-            train "photos_$operator" $photos physics="$operator" steps=700 validate_every=350
+            train "photos_$operator" $photos physics="$operator" steps=500 validate_every=250
             model=$RUNS/photos_$operator/export
         fi
         train "bridge_$operator" experiment=photos_bridge physics="$operator"
         train "start_$operator" $photos physics="$operator" network=learned training.start_from="$model" \
             training.optimizer.lr_start=1e-3 steps=200 validate_every=200
-        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 unsupported=skip metrics="$metrics" \
+        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=8 unsupported=skip metrics="$metrics" \
             methods="[start,latino,ddrm,diffpir,$bridges,\"ud2m label=UD2M target.model=$model\",$started]" \
-            datasets='["photos test_limit=285"]'
+            datasets='["photos test_limit=260"]'
         folders+=("results/rivals_$operator")
         [ "$operator" != jpeg ] || continue
-        evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=2 tune_images=4 tune_samples=1 \
+        evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
             methods="[latino,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
             metrics='[psnr,ssim,lpips_alex,residual]'
         slow+=("results/rivals_dps_$operator")
@@ -240,7 +241,7 @@ ablations() {
     local sources=() name label training sampling
     while IFS='|' read -r name label training sampling; do
         train "ablations/${name%%@*}" experiment=demo $SHORT loss.mean_l2=0 $training
-        sample "ablations/$name" model="$RUNS/ablations/${name%%@*}/export" $SIXTH $sampling
+        sample "ablations/$name" model="$RUNS/ablations/${name%%@*}/export" $TWELFTH $sampling
         sources+=("$label=$OUT/ablations/$name")
     done <<'VARIANTS'
 default|default||

@@ -511,6 +511,30 @@ def test_collecting_takes_all_rows_or_the_last_one_under_a_label(tmp_path):
         results.collect([str(tmp_path / "c")])
 
 
+def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
+    rows = [
+        {"method": name, "data": "photos", "size": "32x32", "operator": operator, "sigma_y": 0.01, "images": 5,
+         "samples": 2, "seed": 0, "nfe": 9, "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1, "lpips_alex": 0.1, "lpips_alex_backend": "alex 1",
+         "peak_memory": 77.0}
+        for operator in ("blur", "jpeg") for name, psnr in (("a", 30.0), ("b", 31.0))
+    ]  # fmt: skip
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(rows))
+    (folder / "settings.json").write_text(json.dumps({"config": {"name": "evaluated"}, "cells": []}))
+    found, configs = results.collect([str(folder)])
+    assert found == rows
+    assert configs == {"evaluated": {"name": "evaluated"}}
+    content = {"rows": found, "note": "", "command": "python x.py", "machine": "m"}
+    text = results.render_section(results.SECTIONS[0], content)
+    assert "| blur | b | 9 | **31.00 [30.00, 32.00]** | 0.100 |" in text.replace("**0.100**", "0.100")
+    assert (
+        "lpips_alex: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets"
+        in text
+    )
+    assert "77" not in text
+
+
 def test_what_must_not_be_stored_is_refused(tmp_path):
     with pytest.raises(ValueError, match="paths of this machine"):
         results.store("prior", "python x.py --prior /somewhere/else", {}, ROWS, folder=tmp_path)

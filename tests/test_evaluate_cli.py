@@ -195,6 +195,12 @@ def test_a_method_takes_the_setting_that_is_best_on_validation_images(material, 
     assert row["nfe"] == 4
 
 
+def test_a_method_is_called_as_its_entry_says(material, tmp_path):
+    entry = f'"ud2m label=mine,_K=3 target.model={material}/{{physics}} target.num_steps=1"'
+    rows = run(material, tmp_path, methods=f"[{entry},pinv]", operators="[gaussian_blur]")
+    assert [(row["method"], row["nfe"]) for row in rows] == [("mine, K=3", 3), ("A^dagger y", 0)]
+
+
 def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, tmp_path, capsys):
     changes = {"methods": "[pinv,ddrm]", "operators": '["gaussian_blur operator.boundary=zero"]', "tune": "false"}
     error = refusal(capsys, material, tmp_path, **changes)

@@ -9,7 +9,7 @@ import skimage.metrics
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ud2m.metrics import BACKBONES, LPIPSDistance, available_lpips, calibration_ratio, psnr, ssim
+from ud2m.metrics import BACKBONES, DISTSDistance, LPIPSDistance, available_lpips, calibration_ratio, psnr, ssim
 
 
 @pytest.fixture
@@ -120,6 +120,52 @@ def test_equals_the_lpips_package(cache, net, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(cache.parents[1]))
     package = lpips.LPIPS(net=net, verbose=False)
     torch.testing.assert_close(distance(first, second), package(first, second, normalize=True).flatten())
+
+
+def similarity_of_maps(a, b, alpha, beta):
+    """1 - sum over channels of alpha l + beta s (Ding et al., 2020, equations 3 and 4), of maps [C, h, w]."""
+    a, b = a.flatten(1), b.flatten(1)
+    luminance = (2 * a.mean(1) * b.mean(1) + 1e-6) / (a.mean(1) ** 2 + b.mean(1) ** 2 + 1e-6)
+    covariance = ((a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))).mean(1)
+    structure = (2 * covariance + 1e-6) / (a.var(1, correction=0) + b.var(1, correction=0) + 1e-6)
+    return (alpha * luminance + beta * structure).sum()
+
+
+def test_dists_equals_its_definition(cache):
+    state = torch.load(cache / BACKBONES["vgg"][0], weights_only=True)
+    x, reference = images(2, 3, 32, 40), images(2, 3, 32, 40, seed=1)
+    distance = DISTSDistance()
+    alpha, beta = (weights.flatten() / (distance.network.alpha.sum() + distance.network.beta.sum()) for weights in
+                   (distance.network.alpha, distance.network.beta))  # fmt: skip
+    hanning = torch.tensor([0.25, 0.5, 0.25])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = []
+    for images_of_pair in zip(x, reference, strict=True):
+        maps = list(images_of_pair)
+        total, first = similarity_of_maps(*maps, alpha[:3], beta[:3]), 3
+        maps = [(image - mean) / std for image in maps]
+        layers = iter([0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28])
+        for stage, convolutions in enumerate((2, 2, 3, 3, 3)):
+            if stage:  # pooling of squares with a Hanning window of three pixels
+                window = torch.outer(hanning, hanning).expand(len(maps[0]), 1, 3, 3)
+                squares = (torch.nn.functional.conv2d(m[None] ** 2, window, None, 2, 1, 1, len(m))[0] for m in maps)
+                maps = [(square + 1e-12).sqrt() for square in squares]
+            for _ in range(convolutions):
+                name = f"features.{next(layers)}"
+                weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+                maps = [torch.nn.functional.conv2d(m[None], weight, bias, 1, 1)[0].relu() for m in maps]
+            last = first + len(maps[0])
+            total, first = total + similarity_of_maps(*maps, alpha[first:last], beta[first:last]), last
+        expected.append(1 - total)
+    torch.testing.assert_close(distance(x, reference), torch.stack(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(distance(x[:1], x[:1]), torch.zeros(1), atol=1e-5, rtol=0)
+    grey = images(1, 1, 32, 32)
+    torch.testing.assert_close(distance(grey, 1 - grey), distance(grey.repeat(1, 3, 1, 1), 1 - grey.repeat(1, 3, 1, 1)))
+
+
+def test_dists_without_weights_says_where_to_put_them(offline):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth there"):
+        DISTSDistance()
 
 
 def test_lpips_is_frozen_and_differentiable_and_leaves_the_global_stream(cache):

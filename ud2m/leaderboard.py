@@ -53,11 +53,15 @@ def visible(rows: Rows) -> list[Column]:
 
 
 def notes(rows: Rows) -> list[str]:
-    """Return what belongs beside the numbers: meanings, networks of the metrics, and the size of the evaluation."""
-    columns = visible(rows)
-    found = [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
+    """Return what belongs beside the numbers: meanings, and what ``circumstances`` returns."""
+    meanings = [f"{column.heading}: {column.meaning}" for column in visible(rows) if column.meaning]
+    return [*meanings, *circumstances(rows)]
+
+
+def circumstances(rows: Rows) -> list[str]:
+    """Return the networks of the metrics, the right values of what has one, and the size of the evaluation."""
     backends = {(k.removesuffix("_backend"), v) for row in rows for k, v in row.items() if k.endswith("_backend")}
-    found += [f"{name}: network {backend}" for name, backend in sorted(backends)]
+    found = [f"{name}: network {backend}" for name, backend in sorted(backends)]
     nominal = {(k.removesuffix("_nominal"), v) for row in rows for k, v in row.items() if k.endswith("_nominal")}
     found += [f"{name}: {value:.3g} is right" for name, value in sorted(nominal)]
     same = {key: {row.get(key) for row in rows} for key in CONSTANT}
@@ -75,7 +79,12 @@ def cell_text(column: Column, row: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """Return the rows as a Markdown table, the best value of a column, operator and data set in bold, with notes."""
+    """Return the rows as a Markdown table with notes."""
+    return "\n".join([markdown_table(rows), "", *(f"- {note}" for note in notes(rows))]) + "\n"
+
+
+def markdown_table(rows: Rows) -> str:
+    """Return the rows as a Markdown table, the best value of a column, operator and data set in bold."""
     columns = visible(rows)
     best = best_cells(rows, columns)
     lines = [markdown_line(column.heading for column in columns)]
@@ -83,7 +92,7 @@ def markdown(rows: Rows) -> str:
     for index, row in enumerate(rows):
         cells = [(cell_text(column, row), (index, column.key) in best) for column in columns]
         lines.append(markdown_line(f"**{text}**" if wins else text for text, wins in cells))
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(rows))]) + "\n"
+    return "\n".join(lines)
 
 
 def latex(rows: Rows) -> str:

@@ -13,6 +13,7 @@ import lpips
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image.dists import DISTSNetwork
 
 from ud2m.precision import full_precision
 
@@ -134,6 +135,42 @@ class LPIPSDistance(nn.Module):
         colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
         with full_precision(x.device):
             return self.network(*colour, normalize=True).flatten()
+
+
+class DISTSDistance(nn.Module):
+    """DISTS (Ding et al., IEEE TPAMI 2020) of torchmetrics, on VGG-16 from the torch cache; 0 for equal images.
+
+    1 - sum over layers and channels of alpha l + beta s, with l the similarity of the means of both feature maps and s
+    that of their structure: unlike LPIPS it forgives textures that differ pixel by pixel.
+
+    Raises:
+        FileNotFoundError: when the weights of VGG-16 are not in the torch cache.
+    """
+
+    smallest = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not available_lpips("vgg"):
+            raise FileNotFoundError(_missing("vgg", _cached("vgg")))
+        with torch.random.fork_rng(devices=[]):  # its draws stay in here
+            self.network = DISTSNetwork().eval().requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        """What to write beside a value: net, package and version."""
+        return f"vgg, torchmetrics {version('torchmetrics')}"
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
+
+        Raises:
+            ValueError: when shapes differ.
+        """
+        _check_shapes(x, reference)
+        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
+        with full_precision(x.device):
+            return self.network(*colour).reshape(len(x))
 
 
 def available_lpips(net: str) -> bool:

@@ -70,6 +70,8 @@ COLUMNS = (
         variants=True,
     ),
     Column("lpips_backend", "LPIPS network"),
+    Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean; lower is better", ".3f", "min"),
+    Column("dists", "DISTS", "structure and texture distance of single samples; lower is better", ".3f", "min"),
     Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
     Column(
         "frechet",

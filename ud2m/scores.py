@@ -26,7 +26,7 @@ from ud2m.calibration import (
     residual_p_value,
 )
 from ud2m.frechet import BackboneFeatures
-from ud2m.metrics import BACKBONES, SSIM_WINDOW, LPIPSDistance, available_lpips, psnr, ssim
+from ud2m.metrics import BACKBONES, SSIM_WINDOW, DISTSDistance, LPIPSDistance, available_lpips, psnr, ssim
 from ud2m.physics import DataTerm, measured, residual
 
 Numbers = dict[str, Any]
@@ -425,6 +425,18 @@ def lpips_score(net: str) -> PerImage:
     return score
 
 
+def dists_score() -> PerImage:
+    """Return DISTS of the mean and of single samples."""
+    distance = DISTSDistance()
+
+    def values(draws: Draws) -> dict[str, Tensor]:
+        return {"dists_mean": distance(draws.samples.mean(1), draws.x0), "dists": draws.each(distance)}
+
+    score = PerImage(values, distance.smallest, {"dists_backend": distance.name})
+    score.modules = (distance,)
+    return score
+
+
 SCORES: dict[str, Callable[[], Score]] = {
     "psnr": lambda: PerImage(_psnr),
     "ssim": lambda: PerImage(_ssim, SSIM_WINDOW),
@@ -435,6 +447,7 @@ SCORES: dict[str, Callable[[], Score]] = {
     "coverage": Coverage,
     "sbc": Ranks,
     "cw2": ConditionalW2,
+    "dists": dists_score,
     **{f"lpips_{net}": lambda net=net: lpips_score(net) for net in BACKBONES},  # type: ignore[misc]
 }
 SETS = ("frechet", "kid", "cfid")
@@ -454,6 +467,7 @@ def build_score(name: str) -> Score:
             f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the backbones "
             f"{', '.join(BACKBONES)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
+    net = "vgg" if name == "dists" else net
     if net in BACKBONES and not available_lpips(net):
         raise FileNotFoundError(
             f"the metric {name} needs the weights of its backbone: put torchvision's {BACKBONES[net][0]} into "
