@@ -512,12 +512,13 @@ def test_collecting_takes_all_rows_or_the_last_one_under_a_label(tmp_path):
 
 
 def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
+    common = {"data": "photos", "size": "32x32", "sigma_y": 0.01, "images": 5, "samples": 2, "seed": 0, "nfe": 9}
+    common |= {"lpips_alex": 0.1, "lpips_alex_backend": "alex 1", "peak_memory": 77.0}
     rows = [
-        {"method": name, "data": "photos", "size": "32x32", "operator": operator, "sigma_y": 0.01, "images": 5,
-         "samples": 2, "seed": 0, "nfe": 9, "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1, "lpips_alex": 0.1, "lpips_alex_backend": "alex 1",
-         "peak_memory": 77.0}
-        for operator in ("blur", "jpeg") for name, psnr in (("a", 30.0), ("b", 31.0))
-    ]  # fmt: skip
+        {"method": name, "operator": operator, "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1} | common
+        for operator in ("blur", "jpeg")
+        for name, psnr in (("a", 30.0), ("b", 31.0))
+    ]
     folder = tmp_path / "evaluated"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(rows))
