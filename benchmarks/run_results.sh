@@ -207,33 +207,29 @@ rivals() {
     collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
 }
 
-# Four evaluations of ours beside nine of the paper's rule.
+# Four evaluations of ours beside nine of the paper's rule, deblurring.
 few_steps() {
-    local paper="network=paper training.sampling.grid_power=2.0" operator folders=()
+    local paper="network=paper network.warm_start={name:smoothing} training.sampling.grid_power=2.0" methods="" name label
     local loss="loss.mean_l2=0 loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01"
-    for operator in gaussian_blur super_resolution; do
-        train "few_paper_$operator" experiment=demo physics=$operator $paper $loss training.sampling.symmetries=1
-        train "few_rule_$operator" experiment=demo physics=$operator $paper
-        train "few_K4_$operator" experiment=demo physics=$operator network.num_blocks=4 training.sampling.num_steps=1
-        train "few_K2_$operator" experiment=demo physics=$operator network.num_blocks=2 training.sampling.num_steps=2
-        train "demo_$operator" experiment=demo physics=$operator
-        local methods="" name label
-        while IFS='|' read -r name label; do
-            methods+="\"ud2m label=$label target.model=runs/results/${name}_$operator/export\","
-        done <<'MODELS'
+    train few_paper_gaussian_blur experiment=demo physics=gaussian_blur $paper $loss training.sampling.symmetries=1
+    train few_rule_gaussian_blur experiment=demo physics=gaussian_blur $paper
+    train few_K4_gaussian_blur experiment=demo physics=gaussian_blur network.num_blocks=4 training.sampling.num_steps=1
+    train few_K2_gaussian_blur experiment=demo physics=gaussian_blur network.num_blocks=2 training.sampling.num_steps=2
+    train demo_gaussian_blur experiment=demo physics=gaussian_blur
+    while IFS='|' read -r name label; do
+        methods+="\"ud2m label=$label target.model=runs/results/${name}_gaussian_blur/export\","
+    done <<'MODELS'
 few_paper|paper,_K_=_3,_N_=_3
 few_rule|rule_of_the_paper,_K_=_3,_N_=_3
 demo|ours,_K_=_3,_N_=_3
 few_K4|ours,_K_=_4,_N_=_1
 few_K2|ours,_K_=_2,_N_=_2
 MODELS
-        methods+="\"ud2m label=ours,_K_=_3,_N_=_1 target.model=runs/results/demo_$operator/export target.num_steps=1\","
-        methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
-        evaluate "few_steps_$operator" operators="[$operator]" methods="[$methods]" \
-            metrics='[psnr,lpips_alex,r,residual]' datasets='["photos test_limit=57"]'
-        folders+=("results/few_steps_$operator")
-    done
-    collect few_steps "${folders[@]}" --command "bash benchmarks/run_results.sh few_steps"
+    methods+='"ud2m label=ours,_K_=_3,_N_=_1 target.model=runs/results/demo_gaussian_blur/export target.num_steps=1",'
+    methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
+    evaluate few_steps operators='[gaussian_blur]' methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
+        datasets='["photos test_limit=57"]'
+    collect few_steps results/few_steps --command "bash benchmarks/run_results.sh few_steps"
 }
 
 # Short runs that differ in one choice, and one model sampled in many ways. Columns: name | label | training | sampling.
