@@ -176,14 +176,11 @@ mnist() {
     "$PYTHON" benchmarks/mnist_wasserstein.py picture --blocks 1 8 --steps 1 1
 }
 
-# The paper's columns with all rivals: bridges and models for the operators that no shipped model is for are trained first,
-# then models with a network as their start, which go on from those without.
+# The paper's columns with rivals: bridges, and models for the operators that no shipped model is for, are trained first.
 rivals() {
     local photos="experiment=photos_super_resolution" operators=(gaussian_blur super_resolution uniform_blur jpeg) operator
-    local bridges='"i2sb label=I2SB target.model=runs/results/bridge_{physics}/export"'
+    local bridges='"i2sb label=I2SB target.model=runs/results/bridge_{physics}/export"' folders=() slow=()
     bridges+=',"cddb label=CDDB target.model=runs/results/bridge_{physics}/export"'
-    local started='"ud2m label=UD2M,_warm-start_network target.model=runs/results/start_{physics}/export"'
-    local metrics='[psnr,ssim,lpips_alex,frechet_alex,r,residual]' folders=() slow=()
     for operator in "${operators[@]}"; do
         local model=photos_$operator
         if [ "$operator" = uniform_blur ] || [ "$operator" = jpeg ]; then
@@ -191,11 +188,9 @@ rivals() {
             model=$RUNS/photos_$operator/export
         fi
         train "bridge_$operator" experiment=photos_bridge physics="$operator"
-        train "start_$operator" $photos physics="$operator" network=learned training.start_from="$model" \
-            training.optimizer.lr_start=1e-3 steps=200 validate_every=200
-        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=8 unsupported=skip metrics="$metrics" \
-            methods="[start,latino,ddrm,diffpir,$bridges,\"ud2m label=UD2M target.model=$model\",$started]" \
-            datasets='["photos test_limit=260"]'
+        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=4 unsupported=skip \
+            metrics='[psnr,ssim,lpips_alex,kid_alex,r,residual]' \
+            methods="[latino,ddrm,$bridges,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=57"]'
         folders+=("results/rivals_$operator")
         [ "$operator" != jpeg ] || continue
         evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
