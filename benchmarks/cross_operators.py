@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from results import store
 from torch import Tensor
 
+from results import store
 from ud2m.baselines import Latino, pseudo_inverse
 from ud2m.comparison import score, search_latino
 from ud2m.data import PhotoData

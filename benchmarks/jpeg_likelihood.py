@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cross_operators import images
-from results import store
 from torch import Tensor
 
+from cross_operators import images
+from results import store
 from ud2m.baselines import Latino, LatinoSetting, pseudo_inverse
 from ud2m.comparison import score, search_latino
 from ud2m.evaluation import Problem, lpips_if_available

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from results import store
 
+from results import store
 from ud2m.data import FolderData, ImageDataModule, PhotoData, ShardData
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_prep"))

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import store
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from torch import Tensor
 from tqdm import tqdm
 
+from results import store
 from ud2m.data import PhotoData
 from ud2m.metrics import psnr
 from ud2m.prior import Prior

@@ -203,7 +203,7 @@ rivals() {
 }
 
 # Four evaluations of ours beside nine of the paper's rule, deblurring.
-few_steps() {
+fewer() {
     local paper="network=paper network.warm_start={name:smoothing} training.sampling.grid_power=2.0" methods="" name label
     local loss="loss.mean_l2=0 loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01"
     train few_paper_gaussian_blur experiment=demo physics=gaussian_blur $paper $loss training.sampling.symmetries=1
@@ -224,7 +224,7 @@ MODELS
     methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
     evaluate few_steps operators='[gaussian_blur]' methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
         datasets='["photos test_limit=57"]'
-    collect few_steps results/few_steps --command "bash benchmarks/run_results.sh few_steps"
+    collect few_steps results/few_steps --command "bash benchmarks/run_results.sh fewer"
 }
 
 # Short runs that differ in one choice, and one model sampled in many ways. Columns: name | label | training | sampling.
@@ -283,7 +283,7 @@ picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
-PARTS="prior operators losses initialisation ablations general exact mnist rivals few_steps cost picture"
+PARTS="prior operators losses initialisation ablations general exact mnist rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
     case " models $PARTS " in
