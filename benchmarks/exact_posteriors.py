@@ -16,7 +16,6 @@ draws), the same without the bias of finite sets, and the coverage of 90 % inter
 import argparse
 import itertools
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from results import store
 from ud2m.baselines import Latino, LatinoSetting
-from ud2m.calibration import wasserstein2
+from ud2m.calibration import signed_root, wasserstein2
 from ud2m.cells import CellStore, Result, digest
 from ud2m.data.photos import load_photos
 from ud2m.discriminator import Discriminator
@@ -252,11 +251,6 @@ def judged(
     return row | {"std": drawn.std(1).mean().item(), "exact std": exact.std(1).mean().item()}
 
 
-def signed_root(value: float) -> float:
-    """Return sqrt(|value|) with the sign of the value."""
-    return math.copysign(abs(value) ** 0.5, value)
-
-
 def covered(drawn: Tensor, exact: Tensor) -> Tensor:
     """Return the share of exact draws inside central intervals of the draws of a method, both [B, S, ...], as [B]."""
     count = drawn.shape[1]
@@ -331,7 +325,7 @@ class Study:
     def sampling(self) -> None:
         """Judge one K and N with every eta and grid."""
         blocks, steps, loss = self.options.blocks[0], self.options.steps[0], self.options.loss
-        training = {"iterations": self.options.iterations, "batch": self.options.batch}
+        training = {"loss": loss, "iterations": self.options.iterations, "batch": self.options.batch}
         for eta, power in itertools.product(ETAS, GRID_POWERS):
             self.add(
                 f"K={blocks}, N={steps}, eta={eta}, t_n = T (n / N)^{power:g}",

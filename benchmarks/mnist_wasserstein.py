@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overview_picture import draw
 from torch import Tensor, nn
 
+from overview_picture import draw
 from results import store
 from ud2m.calibration import ConditionalGaussian
 from ud2m.cells import CellStore, Result, measure
@@ -71,19 +71,15 @@ class GaussianLaw:
     def __init__(self, x0: Tensor, y: Tensor):
         rows, seen = x0.flatten(1).double(), y.flatten(1).double()
         self.law = ConditionalGaussian.fit(rows, seen)
-        self.residuals = rows - self.mean(seen)
+        self.residuals = rows - self.law.means(seen)
         self.shape = x0.shape[1:]
-
-    def mean(self, seen: Tensor) -> Tensor:
-        """Return the means given rows of y."""
-        return self.law.mean + (seen - self.law.mean_y) @ self.law.gain
 
     def __call__(
         self, y: Tensor, physics: DataTerm, sigma_y: float, num_samples: int, generator: torch.Generator
     ) -> Tensor:
         """Return samples [B, S, C, H, W]."""
         picks = torch.randint(len(self.residuals), (len(y), num_samples), generator=generator)
-        drawn = self.mean(y.flatten(1).double()).unsqueeze(1) + self.residuals[picks]
+        drawn = self.law.means(y.flatten(1).double()).unsqueeze(1) + self.residuals[picks]
         return drawn.unflatten(2, self.shape).to(y.dtype)
 
 

@@ -146,7 +146,7 @@ SECTIONS = (
         "digits. W2: the root of the mean over y of the squared 2-Wasserstein distance between Gaussian fits of the "
         "pixels given y (32x32 pixels in [0, 1], norm over pixels, one sample of each digit). First without the bias "
         "of finite sets (halves of the digits, signed root; the draws of the fitted law itself show its noise), in "
-        "brackets with it, and 1.96 bootstrap deviations.",
+        "brackets with it, and 1.96 bootstrap deviations.\n\n![Digits, observations and samples](images/mnist.png)",
     ),
     Section(
         "rivals",
@@ -365,8 +365,8 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
         return f"{head}\n{NOT_MEASURED}\n"
     rows = content["rows"]
     note = f"{content['note']}\n\n" if content["note"] else ""
-    if any(key.endswith("_low") for row in rows for key in row):  # of ud2m.evaluate
-        kept = [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
+    if is_evaluated(rows):
+        kept = without_left_out(rows)
         shown = leaderboard.markdown_table(kept) + "\n\n" + "; ".join(leaderboard.circumstances(kept)) + "."
     else:
         constant = [key for key in SETTINGS if len({row.get(key) for row in rows}) == 1]
@@ -374,16 +374,25 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
     return f"{head}\n{shown}\n\n{note}```bash\n{content['command']}\n```\n\nMachine: {content['machine']}.\n"
 
 
+def is_evaluated(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether rows are those of ``ud2m.evaluate``, with intervals."""
+    return any(key.endswith("_low") for row in rows for key in row)
+
+
+def without_left_out(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of an evaluation without the columns that the document leaves out."""
+    return [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
+
+
 def render_document(folder: Path = RESULTS) -> str:
     """Return the text of ``docs/results.md``."""
     contents = {section.name: load(section.name, folder) for section in SECTIONS}
-    rows = [
-        {key: value for key, value in row.items() if not key.endswith(("_low", "_high"))}
-        for content in contents.values()
-        if content
-        for row in content["rows"]
-    ]
-    meanings = [f"- {c.heading}: {c.meaning}." for c in table_columns(rows) if c.meaning] if rows else []
+    tables = [content["rows"] for content in contents.values() if content]
+    plain = [row for rows in tables if not is_evaluated(rows) for row in rows]
+    columns = table_columns(plain) if plain else []
+    for rows in filter(is_evaluated, tables):
+        columns += leaderboard.visible(without_left_out(rows))
+    meanings = list(dict.fromkeys(f"- {c.heading}: {c.meaning}." for c in columns if c.meaning))
     head = (
         "# Results\n\n"
         "This page is made by `python benchmarks/results.py render` from the files in `docs/results/`; a test keeps "

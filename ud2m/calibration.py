@@ -1,5 +1,6 @@
 """How well samples stand for a posterior: ranks, coverage, scores, distances and how sure of them one can be."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,13 @@ class ConditionalGaussian:
         residual = x - y @ gain
         return cls(mean, mean_y, gain, scale * residual.T @ residual)
 
+    def means(self, y: Tensor) -> Tensor:
+        """Return the means given rows y."""
+        return self.mean + (y - self.mean_y) @ self.gain
+
     def distance(self, other: "ConditionalGaussian", y: Tensor) -> float:
         """Return the mean over rows y of the squared 2-Wasserstein distance between both laws given y."""
-        shift = self.mean - other.mean + (y - self.mean_y) @ self.gain - (y - other.mean_y) @ other.gain
+        shift = self.means(y) - other.means(y)
         zero = torch.zeros_like(self.mean)
         spread = gaussian_wasserstein2(zero, self.covariance, zero, other.covariance)
         return shift.square().sum(1).mean().item() + spread**2
@@ -146,6 +151,11 @@ def debiased_conditional_frechet(x: Tensor, drawn: Tensor, y: Tensor) -> float:
     (first, second), (ours, theirs) = ([ConditionalGaussian.fit(z[k::2], y[k::2]) for k in (0, 1)] for z in (x, drawn))
     between = first.distance(theirs, y) + second.distance(ours, y)
     return (between - first.distance(second, y) - ours.distance(theirs, y)) / 2
+
+
+def signed_root(value: float) -> float:
+    """Return sqrt(|value|) with the sign of the value: the length of a debiased squared distance."""
+    return math.copysign(abs(value) ** 0.5, value)
 
 
 def _rows(x: Tensor, drawn: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

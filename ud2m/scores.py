@@ -3,7 +3,6 @@
 Definitions with their sources: docs/evaluation.md.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ud2m.calibration import (
     gaussian_wasserstein2,
     ranks,
     residual_p_value,
+    signed_root,
 )
 from ud2m.frechet import BackboneFeatures
 from ud2m.metrics import BACKBONES, SSIM_WINDOW, DISTSDistance, LPIPSDistance, available_lpips, psnr, ssim
@@ -401,7 +401,7 @@ class ConditionalW2(Score):
         spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
         excess = debiased_conditional_frechet(truth, drawn, seen)
         found = {"cw2": value, "cw2_low": value - spread, "cw2_high": value + spread}
-        return found | {"cw2_debiased": math.copysign(abs(excess) ** 0.5, excess)}
+        return found | {"cw2_debiased": signed_root(excess)}
 
 
 def cast_picture(draws: Draws) -> Tensor:
