@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ud2m import leaderboard
+from ud2m.differences import DIFFERENCE
 from ud2m.output import write_bytes, write_json
 from ud2m.report import Column, best_cells, format_value, markdown_line, table_columns
 
@@ -368,6 +369,7 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
     if is_evaluated(rows):
         kept = without_left_out(rows)
         shown = leaderboard.markdown_table(kept) + "\n\n" + "; ".join(leaderboard.circumstances(kept)) + "."
+        shown += "\n".join(["", *leaderboard.markdown_differences(kept)]).rstrip()
     else:
         constant = [key for key in SETTINGS if len({row.get(key) for row in rows}) == 1]
         shown = table([{key: value for key, value in row.items() if key not in constant} for row in rows])
@@ -381,7 +383,7 @@ def is_evaluated(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def without_left_out(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of an evaluation without the columns that the document leaves out."""
-    return [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
+    return [{key: value for key, value in row.items() if key.partition(DIFFERENCE)[0] not in LEFT_OUT} for row in rows]
 
 
 def render_document(folder: Path = RESULTS) -> str:

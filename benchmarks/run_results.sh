@@ -176,27 +176,40 @@ mnist() {
     "$PYTHON" benchmarks/mnist_wasserstein.py picture --blocks 1 8 --steps 1 1
 }
 
-# The paper's columns with rivals: bridges, and models for the operators that no shipped model is for, are trained first.
+# The paper's columns with rivals: bridges, models for the operators that no shipped model is for, and models that go on
+# from them with a trained warm start, are trained first.
+declare -A UNSHIPPED=(
+    [uniform_blur]="training.start_from=photos_gaussian_blur loss.mean_l2=30 steps=900 validate_every=300"
+    [jpeg]="steps=500 validate_every=250"
+)
+rivals_on() {
+    local operator=$1 photos="experiment=photos_super_resolution physics=$1" model=photos_$1 methods
+    local bridge="target.model=$RUNS/bridge_$operator/export"
+    if [ -n "${UNSHIPPED[$operator]:-}" ]; then
+        train "photos_$operator" $photos ${UNSHIPPED[$operator]}
+        model=$RUNS/photos_$operator/export
+    fi
+    train "start_$operator" $photos network=learned training.start_from="$model" training.optimizer.lr_start=1e-3 \
+        steps=300 validate_every=150
+    train "bridge_$operator" experiment=photos_bridge physics="$operator"
+    methods="latino,ddrm,diffpir,\"i2sb label=I2SB $bridge\""
+    methods+=",\"i2sb label=I2SB,_9_steps $bridge target.num_steps=9 tune=null\",\"cddb label=CDDB $bridge\""
+    methods+=",\"ud2m label=UD2M target.model=$model\""
+    methods+=",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_$operator/export\""
+    evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=4 unsupported=skip \
+        metrics='[psnr,ssim,lpips_alex,frechet_alex,r,residual]' methods="[$methods]" datasets='["photos test_limit=260"]' reference=UD2M
+    [ "$operator" != jpeg ] || return 0
+    evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
+        methods="[latino,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
+        metrics='[psnr,ssim,lpips_alex,residual]'
+}
+
 rivals() {
-    local photos="experiment=photos_super_resolution" operators=(gaussian_blur super_resolution uniform_blur jpeg) operator
-    local bridges='"i2sb label=I2SB target.model=runs/results/bridge_{physics}/export"' folders=() slow=()
-    bridges+=',"cddb label=CDDB target.model=runs/results/bridge_{physics}/export"'
-    for operator in "${operators[@]}"; do
-        local model=photos_$operator
-        if [ "$operator" = uniform_blur ] || [ "$operator" = jpeg ]; then
-            train "photos_$operator" $photos physics="$operator" steps=500 validate_every=250
-            model=$RUNS/photos_$operator/export
-        fi
-        train "bridge_$operator" experiment=photos_bridge physics="$operator"
-        evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=4 unsupported=skip \
-            metrics='[psnr,ssim,lpips_alex,kid_alex,r,residual]' \
-            methods="[latino,ddrm,$bridges,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=57"]'
+    local folders=() slow=() operator
+    for operator in gaussian_blur uniform_blur super_resolution jpeg; do
+        rivals_on "$operator"
         folders+=("results/rivals_$operator")
-        [ "$operator" != jpeg ] || continue
-        evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
-            methods="[latino,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
-            metrics='[psnr,ssim,lpips_alex,residual]'
-        slow+=("results/rivals_dps_$operator")
+        [ "$operator" = jpeg ] || slow+=("results/rivals_dps_$operator")
     done
     collect rivals "${folders[@]}" --command "bash benchmarks/run_results.sh rivals"
     collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
@@ -223,7 +236,7 @@ MODELS
     methods+='"ud2m label=ours,_K_=_3,_N_=_1 target.model=runs/results/demo_gaussian_blur/export target.num_steps=1",'
     methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
     evaluate few_steps operators='[gaussian_blur]' methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
-        datasets='["photos test_limit=57"]'
+        datasets='["photos test_limit=57"]' reference="'paper, K = 3, N = 3'"
     collect few_steps results/few_steps --command "bash benchmarks/run_results.sh fewer"
 }
 
@@ -245,7 +258,7 @@ power3|grid power 3|training.sampling.grid_power=3.0|
 power8|grid power 8|training.sampling.grid_power=8.0|
 visited|levels of training: those that sampling visits|training.levels.spread=0.0|
 anywhere|levels of training: anywhere|training.levels.spread=1.0|
-ema|averages over 500 steps|training.optimizer.ema_decay=0.998|
+ema|averages over 10 steps|training.optimizer.ema_decay=0.9|
 K1@1|K = 1, N = 1|network.num_blocks=1|num_steps=1
 K1@2|K = 1, N = 2|network.num_blocks=1|num_steps=2
 K1@4|K = 1, N = 4|network.num_blocks=1|num_steps=4
@@ -268,7 +281,7 @@ VARIANTS
         methods+="\"ud2m label=N_=_$steps,_eta_=_1.0 target.num_steps=$steps\","
     done
     evaluate sampling operators='[gaussian_blur]' methods="[${methods%,}]" metrics='[psnr,lpips_alex,r,residual]' \
-        datasets='["photos test_limit=57"]'
+        datasets='["photos test_limit=57"]' reference="'N = 3, eta = 1.0'"
     collect sampling results/sampling --command "bash benchmarks/run_results.sh ablations"
 }
 

@@ -116,6 +116,21 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
     assert "report:" in capsys.readouterr().out
 
 
+def test_differences_from_a_reference_are_those_of_each_image(material, tmp_path, capsys, measured):
+    once = run(material, tmp_path)
+    rows = run(material, tmp_path, reference="'A^dagger y'")
+    assert len(measured) == 4  # the cells did not change
+    assert [{k: v for k, v in row.items() if "_difference" not in k and k != "reference"} for row in rows] == once
+    model, pinv = rows[1], rows[0]
+    for name in ("psnr_mean", "psnr", "residual"):
+        assert model[f"{name}_difference"] == pytest.approx(model[name] - pinv[name])
+        assert model[f"{name}_difference_low"] <= model[f"{name}_difference"] <= model[f"{name}_difference_high"]
+        assert f"{name}_difference" not in pinv
+    assert "Differences from A^dagger y" in (tmp_path / "tiny" / "table.md").read_text()
+    other = tmp_path / "other"
+    assert "reference must be one of the methods A^dagger y, UD2M" in refusal(capsys, material, other, reference="pinv")
+
+
 def test_bridges_are_methods_whose_steps_are_tuned(material, tmp_path):
     bridge = Bridge(
         Prior.from_pretrained(save_tiny_prior(material / "prior")).unet, BridgeSchedule(), SmoothingStart([4])
@@ -246,7 +261,7 @@ def test_bad_input_is_one_line_before_anything_is_measured(material, tmp_path, c
 def test_a_metric_without_weights_is_refused(material, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     error = refusal(capsys, material, tmp_path, metrics="[lpips_squeeze]")
-    assert "the metric lpips_squeeze needs the weights of its backbone" in error
+    assert "the metric lpips_squeeze cannot be computed: the weights of squeeze are missing" in error
 
 
 def test_a_grid_names_settings_of_the_method():

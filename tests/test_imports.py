@@ -21,7 +21,7 @@ FLOORS = [
     {"sampler"},
     {"pipeline", "baselines", "rivals", "bridge", "methods"},
     {"images", "evaluation", "data", "report", "scores"},
-    {"comparison", "training", "cells", "leaderboard"},
+    {"comparison", "training", "cells", "differences", "leaderboard"},
     {"cli"},
     {"evaluate"},
 ]

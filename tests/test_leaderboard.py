@@ -10,7 +10,9 @@ import torch
 from test_report import Page
 
 from ud2m.cells import Result
+from ud2m.differences import with_differences
 from ud2m.leaderboard import Board, escape, latex, markdown, notes, render, visible
+from ud2m.scores import with_interval
 
 
 def row(method, operator="blur", nfe=9, **numbers):
@@ -58,6 +60,35 @@ def test_markdown_shows_intervals_and_winners():
     assert len({line.count(" | ") for line in lines[:6]}) == 1
 
 
+def compared():
+    """Rows of two methods on two operators; the better one wins on every image of the first by about 1 dB."""
+    generator = torch.Generator().manual_seed(0)
+    rows, results = [], []
+    for operator, gain in (("blur", 1.0), ("holes", 0.0)):
+        base = 30 + 5 * torch.randn(40, generator=generator)
+        for method, values in (("plain", base), ("new", base + gain + 0.1 * torch.randn(40, generator=generator))):
+            numbers = with_interval("psnr", values.double())
+            rows.append(row(method, operator, seconds_per_image=0.1, **numbers))
+            results.append(Result(rows[-1], {"psnr_values": values.tolist()}, {}))
+    return with_differences(rows, results, "plain"), results
+
+
+def test_differences_have_a_table_of_their_own():
+    rows, results = compared()
+    text = markdown(rows)
+    assert "reference" not in text.splitlines()[0]
+    caption, _, head, _, first, second = text.splitlines()[-6:]
+    assert caption.startswith("Differences from plain, paired by image")
+    assert head == "| Operator | Method | NFE | PSNR [dB] |"
+    assert re.fullmatch(r"\| blur \| new \| 9 \| \*\*\+(0\.9|1\.0)\d \[\+0\.9\d, \+1\.\d\d\]\*\* \|", first)
+    assert re.fullmatch(r"\| holes \| new \| 9 \| [+-]0\.0\d \[-0\.0\d, \+0\.0\d\] \|", second)
+    assert latex(rows).count(r"\begin{tabular}") == latex(rows).count(r"\end{tabular}") == 2
+    page = Page(re.sub(r"<script>.*?</script>", "", render(Board("x", rows, results, {}, {})), flags=re.DOTALL))
+    assert [line[1] for line in page.rows].count("new") == 4
+    assert "Differences from plain" in page.text
+    assert "Differences" not in markdown(ROWS)
+
+
 def test_latex_is_escaped_and_balanced():
     text = latex(ROWS)
     assert r"holes\_2" in text
@@ -101,12 +132,12 @@ def test_plots_show_methods_with_a_network_at_their_cost_and_interval():
 PROBE = """
 <script>
 const found = {};
-const order = () => [...document.querySelectorAll('#results tbody tr')].map(r => r.cells[3].dataset.value);
-const heads = [...document.querySelectorAll('#results th button')];
+const order = () => [...document.querySelectorAll('table tbody tr')].map(r => r.cells[3].dataset.value);
+const heads = [...document.querySelectorAll('table th button')];
 heads[3].click(); found.rising = order();
 heads[3].click(); found.falling = order();
 found.sort = heads[3].parentElement.getAttribute('aria-sort');
-const lpips = () => [...document.querySelectorAll('#results tbody tr')].map(r => r.cells[4].dataset.value);
+const lpips = () => [...document.querySelectorAll('table tbody tr')].map(r => r.cells[4].dataset.value);
 heads[4].click(); found.lpips = lpips();
 const frame = document.querySelector('.strip .frame'), box = frame.getBoundingClientRect();
 const image = frame.querySelector('img');

@@ -239,9 +239,10 @@ def test_bad_weights_and_nets(offline, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.pth do not exist"):
         LPIPSDistance("alex", weights=tmp_path / "absent.pth")
     assert offline == []  # a path that was given is not replaced by a download
-    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"cannot read .*broken\.pth"):
-        LPIPSDistance("alex", weights=tmp_path / "broken.pth")
+    for content in (b"not a checkpoint", b"half a download"):
+        (tmp_path / "broken.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read .*broken\.pth"):
+            LPIPSDistance("alex", weights=tmp_path / "broken.pth")
     for call in (LPIPSDistance, available_lpips):
         with pytest.raises(ValueError, match="unknown LPIPS net 'resnet'; allowed: alex, vgg, squeeze"):
             call("resnet")

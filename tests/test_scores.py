@@ -1,6 +1,7 @@
 """Scores of an evaluation against cases whose answer is known."""
 
 import math
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import scipy.stats
@@ -15,6 +16,7 @@ from ud2m.calibration import (
 )
 from ud2m.evaluation import Problem, evaluate
 from ud2m.exact import GaussianMixture
+from ud2m.frechet import INCEPTION_FILE
 from ud2m.metrics import LPIPSDistance, calibration_ratio
 from ud2m.physics import GaussianBlur, Inpainting, UniformBlur, measured, observe
 from ud2m.scores import Draws, FeatureDistances, build_score, check_scores, with_interval
@@ -219,6 +221,61 @@ def test_distances_of_sets_are_those_of_torchmetrics(weights):
     assert 0 < frechet["frechet_alex_high"] - frechet["frechet_alex"] < frechet["frechet_alex"]
 
 
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """A torch cache with random weights of Inception; those of FID come with no package."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    file = tmp_path / "hub/checkpoints" / INCEPTION_FILE
+    file.parent.mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_state_dict_from_url", lambda *args, **options: None)
+        patched.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        torch.save(module.FeatureExtractorInceptionV3("any", ["2048"]).state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return file
+
+
+@pytest.mark.slow
+def test_fid_is_that_of_torchmetrics(inception):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    draws = picture_draws(8)
+    score = FeatureDistances("inception", "frechet")
+    score.repeats = 2
+    score.add(draws)
+    found = score.numbers()
+    fid = FrechetInceptionDistance(2048, normalize=True, feature_extractor_weights_path=str(inception), antialias=False)
+    fid.update((255 * draws.x0).round() / 255, real=True)
+    fid.update((255 * draws.samples[:, 0]).round() / 255, real=False)
+    assert found["frechet_inception"] == pytest.approx(fid.compute().item(), rel=1e-2)
+    assert found["frechet_inception_backend"].startswith("inception-v3-compat, torch-fidelity ")
+    with pytest.raises(ValueError, match="in 2048 features it needs at least 2049 images, got 2048"):
+        check_scores(["frechet_inception"], 2048, 8, (3, 32, 32))
+
+
+def test_what_fid_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"the metric kid_inception .*{INCEPTION_FILE} into {tmp_path}"):
+        build_score("kid_inception")
+    file = tmp_path / "hub/checkpoints" / INCEPTION_FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="does not hold the weights of Inception"):
+        build_score("kid_inception")
+    torch.save({"weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="does not hold the weights of Inception"):
+        build_score("kid_inception")
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("ud2m.frechet.version", missing)
+    with pytest.raises(ValueError, match=r"the metric kid_inception cannot be computed: .*pip install 'ud2m\[fid\]'"):
+        check_scores(["kid_inception"], 100, 1, (3, 32, 32))
+
+
 @pytest.mark.slow
 def test_patches_are_pieces_of_the_images(weights):
     draws = picture_draws(80, size=64)
@@ -265,7 +322,7 @@ def test_unknown_metrics_are_refused(name):
 def test_a_metric_without_the_weights_of_its_backbone_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("lpips_vgg", "kid_vgg"):
-        with pytest.raises(FileNotFoundError, match=rf"the metric {name} needs .* vgg16-397923af.pth"):
+        with pytest.raises(FileNotFoundError, match=rf"the metric {name} cannot be computed: .* vgg16-397923af.pth"):
             check_scores([name], 1000, 8, (3, 32, 32))
 
 

@@ -698,6 +698,35 @@ def test_a_run_starts_from_a_trained_model(prior, tmp_path):
     assert any(not torch.equal(p, expected[name]) for name, p in without_judge(module).items())
 
 
+@pytest.mark.parametrize("widths", [None, (4, 4, 4, 4), (8, 8, 8, 8)])
+def test_a_run_with_a_trained_start_goes_on_from_a_model_with_another(prior, tmp_path, widths):
+    def network(start):
+        return {"num_blocks": 2, "rule": {"name": "annealed"}, "warm_start": start}
+
+    def learned(widths):
+        return network({"name": "network", "channels": 3, "widths": list(widths), "num_blocks": 1})
+
+    theirs = network({"name": "pinv"}) if widths is None else learned(widths)
+    first = distillation(prior, network=theirs)
+    with torch.no_grad():
+        for value in first.network.own_state().values():
+            value.add_(0.25)
+    first.ema.update()
+    first.export(tmp_path / "export")
+    with first.ema.applied():
+        expected = {name: value.clone() for name, value in first.network.own_state().items()}
+    module = distillation(prior, network=learned((4, 4, 4, 4)), start_from=str(tmp_path / "export"))
+    found = module.network.own_state()
+    starts = [name for name in found if name.startswith("warm_start.")]
+    assert 0 < len(starts) < len(found)
+    for name, value in found.items():
+        if name in starts and widths != (4, 4, 4, 4):
+            # its last layer is still 0: the smoothing start
+            assert not name.endswith("m_tail.weight") or not value.any()
+        else:
+            torch.testing.assert_close(value, expected[name])
+
+
 def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
     distillation(prior).export(tmp_path / "export")
     start = {"start_from": str(tmp_path / "export")}

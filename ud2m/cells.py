@@ -17,7 +17,7 @@ from ud2m.output import write_bytes, write_json
 from ud2m.scores import Draws, Score
 from ud2m.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
 
-FORMAT = 1
+FORMAT = 2
 """Part of every digest: raised when a method or a score changes its meaning, so that old numbers are not taken up."""
 PARTS = ("settings", "row", "curves")
 

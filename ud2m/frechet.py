@@ -1,12 +1,38 @@
-"""Fréchet distance between two sets of images in the features of a named backbone."""
+"""Features of named networks, and the Fréchet distance between two sets of images in them."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ud2m.metrics import LPIPSDistance
+from ud2m.metrics import BACKBONES, LPIPSDistance, available_lpips
+
+INCEPTION = "inception"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+NETS = (*BACKBONES, INCEPTION)
+
+
+def build_features(net: str) -> "BackboneFeatures | InceptionFeatures":
+    """Return the features called ``net``, one of ``NETS``; raises as their classes do."""
+    return InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
+
+
+def check_weights(net: str) -> None:
+    """Raise FileNotFoundError when the weights are not in the torch cache, ValueError without their package."""
+    if net == INCEPTION:
+        _fidelity_version()
+        file, found = INCEPTION_URL + INCEPTION_FILE, _inception_weights().is_file()
+    else:
+        file, found = f"torchvision's {BACKBONES[net][0]}", available_lpips(net)
+    if not found:
+        raise FileNotFoundError(
+            f"the weights of {net} are missing: put {file} into {torch.hub.get_dir()}/checkpoints (TORCH_HOME chooses "
+            "the folder)"
+        )
 
 
 class BackboneFeatures(nn.Module):
@@ -16,6 +42,8 @@ class BackboneFeatures(nn.Module):
         super().__init__()
         self.distance = LPIPSDistance(net, weights)
         self.num_features = self(torch.zeros(1, 3, 64, 64)).shape[1]
+        self.smallest = self.distance.smallest
+        self.name = f"{self.distance.name}, last features"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -23,6 +51,52 @@ class BackboneFeatures(nn.Module):
         network = self.distance.network
         maps = network.net(network.scaling_layer(2 * images.expand(-1, 3, -1, -1) - 1))
         return maps[-1].mean((2, 3))
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 pooled features of published FID and KID: Inception of 2015, as torch-fidelity has it, on 8-bit colours.
+
+    [B, C, H, W] in [0, 1] -> [B, 2048]. Images of any size are resized to 299 x 299 as the original does.
+
+    Raises:
+        FileNotFoundError: when the weights are not in the torch cache. ValueError: for a file that does not hold them,
+            or without torch-fidelity.
+    """
+
+    num_features = 2048
+    smallest = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_weights(INCEPTION)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = _inception_weights()
+        try:
+            # torch-fidelity unpickles whatever the file holds: a file with more than tensors is refused before
+            torch.load(path, map_location="cpu", weights_only=True)
+            with torch.random.fork_rng(devices=[]):  # its draws stay in here
+                self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except (RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the weights of Inception; download it anew") from error
+        self.name = f"inception-v3-compat, torch-fidelity {_fidelity_version()}"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features; grey images are repeated."""
+        pixels = (255 * images.expand(-1, 3, -1, -1).clamp(0, 1)).round().to(torch.uint8)
+        return self.network(pixels)[0]
+
+
+def _inception_weights() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
+def _fidelity_version() -> str:
+    try:
+        return version("torch-fidelity")
+    except PackageNotFoundError as error:
+        raise ValueError("features of Inception need torch-fidelity: pip install 'ud2m[fid]'") from error
 
 
 class FrechetDistance:
@@ -47,7 +121,7 @@ class FrechetDistance:
     @property
     def name(self) -> str:
         """What to write beside a value."""
-        return f"{self.features.distance.name}, last features"
+        return self.features.name
 
     def check(self, count: int) -> None:
         """Raise ValueError unless ``count`` references determine a covariance: more of them than features."""

@@ -3,20 +3,20 @@
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ud2m.cells import Result
+from ud2m.differences import DIFFERENCE, GROUP, REFERENCE, difference_rows, excludes_zero
 from ud2m.images import data_url
 from ud2m.report import Column, best_cells, format_value, html_page, markdown_line, table_columns, viewable
 
-SETTING = ("data", "size", "operator", "sigma_y")
-HIDDEN = ("_low", "_high", "_nominal", "_backend")
-CONSTANT = (*SETTING, "images", "samples", "seed")
+HIDDEN = ("_low", "_high", "_nominal", "_backend", DIFFERENCE)
+CONSTANT = (*GROUP, "images", "samples", "seed")
 QUALITY = ("psnr_mean", "psnr", "ssim", "lpips", "energy", "frechet", "kid", "cfid")
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")  # Okabe and Ito
@@ -24,6 +24,8 @@ LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasci
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
 
 Rows = Sequence[Mapping[str, Any]]
+Bold = Collection[tuple[int, str]]
+"""Cells in bold type: index of the row, and key of the column."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ def visible(rows: Rows) -> list[Column]:
     """Return the columns of a table: not the bounds of intervals, nor what is the same number everywhere."""
     keys = [key for row in rows for key in row]
     constant = {key for key in CONSTANT if len({row.get(key) for row in rows}) == 1}
-    constant |= {key for key in keys if key.endswith(HIDDEN)}
+    constant |= {key for key in keys if key.endswith(HIDDEN) or key == REFERENCE}
     columns = table_columns([{k: v for k, v in row.items() if k not in constant} for row in rows])
-    leading = [column for key in (*SETTING, "method") for column in columns if column.key == key]
+    leading = [column for key in (*GROUP, "method") for column in columns if column.key == key]
     return [*leading, *(column for column in columns if column not in leading)]
 
 
@@ -79,28 +81,69 @@ def cell_text(column: Column, row: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """Return the rows as a Markdown table with notes."""
-    return "\n".join([markdown_table(rows), "", *(f"- {note}" for note in notes(rows))]) + "\n"
+    """Return the rows as Markdown: the table, its notes, and the differences from a reference if there are any."""
+    parts = [markdown_table(rows), "", *(f"- {note}" for note in notes(rows)), *markdown_differences(rows)]
+    return "\n".join(parts) + "\n"
 
 
 def markdown_table(rows: Rows) -> str:
     """Return the rows as a Markdown table, the best value of a column, operator and data set in bold."""
     columns = visible(rows)
-    best = best_cells(rows, columns)
+    return _markdown_table(rows, columns, best_cells(rows, columns))
+
+
+def markdown_differences(rows: Rows) -> list[str]:
+    """Return the differences from the reference as a Markdown table with its caption; nothing where there are none."""
+    differences = difference_rows(rows)
+    if not differences:
+        return []
+    columns = signed(differences)
+    return ["", caption(rows), "", _markdown_table(differences, columns, significant(differences, columns))]
+
+
+def _markdown_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
     lines = [markdown_line(column.heading for column in columns)]
     lines.append(markdown_line("---" if _is_text(rows, column) else "---:" for column in columns))
     for index, row in enumerate(rows):
-        cells = [(cell_text(column, row), (index, column.key) in best) for column in columns]
-        lines.append(markdown_line(f"**{text}**" if wins else text for text, wins in cells))
+        cells = [(cell_text(column, row), (index, column.key) in bold) for column in columns]
+        lines.append(markdown_line(f"**{text}**" if strong else text for text, strong in cells))
     return "\n".join(lines)
 
 
+def signed(rows: Rows) -> list[Column]:
+    """Return the columns of a table of differences: numbers with their sign."""
+    return [
+        column if column.key in ("method", "nfe", *GROUP) else replace(column, format=f"+{column.format}")
+        for column in visible(rows)
+    ]
+
+
+def significant(rows: Rows, columns: Sequence[Column]) -> set[tuple[int, str]]:
+    """Return the differences whose interval does not contain 0."""
+    return {(i, column.key) for i, row in enumerate(rows) for column in columns if excludes_zero(row, column.key)}
+
+
+def caption(rows: Rows) -> str:
+    """Return what a table of differences shows."""
+    return (
+        f"Differences from {rows[0][REFERENCE]}, paired by image; in brackets: 95 % bootstrap interval over images; "
+        "bold: it does not contain 0."
+    )
+
+
 def latex(rows: Rows) -> str:
-    """Return the rows as a LaTeX table (booktabs), intervals in small print."""
-    columns = visible(rows)
-    best = best_cells(rows, columns)
+    """Return the rows as a LaTeX table (booktabs), intervals in small print, and one of the differences."""
+    columns, differences = visible(rows), difference_rows(rows)
+    lines = [r"% \usepackage{booktabs}", *_latex_table(rows, columns, best_cells(rows, columns))]
+    lines += [f"% {note}" for note in notes(rows)]
+    if differences:
+        columns = signed(differences)
+        lines += ["", f"% {caption(rows)}", *_latex_table(differences, columns, significant(differences, columns))]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> list[str]:
     lines = [
-        r"% \usepackage{booktabs}",
         rf"\begin{{tabular}}{{{''.join('l' if _is_text(rows, column) else 'r' for column in columns)}}}",
         r"\toprule",
         " & ".join(escape(column.heading) for column in columns) + r" \\",
@@ -108,7 +151,7 @@ def latex(rows: Rows) -> str:
     ]
     before: Any = None
     for index, row in enumerate(rows):
-        group = [row.get(key) for key in SETTING]
+        group = [row.get(key) for key in GROUP]
         if before not in (None, group):
             lines.append(r"\midrule")
         before = group
@@ -120,10 +163,10 @@ def latex(rows: Rows) -> str:
                 else (str(row.get(column.key, "–")), "", "")
             )
             value = escape(text)
-            value = rf"\textbf{{{value}}}" if (index, column.key) in best else value
+            value = rf"\textbf{{{value}}}" if (index, column.key) in bold else value
             cells.append(f"{value} {{\\scriptsize [{interval}}}" if interval else value)
         lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in notes(rows))]) + "\n"
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
 
 
 def escape(text: str) -> str:
@@ -147,13 +190,23 @@ def render(board: Board) -> str:
 def _groups(rows: Rows) -> dict[tuple[tuple[str, Any], ...], list[int]]:
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(tuple((key, row.get(key)) for key in SETTING), []).append(index)
+        groups.setdefault(tuple((key, row.get(key)) for key in GROUP), []).append(index)
     return groups
 
 
 def _table(rows: Rows) -> str:
-    columns = visible(rows)
-    best = best_cells(rows, columns)
+    columns, differences = visible(rows), difference_rows(rows)
+    legend = "".join(f"<li>{_text(note)}</li>" for note in ["bold: best for the same data and operator", *notes(rows)])
+    table = _html_table(rows, columns, best_cells(rows, columns))
+    body = f"<p>Click a heading to sort.</p>{table}<ul class=legend>{legend}</ul>"
+    if differences:
+        columns = signed(differences)
+        body += f"<p>{_text(caption(rows))}</p>"
+        body += _html_table(differences, columns, significant(differences, columns))
+    return body
+
+
+def _html_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
     head = "".join(
         f'<th scope=col title="{_text(column.meaning)}"><button type=button>{_text(column.heading)}</button></th>'
         for column in columns
@@ -164,15 +217,14 @@ def _table(rows: Rows) -> str:
         for column in columns:
             value = row.get(column.key)
             text, _, interval = cell_text(column, row).partition(" [")
-            shown = f"<b>{_text(text)}</b>" if (index, column.key) in best else _text(text)
+            shown = f"<b>{_text(text)}</b>" if (index, column.key) in bold else _text(text)
             shown += f"<small>[{_text(interval)}</small>" if interval else ""
             key = "" if value is None else value
             kind = "text" if isinstance(value, str) else "number"
             cells += f'<td class={kind} data-value="{_text(key)}">{shown}</td>'
         body += f"<tr>{cells}</tr>"
-    legend = "".join(f"<li>{_text(note)}</li>" for note in ["bold: best for the same data and operator", *notes(rows)])
-    table = f"<table id=results><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<p>Click a heading to sort.</p><div class=scroll tabindex=0>{table}</div><ul class=legend>{legend}</ul>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll tabindex=0>{table}</div>"
 
 
 # --- plots -------------------------------------------------------------------------------------------------------
@@ -358,21 +410,21 @@ pre { background: var(--tint); padding: 12px; font-size: 0.8rem; }
 """
 
 _SCRIPT = """
-const table = document.getElementById('results');
-table.querySelectorAll('th').forEach((head, column) => head.querySelector('button').addEventListener('click', () => {
-  const falling = head.getAttribute('aria-sort') === 'ascending';
-  table.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
-  head.setAttribute('aria-sort', falling ? 'descending' : 'ascending');
-  const body = table.tBodies[0];
-  const key = row => row.cells[column].dataset.value;
+const sortable = table => table.querySelectorAll('th').forEach((head, column) => {
   const compare = (a, b) => {
-    const [x, y] = [key(a), key(b)];
+    const [x, y] = [a, b].map(row => row.cells[column].dataset.value);
     if (x === '' || y === '') return (x === '') - (y === '');  // what is missing stays last
     const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-    return falling ? -order : order;
+    return head.getAttribute('aria-sort') === 'descending' ? -order : order;
   };
-  body.append(...[...body.rows].sort(compare));
-}));
+  head.querySelector('button').addEventListener('click', () => {
+    const falling = head.getAttribute('aria-sort') === 'ascending';
+    table.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
+    head.setAttribute('aria-sort', falling ? 'descending' : 'ascending');
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  });
+});
+document.querySelectorAll('table').forEach(sortable);
 let factor = 4;
 const buttons = document.querySelectorAll('[data-zoom]');
 const choose = value => {

@@ -198,7 +198,7 @@ def _cached(net: str) -> Path:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, OSError, LookupError, ValueError) as error:
         raise ValueError(f"cannot read LPIPS weights from {path}: damaged or not a torch file; replace it") from error
 
 

@@ -285,7 +285,8 @@ def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) ->
     """Give a network, whose prior has an adapter, the trained parameters of a model: to train it further.
 
     Args:
-        reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others.
+        reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
+            a learned warm start goes on from the model's where that has the same weights, and else begins anew.
 
     Raises:
         FileNotFoundError: when nothing is there. ValueError: when it has another prior, adapter or kind of psi.
@@ -304,7 +305,7 @@ def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) ->
         if other:
             raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
         prior.read_adapter(folder)
-        network.load_own_state(load_file(folder / PSI_FILE))
+        network.load_own_state(network.with_fitting_start(load_file(folder / PSI_FILE)))
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
 

@@ -25,8 +25,8 @@ from ud2m.calibration import (
     residual_p_value,
     signed_root,
 )
-from ud2m.frechet import BackboneFeatures
-from ud2m.metrics import BACKBONES, SSIM_WINDOW, DISTSDistance, LPIPSDistance, available_lpips, psnr, ssim
+from ud2m.frechet import INCEPTION, NETS, build_features, check_weights
+from ud2m.metrics import BACKBONES, SSIM_WINDOW, DISTSDistance, LPIPSDistance, psnr, ssim
 from ud2m.physics import DataTerm, measured, residual
 
 Numbers = dict[str, Any]
@@ -36,10 +36,12 @@ SMALLEST_KID = 50
 """Images below which the kernel distance is mostly noise."""
 PER_BIN = 5
 """Images per possible rank that the chi^2 test of the ranks needs (Cochran's rule)."""
+VALUES = "_values"
+"""End of the names of lists of values per image."""
 RESAMPLED = 100
 """Bootstrap repeats of distances between sets of features."""
-RESAMPLED_PIXELS = 20
-"""The same where each costs seconds."""
+RESAMPLED_WIDE = 20
+"""The same with thousands of numbers per image, where each costs seconds."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ class PerImage(Score):
         for name, parts in self.gathered.items():
             found |= with_interval(name, torch.cat(parts))
         return found | self.backend
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return the values of all images, in their order: differences between methods are paired by image."""
+        return {f"{name}{VALUES}": torch.cat(parts).tolist() for name, parts in self.gathered.items()}
 
 
 def with_interval(name: str, values: Tensor) -> Numbers:
@@ -288,17 +294,18 @@ class FeatureDistances(Score):
     """Distances between the sets of samples and of references, in the features of a backbone.
 
     Args:
-        net: of ``ud2m.metrics.BACKBONES``.
+        net: of ``ud2m.frechet.NETS``.
         kind: ``frechet`` (Heusel et al., 2017), ``kid`` (Binkowski et al., 2018) or ``cfid`` (Soloveitchik et al.,
             2021).
         patch: images are cut into patches of this side first; 0: they are taken whole.
     """
 
     def __init__(self, net: str, kind: str, patch: int = 0):
-        self.features, self.kind, self.patch = BackboneFeatures(net), kind, patch
+        self.features, self.kind, self.patch = build_features(net), kind, patch
         self.modules = (self.features,)
+        self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
         self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")
-        self.backend = f"{self.features.distance.name}, last features" + (f", {patch}x{patch}" if patch else "")
+        self.backend = self.features.name + (f", {patch}x{patch}" if patch else "")
         self.truth: list[Tensor] = []
         self.drawn: list[Tensor] = []
         self.seen: list[Tensor] = []
@@ -307,8 +314,8 @@ class FeatureDistances(Score):
         """Raise ValueError where the number of images does not carry the distance."""
         if self.patch and (size[1] % self.patch or size[2] % self.patch):
             raise ValueError(f"patches of {self.patch} do not divide images of {size[1]}x{size[2]}")
-        if min(size[1:]) < self.features.distance.smallest or 0 < self.patch < self.features.distance.smallest:
-            raise ValueError(f"it needs images and patches of at least {self.features.distance.smallest} pixels a side")
+        if min(size[1:]) < self.features.smallest or 0 < self.patch < self.features.smallest:
+            raise ValueError(f"it needs images and patches of at least {self.features.smallest} pixels a side")
         count = images * (size[1] * size[2] // self.patch**2 if self.patch else 1)
         width = self.features.num_features
         least = {"frechet": width + 1, "kid": SMALLEST_KID, "cfid": 2 * width + 1}[self.kind]
@@ -335,7 +342,7 @@ class FeatureDistances(Score):
         value = self._distance(truth, drawn, seen)
         generator = _seeded()
         repeats = []
-        for _ in range(RESAMPLED):
+        for _ in range(self.repeats):
             pick = torch.randint(len(truth), (len(truth),), generator=generator)
             repeats.append(self._distance(truth[pick], drawn[pick], None if seen is None else seen[pick]))
         spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
@@ -395,7 +402,7 @@ class ConditionalW2(Score):
         truth, drawn, seen = (torch.cat(part) for part in zip(*self.parts, strict=True))
         value = max(0.0, conditional_frechet(truth, drawn, seen)) ** 0.5
         generator, repeats = _seeded(), []
-        for _ in range(RESAMPLED_PIXELS):
+        for _ in range(RESAMPLED_WIDE):
             pick = torch.randint(len(truth), (len(truth),), generator=generator)
             repeats.append(max(0.0, conditional_frechet(truth[pick], drawn[pick], seen[pick])) ** 0.5)
         spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
@@ -457,30 +464,32 @@ def build_score(name: str) -> Score:
     """Return a fresh score by its name: one of ``SCORES``, or ``frechet_NET``, ``kid_NET``, ``cfid_NET`` (``_SIDE``).
 
     Raises:
-        ValueError: for an unknown name. FileNotFoundError: when the weights of its backbone are not in the torch cache.
+        ValueError: for an unknown name, or without the package of its network. FileNotFoundError: when the weights of
+            its network are not in the torch cache.
     """
     kind, _, rest = name.partition("_")
     net, _, side = rest.partition("_")
-    is_set = kind in SETS and net in BACKBONES and (not side or (side.isdigit() and int(side) > 0 and kind != "cfid"))
+    is_set = kind in SETS and net in NETS and (not side or (side.isdigit() and int(side) > 0 and kind != "cfid"))
     if name not in SCORES and not is_set:
         raise ValueError(
-            f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the backbones "
-            f"{', '.join(BACKBONES)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
+            f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the networks "
+            f"{', '.join(NETS)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
     net = "vgg" if name == "dists" else net
-    if net in BACKBONES and not available_lpips(net):
-        raise FileNotFoundError(
-            f"the metric {name} needs the weights of its backbone: put torchvision's {BACKBONES[net][0]} into "
-            f"{torch.hub.get_dir()}/checkpoints (TORCH_HOME chooses the folder), or leave the metric out"
-        )
+    if net in NETS:
+        try:
+            check_weights(net)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
     return FeatureDistances(net, kind, int(side or 0)) if is_set else SCORES[name]()
 
 
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:
     """Raise ValueError or FileNotFoundError now for a metric that could not be computed at the end."""
     for name in names:
+        score = build_score(name)
         try:
-            build_score(name).check(images, samples, size)
+            score.check(images, samples, size)
         except ValueError as error:
             raise ValueError(f"the metric {name}: {error}") from error
 

@@ -249,6 +249,13 @@ class UnfoldedNetwork(nn.Module):
             for name, value in own.items():
                 value.copy_(state[name])
 
+    def with_fitting_start(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return another network's ``own_state`` with this network's warm start where the other's has other weights."""
+        mine, theirs = _of_start(self.own_state()), _of_start(state)
+        if {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}:
+            return dict(state)
+        return {k: v for k, v in state.items() if k not in theirs} | mine
+
     def psi(self) -> dict[str, float]:
         """Return the learned factors on the rule where all features are 0, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
         parts = {str(k): cast(LearnedProx, block) for k, block in enumerate(self.blocks, start=1)}
@@ -259,6 +266,10 @@ class UnfoldedNetwork(nn.Module):
             for part, module in parts.items()
             for name in module.learned
         }
+
+
+def _of_start(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if k.startswith("warm_start.")}
 
 
 RULES: dict[str, Callable[..., Rule]] = {"paper": PaperRule, "annealed": AnnealedRule}

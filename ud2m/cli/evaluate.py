@@ -24,6 +24,7 @@ from ud2m.cells import CellStore, Result, images_digest, measure
 from ud2m.cli.errors import user_facing
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
+from ud2m.differences import with_differences
 from ud2m.evaluation import Problem
 from ud2m.leaderboard import Board, latex, markdown, render, visible
 from ud2m.metrics import BACKBONES
@@ -120,6 +121,9 @@ class EvaluationRun:
         self.jobs = list(self._jobs())
         if not self.jobs:
             raise ValueError("no method takes any of the operators; choose other ones")
+        labels = list(dict.fromkeys(job.label for job in self.jobs))
+        if config.reference is not None and config.reference not in labels:
+            raise ValueError(f"reference must be one of the methods {', '.join(labels)}, got {config.reference!r}")
 
     # --- what is to be done --------------------------------------------------------------------------------------
 
@@ -245,6 +249,8 @@ class EvaluationRun:
             for job, result in zip(self.jobs, found, strict=True):
                 results.append(result or self._measured(job, bar))
         rows = [self._row(job, result) for job, result in zip(self.jobs, results, strict=True)]
+        if self.config.reference is not None:
+            rows = with_differences(rows, results, self.config.reference)
         self._write(rows, results)
         return rows
 
