@@ -192,7 +192,7 @@ rivals_on() {
     train "start_$operator" $photos network=learned training.start_from="$model" training.optimizer.lr_start=1e-3 \
         steps=300 validate_every=150
     train "bridge_$operator" experiment=photos_bridge physics="$operator"
-    methods="latino,ddrm,diffpir,\"i2sb label=I2SB $bridge\""
+    methods="latino,ddrm,diffpir,pnp_flow,\"i2sb label=I2SB $bridge\""
     methods+=",\"i2sb label=I2SB,_9_steps $bridge target.num_steps=9 tune=null\",\"cddb label=CDDB $bridge\""
     methods+=",\"ud2m label=UD2M target.model=$model\""
     methods+=",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_$operator/export\""

@@ -229,7 +229,10 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"methods": "[pinv,ddrn]"}, "unknown method 'ddrn'; known: cddb, ddrm, diffpir, dps, i2sb, langevin, latino"),
+        (
+            {"methods": "[pinv,ddrn]"},
+            "unknown method 'ddrn'; known: cddb, ddrm, diffpir, dps, i2sb, langevin, latino, pinv, pnp_flow",
+        ),
         ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
         ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: .*folder"),
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),

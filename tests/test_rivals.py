@@ -18,7 +18,7 @@ from ud2m.physics import (
     UniformBlur,
     observe,
 )
-from ud2m.rivals import Ddrm, DeepinvDenoiser, DiffPir, Dps, decomposition
+from ud2m.rivals import Ddrm, DeepinvDenoiser, DiffPir, Dps, PnpFlow, decomposition
 
 SHAPE = (1, 8, 8)
 
@@ -191,11 +191,39 @@ def test_dps_is_deepinvs():
     torch.testing.assert_close(ours, expected.to(ours), atol=1e-5, rtol=0)
 
 
+# --- PnP-Flow -----------------------------------------------------------------------------------------------------
+
+
+def test_pnp_flow_moves_mean_and_covariance_of_a_gaussian_as_its_affine_steps_do():
+    prior, steps, alpha, weight = smooth(), 12, 0.3, 1.5
+    y, physics = problem(prior, UniformBlur(3))
+    identity = torch.eye(64, dtype=torch.float64)
+    A = physics.A(identity.view(64, *SHAPE).float()).flatten(1).double().T
+    m, C, data = prior.mean().flatten().double(), prior.covariance().double(), y.flatten().double()
+    norm = torch.linalg.matrix_norm(A, 2) ** 2
+    mean, covariance = A.T @ data, torch.zeros_like(C)
+    for n in range(1, steps + 1):
+        t = n / (steps + 1)
+        variance = ((1 - t) / (2 * t)) ** 2  # of the noise beside an image in [0, 1]
+        step = weight * (1 - t) ** alpha / norm
+        gain = C @ torch.linalg.inv(C + variance * identity)
+        forward = identity - step * A.T @ A
+        mean = m + gain @ (forward @ mean + step * A.T @ data - m)
+        covariance = gain @ (forward @ covariance @ forward.T + variance * identity) @ gain.T
+    torch.manual_seed(0)
+    count = 4000
+    drawn = PnpFlow(prior, steps, alpha, weight).draw(y.expand(count, *SHAPE), physics, 0.05).flatten(1).double()
+    error = (drawn.mean(0) - mean) / (covariance.diagonal() / count).sqrt()
+    assert error.abs().max() < 5
+    assert error.square().mean() < 2
+    assert (drawn.T.cov() - covariance).norm() < 0.15 * covariance.norm()
+
+
 # --- what all share -----------------------------------------------------------------------------------------------
 
 
 METHODS = [lambda prior, **o: Ddrm(prior, 5, **o), lambda prior, **o: DiffPir(prior, 5, **o)]
-METHODS += [lambda prior, **o: Dps(prior, 5, **o)]
+METHODS += [lambda prior, **o: Dps(prior, 5, **o), lambda prior, **o: PnpFlow(prior, 5, **o)]
 each_method = pytest.mark.parametrize("make", METHODS)
 
 
@@ -230,6 +258,7 @@ def test_the_network_sees_no_more_than_a_chunk(make):
         (Ddrm, GaussianBlur(0.8, boundary="valid"), "Ddrm cannot take the operator BoundedBlur"),
         (DiffPir, Jpeg(), "DiffPir cannot take the operator JpegCodec; it takes every linear operator"),
         (Dps, Jpeg(), "Dps cannot take the operator JpegCodec"),
+        (PnpFlow, Jpeg(), "PnpFlow cannot take the operator JpegCodec"),
     ],
 )
 def test_operators_that_cannot_be_taken_are_named_with_those_that_can(method, family, words):
@@ -246,6 +275,8 @@ def test_operators_that_cannot_be_taken_are_named_with_those_that_can(method, fa
         (lambda: DiffPir(white(), zeta=-1), "zeta in"),
         (lambda: DiffPir(white(), num_steps=0), "num_steps of DiffPIR"),
         (lambda: Dps(white(), weight=0), "positive weight"),
+        (lambda: PnpFlow(white(), weight=2.0), r"a weight in \(0, 2\)"),
+        (lambda: PnpFlow(white(), num_steps=0), "num_steps of PnP-Flow"),
         (lambda: Dps(white(), chunk_size=0), "chunk_size"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Published samplers with the same prior as ours: DDRM, DiffPIR and DPS of deepinv, and long Langevin runs."""
+"""Published samplers with the same prior as ours: DDRM, DiffPIR and DPS of deepinv, PnP-Flow, long Langevin runs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -299,6 +299,48 @@ class Dps(Rival):
         """Return one sample for each y [S, ...]."""
         sampler = deepinv.sampling.DPS(self.denoiser, num_steps=self.num_steps, weight=self.weight, device=y.device)
         return sampler(y, physics)
+
+
+class PnpFlow(Rival):
+    """PnP-Flow (Martin et al., ICLR 2025), a flow matching method, with the flow that our denoiser implies.
+
+    At time t = n / N of the straight path t x + (1 - t) eps between noise and images in [-1, 1], the flow's denoiser
+    E[x | path] is ours at sigma = (1 - t) / (2 t) in [0, 1]. Each step is n = 1, ..., N - 1:
+    x <- denoiser(x - w (1 - t)^alpha A^T (A x - y) / |A|^2 + sigma eps, sigma), from A^T y. With one draw of eps per
+    step it samples; its authors average over five.
+
+    Args:
+        prior, chunk_size: as for ``Rival``.
+        num_steps: N - 1, network evaluations.
+        alpha: how fast the gradient steps shrink. weight: w, in (0, 2).
+    """
+
+    takes = "every linear operator"
+
+    def __init__(
+        self, prior: nn.Module, num_steps: int = 99, alpha: float = 0.5, weight: float = 1.0, chunk_size: int = 64
+    ):
+        super().__init__(prior, chunk_size)
+        check_count("num_steps of PnP-Flow", num_steps)
+        if not alpha >= 0 or not 0 < weight < 2:
+            raise ValueError(f"PnP-Flow needs alpha of at least 0 and a weight in (0, 2), got {alpha} and {weight}")
+        self.num_steps, self.alpha, self.weight = num_steps, alpha, weight
+
+    def supports(self, physics: DataTerm) -> bool:
+        """Return whether the operator is linear."""
+        return isinstance(physics, LinearPhysics)
+
+    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+        """Return one sample for each y [S, ...]."""
+        x = physics.A_adjoint(y)
+        norm = float(physics.compute_norm(torch.randn_like(x[:1]), verbose=False))
+        for n in range(1, self.num_steps + 1):
+            t = n / (self.num_steps + 1)
+            sigma = (1 - t) / (2 * t)
+            step = self.weight * (1 - t) ** self.alpha / norm
+            x = x - step * physics.A_adjoint(physics.A(x) - y)
+            x = self.denoiser(x + sigma * torch.randn_like(x), sigma)
+        return x
 
 
 class Langevin(Rival):
