@@ -153,13 +153,16 @@ SECTIONS = (
         "rivals",
         "The paper's columns on photographs, and its rivals",
         "Gaussian (width 1.6) and uniform (9x9) deblurring and bicubic super-resolution x4 at sigma_y = 0.01, JPEG "
-        "at quality 10 (chroma 4:2:0, seen as a decoded picture with noise of 0.04). 57 of the 342 pieces of 32x32 "
-        "of the test photographs, 4 samples each. The same prior (`photos_prior`) for all; DDRM is deepinv's; all but "
-        "UD2M are tuned on 4 validation pieces for the PSNR of the mean. I2SB and CDDB begin as the prior, and train "
-        "all its weights for 1000 steps of 36 crops of 48x48; UD2M trains its adapter with as many images through the "
-        "network per step (Gaussian deblurring and super-resolution: the shipped models; uniform deblurring and JPEG: "
-        "500 steps). DDRM and CDDB take linear operators alone. DiffPIR and models with a warm-start network are not "
-        "in this table yet. The kernel distance of so few images is noisy.",
+        "at quality 10 (chroma 4:2:0, seen as a decoded picture with noise of 0.04). 260 of the 342 pieces of 32x32 "
+        "of the test photographs, 4 samples each. The same prior (`photos_prior`) for all; DDRM and DiffPIR are "
+        "deepinv's, PnP-Flow runs on the flow that the prior implies. All but UD2M are tuned on 4 validation pieces "
+        "for the PSNR of the mean, which lets bridges take a single step; the row with nine is not tuned. I2SB and "
+        "CDDB begin as the prior, and train all its weights for 1000 steps of 36 crops of 48x48; UD2M trains its "
+        "adapter with as many images through the network per step: the shipped models for Gaussian deblurring and "
+        "super-resolution, for uniform deblurring the first of them trained on (loss of `experiment=demo`, best of "
+        "900 steps), for JPEG 500 steps. With a warm-start network: the same models, trained on for 300 steps with "
+        "it. DDRM, DiffPIR, PnP-Flow and CDDB take linear operators alone. The Fréchet distance is in 256 features of "
+        "AlexNet: so few images bias it upwards, alike for all.",
     ),
     Section(
         "rivals_dps",
@@ -170,15 +173,15 @@ SECTIONS = (
     Section(
         "few_steps",
         "Fewer evaluations than the paper's rule",
-        "Trained alike for 300 steps of 6 crops of 48x48 (`experiment=demo`), 57 of the 32x32 pieces of the test "
-        "photographs, 8 samples. Paper: rule for psi, grid (power 2), L2 + 0.1 LPIPS (vgg) + 0.01 adversarial, images "
+        "Gaussian deblurring and super-resolution x4. Trained alike for 300 steps of 6 crops of 48x48 "
+        "(`experiment=demo`), 57 of the 32x32 pieces of the test photographs, 8 samples. Paper: rule for psi, grid (power 2), L2 + 0.1 LPIPS (vgg) + 0.01 adversarial, images "
         "upright; but the smoothing start, since deblurring does not train from A^dagger y (table above). Rule of the "
-        "paper: its rule and grid with our loss and orientations. The others are ours; shipped: the longer trained "
-        "model.",
+        "paper: its rule and grid with our loss and orientations. The others are ours, K = 4 with N = 1 is "
+        "`experiment=photos_4nfe` with this budget; shipped: the longer trained model.",
     ),
     Section(
         "ablations",
-        "Ablations: K x N, rank, grid, levels, averages",
+        "Ablations: K x N, rank, grid, levels, averages, weights per level",
         "Short runs of equal length (120 steps of 6 crops of 32x32) that differ in one choice; Gaussian deblurring, "
         "every twelfth 32x32 piece of the test photographs, 8 samples. Default: K = 3, N = 3, rank 16, grid power 5, "
         "a quarter of the training levels anywhere, averages over 1 / (1 - 0.99) steps. Losses, warm starts and "
@@ -402,8 +405,8 @@ def render_document(folder: Path = RESULTS) -> str:
         "of a column. Test photographs are `chelsea` and `coffee`, validation is `china`; neither the prior nor any "
         "model was trained on them.\n\n"
         "**Not reproduced** for want of ImageNet, FFHQ, LSUN and their pretrained networks (and of GPUs to run them): "
-        "the paper's own numbers at 256x256, FID with Inception features (the Fréchet distances here are of LPIPS "
-        "backbones, and do not compare with published FID), RAM as the start, and the JPEG sampler of DDRM. "
+        "the paper's own numbers at 256x256, FID with Inception features (`frechet_inception` takes 2049 images or "
+        "more; the Fréchet distances here are of LPIPS backbones, and do not compare with published FID), RAM as the start, and the JPEG sampler of DDRM. "
         "What carries over from these tables is the order of methods that share a prior, operators, images and noise. "
         "The configurations of the paper's runs are in `conf/experiment` ([imagenet.md](imagenet.md)).\n"
     )

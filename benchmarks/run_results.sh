@@ -215,17 +215,18 @@ rivals() {
     collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
 }
 
-# Four evaluations of ours beside nine of the paper's rule, deblurring.
-fewer() {
-    local paper="network=paper network.warm_start={name:smoothing} training.sampling.grid_power=2.0" methods="" name label
+# Four evaluations of ours beside nine of the paper's rule.
+fewer_on() {
+    local operator=$1 methods="" name label
+    local paper="network=paper network.warm_start={name:smoothing} training.sampling.grid_power=2.0"
     local loss="loss.mean_l2=0 loss.l2=1 loss.energy=0 loss.perceptual=0.1 loss/distance=lpips loss.adversarial=0.01"
-    train few_paper_gaussian_blur experiment=demo physics=gaussian_blur $paper $loss training.sampling.symmetries=1
-    train few_rule_gaussian_blur experiment=demo physics=gaussian_blur $paper
-    train few_K4_gaussian_blur experiment=demo physics=gaussian_blur network.num_blocks=4 training.sampling.num_steps=1
-    train few_K2_gaussian_blur experiment=demo physics=gaussian_blur network.num_blocks=2 training.sampling.num_steps=2
-    train demo_gaussian_blur experiment=demo physics=gaussian_blur
+    train "few_paper_$operator" experiment=demo physics="$operator" $paper $loss training.sampling.symmetries=1
+    train "few_rule_$operator" experiment=demo physics="$operator" $paper
+    train "few_K4_$operator" experiment=demo physics="$operator" network.num_blocks=4 training.sampling.num_steps=1
+    train "few_K2_$operator" experiment=demo physics="$operator" network.num_blocks=2 training.sampling.num_steps=2
+    train "demo_$operator" experiment=demo physics="$operator"
     while IFS='|' read -r name label; do
-        methods+="\"ud2m label=$label target.model=runs/results/${name}_gaussian_blur/export\","
+        methods+="\"ud2m label=$label target.model=$RUNS/${name}_$operator/export\","
     done <<'MODELS'
 few_paper|paper,_K_=_3,_N_=_3
 few_rule|rule_of_the_paper,_K_=_3,_N_=_3
@@ -233,11 +234,19 @@ demo|ours,_K_=_3,_N_=_3
 few_K4|ours,_K_=_4,_N_=_1
 few_K2|ours,_K_=_2,_N_=_2
 MODELS
-    methods+='"ud2m label=ours,_K_=_3,_N_=_1 target.model=runs/results/demo_gaussian_blur/export target.num_steps=1",'
+    methods+="\"ud2m label=ours,_K_=_3,_N_=_1 target.model=$RUNS/demo_$operator/export target.num_steps=1\","
     methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
-    evaluate few_steps operators='[gaussian_blur]' methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
+    evaluate "few_steps_$operator" operators="[$operator]" methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
         datasets='["photos test_limit=57"]' reference="'paper, K = 3, N = 3'"
-    collect few_steps results/few_steps --command "bash benchmarks/run_results.sh fewer"
+}
+
+fewer() {
+    local operator folders=()
+    for operator in gaussian_blur super_resolution; do
+        fewer_on "$operator"
+        folders+=("results/few_steps_$operator")
+    done
+    collect few_steps "${folders[@]}" --command "bash benchmarks/run_results.sh fewer"
 }
 
 # Short runs that differ in one choice, and one model sampled in many ways. Columns: name | label | training | sampling.
@@ -259,6 +268,9 @@ power8|grid power 8|training.sampling.grid_power=8.0|
 visited|levels of training: those that sampling visits|training.levels.spread=0.0|
 anywhere|levels of training: anywhere|training.levels.spread=1.0|
 ema|averages over 10 steps|training.optimizer.ema_decay=0.9|
+level|psi a function of the noise level|network.conditioning=[level]|
+l2|L2 loss|loss.l2=1 loss.energy=0|
+l2_edm|L2 loss, weights 1 / sigma^2 + 16|loss.l2=1 loss.energy=0 loss.terms.l2.term.weighting=edm|
 K1@1|K = 1, N = 1|network.num_blocks=1|num_steps=1
 K1@2|K = 1, N = 2|network.num_blocks=1|num_steps=2
 K1@4|K = 1, N = 4|network.num_blocks=1|num_steps=4
@@ -270,6 +282,8 @@ default@1|K = 3, N = 1||num_steps=1
 default@2|K = 3, N = 2||num_steps=2
 K4@1|K = 4, N = 1|network.num_blocks=4|num_steps=1
 K4@2|K = 4, N = 2|network.num_blocks=4|num_steps=2
+K4N1|K = 4, N = 1, trained for it|network.num_blocks=4 training.sampling.num_steps=1|
+K4N1_visited|K = 4, N = 1, trained at its level alone|network.num_blocks=4 training.sampling.num_steps=1 training.levels.spread=0|
 K8@1|K = 8, N = 1|network.num_blocks=8|num_steps=1
 VARIANTS
     collect ablations "${sources[@]}" --command "bash benchmarks/run_results.sh ablations"
