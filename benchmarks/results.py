@@ -174,10 +174,11 @@ SECTIONS = (
         "few_steps",
         "Fewer evaluations than the paper's rule",
         "Gaussian deblurring and super-resolution x4. Trained alike for 300 steps of 6 crops of 48x48 "
-        "(`experiment=demo`), 57 of the 32x32 pieces of the test photographs, 8 samples. Paper: rule for psi, grid (power 2), L2 + 0.1 LPIPS (vgg) + 0.01 adversarial, images "
-        "upright; but the smoothing start, since deblurring does not train from A^dagger y (table above). Rule of the "
-        "paper: its rule and grid with our loss and orientations. The others are ours, K = 4 with N = 1 is "
-        "`experiment=photos_4nfe` with this budget; shipped: the longer trained model.",
+        "(`experiment=demo`), 57 of the 32x32 pieces of the test photographs, 8 samples. Paper: rule for psi, grid "
+        "(power 2), L2 + 0.1 LPIPS (vgg) + 0.01 adversarial, images upright; but the smoothing start, since "
+        "deblurring does not train from A^dagger y (table above). Rule of the paper: its rule and grid with our loss "
+        "and orientations. The others are ours, K = 4 with N = 1 is `experiment=photos_4nfe` with this budget; "
+        "shipped: the longer trained model.",
     ),
     Section(
         "ablations",
@@ -406,9 +407,10 @@ def render_document(folder: Path = RESULTS) -> str:
         "model was trained on them.\n\n"
         "**Not reproduced** for want of ImageNet, FFHQ, LSUN and their pretrained networks (and of GPUs to run them): "
         "the paper's own numbers at 256x256, FID with Inception features (`frechet_inception` takes 2049 images or "
-        "more; the Fréchet distances here are of LPIPS backbones, and do not compare with published FID), RAM as the start, and the JPEG sampler of DDRM. "
-        "What carries over from these tables is the order of methods that share a prior, operators, images and noise. "
-        "The configurations of the paper's runs are in `conf/experiment` ([imagenet.md](imagenet.md)).\n"
+        "more; the Fréchet distances here are of LPIPS backbones, and do not compare with published FID), RAM as the "
+        "start, and the JPEG sampler of DDRM. What carries over from these tables is the order of methods that share "
+        "a prior, operators, images and noise. The configurations of the paper's runs are in `conf/experiment` "
+        "([imagenet.md](imagenet.md)).\n"
     )
     legend = "\n" + "\n".join(meanings) + "\n" if meanings else ""
     return "\n".join([head + legend, *(render_section(section, contents[section.name]) for section in SECTIONS)])
