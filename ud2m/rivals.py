@@ -40,7 +40,7 @@ class Rival(ABC):
         prior: ``denoiser(x_sigma, sigma) -> x0_hat``. chunk_size: samples that the network sees at once.
     """
 
-    takes: str
+    takes = "every linear operator"
     """The operators that it takes, in words."""
 
     def __init__(self, prior: nn.Module, chunk_size: int = 64):
@@ -49,9 +49,9 @@ class Rival(ABC):
         self.networks = [prior]
         self.denoiser = DeepinvDenoiser(prior)
 
-    @abstractmethod
     def supports(self, physics: DataTerm) -> bool:
         """Return whether it can take the operator."""
+        return isinstance(physics, LinearPhysics)
 
     @abstractmethod
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
@@ -245,8 +245,6 @@ class DiffPir(Rival):
         zeta: share of fresh noise. lambda_: weight of the prior's term.
     """
 
-    takes = "every linear operator"
-
     def __init__(
         self, prior: nn.Module, num_steps: int = 100, zeta: float = 0.1, lambda_: float = 7.0, chunk_size: int = 64
     ):
@@ -255,10 +253,6 @@ class DiffPir(Rival):
         if not 0 <= zeta <= 1 or not lambda_ > 0:
             raise ValueError(f"DiffPIR needs zeta in [0, 1] and a positive lambda_, got {zeta} and {lambda_}")
         self.num_steps, self.zeta, self.lambda_ = num_steps, zeta, lambda_
-
-    def supports(self, physics: DataTerm) -> bool:
-        """Return whether the operator is linear."""
-        return isinstance(physics, LinearPhysics)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
@@ -283,17 +277,11 @@ class Dps(Rival):
         weight: step size zeta' of the gradient of the residual norm.
     """
 
-    takes = "every linear operator"
-
     def __init__(self, prior: nn.Module, num_steps: int = 1000, weight: float = 1.0, chunk_size: int = 16):
         super().__init__(prior, chunk_size)
         if not isinstance(num_steps, int) or num_steps < 2 or not weight > 0:
             raise ValueError(f"DPS needs num_steps of at least 2 and a positive weight, got {num_steps!r} and {weight}")
         self.num_steps, self.weight = num_steps, weight
-
-    def supports(self, physics: DataTerm) -> bool:
-        """Return whether the operator is linear."""
-        return isinstance(physics, LinearPhysics)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
@@ -315,8 +303,6 @@ class PnpFlow(Rival):
         alpha: how fast the gradient steps shrink. weight: w, in (0, 2).
     """
 
-    takes = "every linear operator"
-
     def __init__(
         self, prior: nn.Module, num_steps: int = 99, alpha: float = 0.5, weight: float = 1.0, chunk_size: int = 64
     ):
@@ -325,10 +311,6 @@ class PnpFlow(Rival):
         if not alpha >= 0 or not 0 < weight < 2:
             raise ValueError(f"PnP-Flow needs alpha of at least 0 and a weight in (0, 2), got {alpha} and {weight}")
         self.num_steps, self.alpha, self.weight = num_steps, alpha, weight
-
-    def supports(self, physics: DataTerm) -> bool:
-        """Return whether the operator is linear."""
-        return isinstance(physics, LinearPhysics)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
@@ -357,8 +339,6 @@ class Langevin(Rival):
         step: h as a share of the largest stable one, 2 / (g / sigma_y^2 + 1 / sigma^2), g the norm of A^T A; in (0, 1).
     """
 
-    takes = "every linear operator"
-
     def __init__(
         self, prior: nn.Module, num_steps: int = 5000, sigma: float = 0.02, step: float = 0.25, chunk_size: int = 512
     ):
@@ -367,10 +347,6 @@ class Langevin(Rival):
         if not sigma > 0 or not 0 < step < 1:
             raise ValueError(f"Langevin needs a positive sigma and a step in (0, 1), got {sigma} and {step}")
         self.num_steps, self.sigma, self.step = num_steps, sigma, step
-
-    def supports(self, physics: DataTerm) -> bool:
-        """Return whether the operator is linear."""
-        return isinstance(physics, LinearPhysics)
 
     def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return the end of one chain for each y [S, ...]."""
