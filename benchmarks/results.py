@@ -155,20 +155,20 @@ SECTIONS = (
         "Gaussian (width 1.6) and uniform (9x9) deblurring and bicubic super-resolution x4 at sigma_y = 0.01, JPEG "
         "at quality 10 (chroma 4:2:0, seen as a decoded picture with noise of 0.04). 260 of the 342 pieces of 32x32 "
         "of the test photographs, 4 samples each. The same prior (`photos_prior`) for all; DDRM and DiffPIR are "
-        "deepinv's, PnP-Flow runs on the flow that the prior implies. All but UD2M are tuned on 4 validation pieces "
+        "deepinv's. All but UD2M are tuned on 4 validation pieces "
         "for the PSNR of the mean, which lets bridges take a single step; the row with nine is not tuned. I2SB and "
         "CDDB begin as the prior, and train all its weights for 1000 steps of 36 crops of 48x48; UD2M trains its "
         "adapter with as many images through the network per step: the shipped models for Gaussian deblurring and "
         "super-resolution, for uniform deblurring the first of them trained on (loss of `experiment=demo`, best of "
         "900 steps), for JPEG 500 steps. With a warm-start network: the same models, trained on for 300 steps with "
-        "it. DDRM, DiffPIR, PnP-Flow and CDDB take linear operators alone. The Fréchet distance is in 256 features of "
+        "it. DDRM, DiffPIR and CDDB take linear operators alone. The Fréchet distance is in 256 features of "
         "AlexNet: so few images bias it upwards, alike for all.",
     ),
     Section(
         "rivals_dps",
-        "DPS with 1000 steps",
-        "As above on 29 pieces with one sample each, DPS and LATINO tuned on 4 validation pieces: 1000 steps, each of "
-        "which differentiates the network too.",
+        "Many steps: DPS with 1000, PnP-Flow with 99",
+        "As above on 29 pieces with one sample each; all but UD2M are tuned on 4 validation pieces. Each step of DPS "
+        "differentiates the network too. PnP-Flow runs on the flow that the prior's denoiser implies.",
     ),
     Section(
         "few_steps",

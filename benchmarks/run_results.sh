@@ -192,7 +192,7 @@ rivals_on() {
     train "start_$operator" $photos network=learned training.start_from="$model" training.optimizer.lr_start=1e-3 \
         steps=300 validate_every=150
     train "bridge_$operator" experiment=photos_bridge physics="$operator"
-    methods="latino,ddrm,diffpir,pnp_flow,\"i2sb label=I2SB $bridge\""
+    methods="latino,ddrm,diffpir,\"i2sb label=I2SB $bridge\""
     methods+=",\"i2sb label=I2SB,_9_steps $bridge target.num_steps=9 tune=null\",\"cddb label=CDDB $bridge\""
     methods+=",\"ud2m label=UD2M target.model=$model\""
     methods+=",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_$operator/export\""
@@ -200,8 +200,8 @@ rivals_on() {
         metrics='[psnr,ssim,lpips_alex,frechet_alex,r,residual]' methods="[$methods]" datasets='["photos test_limit=260"]' reference=UD2M
     [ "$operator" != jpeg ] || return 0
     evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
-        methods="[latino,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
-        metrics='[psnr,ssim,lpips_alex,residual]'
+        methods="[latino,pnp_flow,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
+        metrics='[psnr,ssim,lpips_alex,residual]' reference=UD2M
 }
 
 rivals() {
