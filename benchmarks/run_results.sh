@@ -190,7 +190,7 @@ rivals_on() {
         model=$RUNS/photos_$operator/export
     fi
     train "start_$operator" $photos network=learned training.start_from="$model" training.optimizer.lr_start=1e-3 \
-        steps=300 validate_every=150
+        loss.mean_l2=30 steps=200 validate_every=100
     train "bridge_$operator" experiment=photos_bridge physics="$operator"
     methods="latino,ddrm,diffpir,\"i2sb label=I2SB $bridge\""
     methods+=",\"i2sb label=I2SB,_9_steps $bridge target.num_steps=9 tune=null\",\"cddb label=CDDB $bridge\""

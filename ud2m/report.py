@@ -98,9 +98,9 @@ COLUMNS = (
     Column(
         "residual",
         "Residual",
+        # a check and no contest: every value near 1 is right, and of JPEG files every small one
         "|A x - y| / (σ_y √m); about 1 when x explains y; JPEG: share of changed DCT coefficients",
         ".3g",
-        "one",
     ),
     Column("residual_p", "Residual p", "chi^2 probability of the residual, 0.5 on average when calibrated", ".2f"),
     Column("seconds_per_image", "Time [s]", "seconds of computing for one sample of one image", ".3g"),
