@@ -148,7 +148,7 @@ def test_the_table_has_one_cell_per_row_and_column():
 
 
 def test_best_values_by_hand():
-    # highest PSNR (two look equal: both), lowest LPIPS, r = 1.8 nearer to 1 as a ratio than 0.2; the residual is no contest
+    # highest PSNR (two look equal: both), lowest LPIPS, r = 1.8 nearer to 1 as a ratio than 0.2; residual: no contest
     expected = {
         (2, "psnr_mean"), (1, "psnr"), (2, "psnr"), (2, "lpips"), (2, "r"),
     }  # fmt: skip
