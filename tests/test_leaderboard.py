@@ -80,8 +80,8 @@ def test_differences_have_a_table_of_their_own():
     caption, _, head, _, first, second = text.splitlines()[-6:]
     assert caption.startswith("Differences from plain, paired by image")
     assert head == "| Operator | Method | NFE | PSNR [dB] |"
-    assert re.fullmatch(r"\| blur \| new \| 9 \| \*\*\+(0\.9|1\.0)\d \[\+0\.9\d, \+1\.\d\d\]\*\* \|", first)
-    assert re.fullmatch(r"\| holes \| new \| 9 \| [+-]0\.0\d \[-0\.0\d, \+0\.0\d\] \|", second)
+    assert re.fullmatch(r"\| blur \| new \| 9 \| \*\*\+(0\.9|1\.0)\d\d \[\+0\.9\d\d, \+1\.\d{3}\]\*\* \|", first)
+    assert re.fullmatch(r"\| holes \| new \| 9 \| [+-]0\.0\d\d \[-0\.0\d\d, \+0\.0\d\d\] \|", second)
     assert latex(rows).count(r"\begin{tabular}") == latex(rows).count(r"\end{tabular}") == 2
     page = Page(re.sub(r"<script>.*?</script>", "", render(Board("x", rows, results, {}, {})), flags=re.DOTALL))
     assert [line[1] for line in page.rows].count("new") == 4

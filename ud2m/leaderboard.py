@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,11 +112,16 @@ def _markdown_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
 
 
 def signed(rows: Rows) -> list[Column]:
-    """Return the columns of a table of differences: numbers with their sign."""
+    """Return the columns of a table of differences: numbers with their sign, and one decimal more than they have."""
     return [
-        column if column.key in ("method", "nfe", *GROUP) else replace(column, format=f"+{column.format}")
+        column if column.key in ("method", "nfe", *GROUP) else replace(column, format=_finer(column.format))
         for column in visible(rows)
     ]
+
+
+def _finer(text: str) -> str:
+    """Return ``.2f`` as ``+.3f``; other formats get a sign alone."""
+    return "+" + re.sub(r"[.](\d)f", lambda found: f".{int(found[1]) + 1}f", text)
 
 
 def significant(rows: Rows, columns: Sequence[Column]) -> set[tuple[int, str]]:
