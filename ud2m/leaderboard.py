@@ -214,7 +214,8 @@ def _table(rows: Rows) -> str:
 
 def _html_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
     head = "".join(
-        f'<th scope=col title="{_text(column.meaning)}"><button type=button>{_text(column.heading)}</button></th>'
+        f'<th scope=col class={_kind(rows, column)} title="{_text(column.meaning)}">'
+        f"<button type=button>{_text(column.heading)}</button></th>"
         for column in columns
     )
     body = ""
@@ -226,8 +227,7 @@ def _html_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
             shown = f"<b>{_text(text)}</b>" if (index, column.key) in bold else _text(text)
             shown += f"<small>[{_text(interval)}</small>" if interval else ""
             key = "" if value is None else value
-            kind = "text" if isinstance(value, str) else "number"
-            cells += f'<td class={kind} data-value="{_text(key)}">{shown}</td>'
+            cells += f'<td class={_kind(rows, column)} data-value="{_text(key)}">{shown}</td>'
         body += f"<tr>{cells}</tr>"
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class=scroll tabindex=0>{table}</div>"
@@ -362,6 +362,10 @@ def _picture(image: Tensor, caption: str) -> str:
     height, width = image.shape[1:]
     img = f'<img width={width} height={height} alt="{_text(caption)}" src="{data_url(image.float().clamp(0, 1))}">'
     return f"<figure><div class=frame>{img}</div><figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _kind(rows: Rows, column: Column) -> str:
+    return "text" if _is_text(rows, column) else "number"
 
 
 def _is_text(rows: Rows, column: Column) -> bool:
