@@ -213,6 +213,10 @@ rivals() {
     done
     collect rivals "${folders[@]}" --command "bash benchmarks/run_results.sh rivals"
     collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
+    evaluate rivals_samples operators='[super_resolution]' num_samples=16 tune_images=4 metrics='[psnr,lpips_alex,r]' \
+        methods="[latino,\"ud2m label=UD2M\",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_super_resolution/export\"]" \
+        datasets='["photos test_limit=260"]' reference=LATINO
+    collect rivals_samples results/rivals_samples --command "bash benchmarks/run_results.sh rivals"
 }
 
 # Four evaluations of ours beside nine of the paper's rule.
