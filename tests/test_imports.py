@@ -13,7 +13,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
 
 # A part may import the parts of lower floors, and of its own as long as there is no circle.
 FLOORS = [
-    {"noise", "output", "precision", "shard_index", "usage"},
+    {"noise", "output", "precision", "shard_index", "tensor_file", "usage"},
     {"schedule", "physics", "discriminator", "losses", "metrics", "calibration", "card"},
     {"prior", "prox", "tiling", "symmetry", "exact", "frechet"},
     {"warm_start", "conditioning"},

@@ -164,9 +164,10 @@ def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
         RamStart(trainable=False)
     with pytest.raises(FileNotFoundError, match=r"no RAM weights at nowhere\.pth"):
         RamStart("nowhere.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.pth does not hold RAM's weights"):
-        RamStart(str(tmp_path / "text.pth"))
+    for content in ("no weights", "half a download"):
+        (tmp_path / "text.pth").write_text(content)
+        with pytest.raises(ValueError, match=r"text\.pth does not hold RAM's weights"):
+            RamStart(str(tmp_path / "text.pth"))
     with pytest.raises(ValueError, match=r"does not hold RAM's weights for \[3\] channels"):
         RamStart(str(ram_file), channels=[3])
     with pytest.raises(ValueError, match="four levels"):

@@ -2,13 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ud2m.metrics import BACKBONES, LPIPSDistance, available_lpips
+from ud2m.metrics import BACKBONES, LPIPSDistance, available_lpips, torch_cache
+from ud2m.tensor_file import read_tensors
 
 INCEPTION = "inception"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -25,7 +25,7 @@ def check_weights(net: str) -> None:
     """Raise FileNotFoundError when the weights are not in the torch cache, ValueError without their package."""
     if net == INCEPTION:
         _fidelity_version()
-        file, found = INCEPTION_URL + INCEPTION_FILE, _inception_weights().is_file()
+        file, found = INCEPTION_URL + INCEPTION_FILE, torch_cache(INCEPTION_FILE).is_file()
     else:
         file, found = f"torchvision's {BACKBONES[net][0]}", available_lpips(net)
     if not found:
@@ -71,13 +71,13 @@ class InceptionFeatures(nn.Module):
         check_weights(INCEPTION)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = _inception_weights()
+        path = torch_cache(INCEPTION_FILE)
         try:
             # torch-fidelity unpickles whatever the file holds: a file with more than tensors is refused before
-            torch.load(path, map_location="cpu", weights_only=True)
+            read_tensors(path)
             with torch.random.fork_rng(devices=[]):  # its draws stay in here
                 self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
-        except (RuntimeError, UnpicklingError, EOFError, LookupError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{path} does not hold the weights of Inception; download it anew") from error
         self.name = f"inception-v3-compat, torch-fidelity {_fidelity_version()}"
 
@@ -86,10 +86,6 @@ class InceptionFeatures(nn.Module):
         """Return the features; grey images are repeated."""
         pixels = (255 * images.expand(-1, 3, -1, -1).clamp(0, 1)).round().to(torch.uint8)
         return self.network(pixels)[0]
-
-
-def _inception_weights() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
 def _fidelity_version() -> str:

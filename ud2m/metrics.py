@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 
 import lpips
 import torch
@@ -16,6 +15,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.image.dists import DISTSNetwork
 
 from ud2m.precision import full_precision
+from ud2m.tensor_file import read_tensors
 
 # torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
 BACKBONES = {
@@ -191,14 +191,19 @@ def _check_shapes(x: Tensor, reference: Tensor) -> None:
         )
 
 
+def torch_cache(file: str) -> Path:
+    """Return where the torch cache keeps a file of weights (``TORCH_HOME`` chooses the folder)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
+
+
 def _cached(net: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net][0]
+    return torch_cache(BACKBONES[net][0])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, LookupError, ValueError) as error:
+        return read_tensors(path)
+    except ValueError as error:
         raise ValueError(f"cannot read LPIPS weights from {path}: damaged or not a torch file; replace it") from error
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ud2m.physics import DataTerm, Denoising
 from ud2m.precision import full_precision
 from ud2m.prior import weights_fingerprint
 from ud2m.prox import joint_prox
+from ud2m.tensor_file import read_tensors
 
 NOTHING_KNOWN = 1e3
 """A noise level at which x_sigma says nothing about an image in [0, 1]."""
@@ -203,8 +203,8 @@ def load_ram(weights: str | None, channels: Sequence[int]) -> RAM:
     if not Path(weights).is_file():
         raise FileNotFoundError(f"there are no RAM weights at {weights}; give a file, or download")
     try:
-        network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+        network.load_state_dict(read_tensors(Path(weights)))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0][:160]
         raise ValueError(f"{weights} does not hold RAM's weights for {list(channels)} channels: {reason}") from error
     return network

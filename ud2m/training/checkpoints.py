@@ -5,13 +5,13 @@ import math
 import signal
 import threading
 from pathlib import Path
-from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
+
+from ud2m.tensor_file import read_tensors
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -112,16 +112,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     content = io.BytesIO(path.read_bytes())
     try:
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError, KeyError, ValueError, OSError) as error:
+        checkpoint = read_tensors(content)
+    except ValueError as error:
         raise ValueError(
-            f"the checkpoint {path} is truncated, damaged or no checkpoint ({_first_line(error)}); "
+            f"the checkpoint {path} is truncated, damaged or no checkpoint ({error}); "
             f"copy {BEST} of its folder onto {LAST} to resume from there, or start a new run"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} holds no checkpoint of a training run; choose another run_dir")
     return checkpoint
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__
