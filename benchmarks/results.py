@@ -25,13 +25,12 @@ import torch
 from ud2m import leaderboard
 from ud2m.differences import DIFFERENCE
 from ud2m.output import write_bytes, write_json
-from ud2m.report import Column, best_cells, format_value, markdown_line, table_columns
+from ud2m.report import SETTING, Column, best_cells, format_value, markdown_line, table_columns
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 DOCUMENT = REPOSITORY / "docs" / "results.md"
 README = REPOSITORY / "README.md"
-SETTINGS = ("data", "size", "operator", "sigma_y")
 DATA = {"PhotoData": "photos", "MnistData": "mnist", "FolderData": "own images"}
 KEYS = {"command", "config", "rows", "machine", "note"}
 COST_FORMATS = {
@@ -382,7 +381,7 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
         shown = leaderboard.markdown_table(kept) + "\n\n" + "; ".join(leaderboard.circumstances(kept)) + "."
         shown += "\n".join(["", *leaderboard.markdown_differences(kept)]).rstrip()
     else:
-        constant = [key for key in SETTINGS if len({row.get(key) for row in rows}) == 1]
+        constant = [key for key in SETTING if len({row.get(key) for row in rows}) == 1]
         shown = table([{key: value for key, value in row.items() if key not in constant} for row in rows])
     return f"{head}\n{shown}\n\n{note}```bash\n{content['command']}\n```\n\nMachine: {content['machine']}.\n"
 

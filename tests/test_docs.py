@@ -502,7 +502,7 @@ def test_collecting_takes_all_rows_or_the_last_one_under_a_label(tmp_path):
         ("UD2M", 2.0),
         ("UD2M, sigma_y = 0.05", 4.0),
     ]
-    settings = [tuple(row[key] for key in results.SETTINGS) for row in rows]
+    settings = [tuple(row[key] for key in results.SETTING) for row in rows]
     assert settings[0] == settings[1] == ("photos", "32x32", "Gaussian blur", 0.01)
     assert settings[2] == ("mnist", "64x64", "Super resolution", 0.05)
     assert set(configs) == {"a", "b"}

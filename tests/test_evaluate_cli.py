@@ -131,6 +131,12 @@ def test_differences_from_a_reference_are_those_of_each_image(material, tmp_path
     assert "reference must be one of the methods A^dagger y, UD2M" in refusal(capsys, material, other, reference="pinv")
 
 
+def test_a_reference_that_cannot_take_an_operator_is_refused_before_anything_is_measured(material, tmp_path, capsys):
+    skipping = {"unsupported": "skip", "operators": "[inpainting,jpeg]", "methods": "[pinv,ddrm]", "reference": "DDRM"}
+    error = refusal(capsys, material, tmp_path, **skipping)
+    assert "the reference DDRM cannot take jpeg; leave this operator out, or take another reference" in error
+
+
 def test_bridges_are_methods_whose_steps_are_tuned(material, tmp_path):
     bridge = Bridge(
         Prior.from_pretrained(save_tiny_prior(material / "prior")).unet, BridgeSchedule(), SmoothingStart([4])

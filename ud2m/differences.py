@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ud2m.cells import Result
+from ud2m.report import SETTING
 from ud2m.scores import VALUES, with_interval
 
-GROUP = ("data", "size", "operator", "sigma_y")
 DIFFERENCE = "_difference"
 REFERENCE = "reference"
 
@@ -31,15 +31,17 @@ def with_differences(
     Raises:
         ValueError: when the reference is missing for some operator or data set.
     """
-    references = {_group(row): result for row, result in zip(rows, results, strict=True) if row["method"] == reference}
+    references = {
+        _setting(row): result for row, result in zip(rows, results, strict=True) if row["method"] == reference
+    }
     found = []
     for row, result in zip(rows, results, strict=True):
-        if _group(row) not in references:
+        if _setting(row) not in references:
             raise ValueError(
                 f"there is no method {reference!r} on {row['operator']} and {row['data']} to take differences from"
             )
         numbers: dict[str, Any] = {REFERENCE: reference}
-        other = references[_group(row)]
+        other = references[_setting(row)]
         if other is not result:
             for key in [key for key in result.curves if key.endswith(VALUES) and key in other.curves]:
                 pair = [torch.tensor(curves[key], dtype=torch.float64) for curves in (result.curves, other.curves)]
@@ -51,7 +53,7 @@ def with_differences(
 
 def difference_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what ``with_differences`` added as rows of their own, under the plain names of the numbers."""
-    kept = ("method", "nfe", *GROUP)
+    kept = ("method", "nfe", *SETTING)
     found = []
     for row in rows:
         numbers = {key.replace(DIFFERENCE, ""): value for key, value in row.items() if DIFFERENCE in key}
@@ -66,5 +68,5 @@ def excludes_zero(row: Mapping[str, Any], key: str) -> bool:
     return low is not None and high is not None and low * high > 0
 
 
-def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in GROUP)
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in SETTING)

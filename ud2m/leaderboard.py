@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ud2m.cells import Result
-from ud2m.differences import DIFFERENCE, GROUP, REFERENCE, difference_rows, excludes_zero
+from ud2m.differences import DIFFERENCE, REFERENCE, difference_rows, excludes_zero
 from ud2m.images import data_url
-from ud2m.report import Column, best_cells, format_value, html_page, markdown_line, table_columns, viewable
+from ud2m.report import SETTING, Column, best_cells, format_value, html_page, markdown_line, table_columns, viewable
 
 HIDDEN = ("_low", "_high", "_nominal", "_backend", DIFFERENCE)
-CONSTANT = (*GROUP, "images", "samples", "seed")
+CONSTANT = (*SETTING, "images", "samples", "seed")
 QUALITY = ("psnr_mean", "psnr", "ssim", "lpips", "energy", "frechet", "kid", "cfid")
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")  # Okabe and Ito
@@ -51,7 +51,7 @@ def visible(rows: Rows) -> list[Column]:
     constant = {key for key in CONSTANT if len({row.get(key) for row in rows}) == 1}
     constant |= {key for key in keys if key.endswith(HIDDEN) or key == REFERENCE}
     columns = table_columns([{k: v for k, v in row.items() if k not in constant} for row in rows])
-    leading = [column for key in (*GROUP, "method") for column in columns if column.key == key]
+    leading = [column for key in (*SETTING, "method") for column in columns if column.key == key]
     return [*leading, *(column for column in columns if column not in leading)]
 
 
@@ -95,11 +95,8 @@ def markdown_table(rows: Rows) -> str:
 
 def markdown_differences(rows: Rows) -> list[str]:
     """Return the differences from the reference as a Markdown table with its caption; nothing where there are none."""
-    differences = difference_rows(rows)
-    if not differences:
-        return []
-    columns = signed(differences)
-    return ["", caption(rows), "", _markdown_table(differences, columns, significant(differences, columns))]
+    table = differences(rows)
+    return ["", caption(rows), "", _markdown_table(*table)] if table else []
 
 
 def _markdown_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
@@ -111,22 +108,24 @@ def _markdown_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
     return "\n".join(lines)
 
 
-def signed(rows: Rows) -> list[Column]:
-    """Return the columns of a table of differences: numbers with their sign, and one decimal more than they have."""
-    return [
-        column if column.key in ("method", "nfe", *GROUP) else replace(column, format=_finer(column.format))
-        for column in visible(rows)
+def differences(rows: Rows) -> tuple[Rows, Sequence[Column], Bold] | None:
+    """Return the table of differences from the reference if there is one; bold: the interval does not contain 0.
+
+    Numbers have their sign, and one decimal more than in the table of the rows themselves.
+    """
+    found = difference_rows(rows)
+    if not found:
+        return None
+    columns = [
+        column if column.key in ("method", "nfe", *SETTING) else replace(column, format=_finer(column.format))
+        for column in visible(found)
     ]
+    return found, columns, {(i, c.key) for i, row in enumerate(found) for c in columns if excludes_zero(row, c.key)}
 
 
 def _finer(text: str) -> str:
     """Return ``.2f`` as ``+.3f``; other formats get a sign alone."""
     return "+" + re.sub(r"[.](\d)f", lambda found: f".{int(found[1]) + 1}f", text)
-
-
-def significant(rows: Rows, columns: Sequence[Column]) -> set[tuple[int, str]]:
-    """Return the differences whose interval does not contain 0."""
-    return {(i, column.key) for i, row in enumerate(rows) for column in columns if excludes_zero(row, column.key)}
 
 
 def caption(rows: Rows) -> str:
@@ -139,12 +138,11 @@ def caption(rows: Rows) -> str:
 
 def latex(rows: Rows) -> str:
     """Return the rows as a LaTeX table (booktabs), intervals in small print, and one of the differences."""
-    columns, differences = visible(rows), difference_rows(rows)
+    columns, compared = visible(rows), differences(rows)
     lines = [r"% \usepackage{booktabs}", *_latex_table(rows, columns, best_cells(rows, columns))]
     lines += [f"% {note}" for note in notes(rows)]
-    if differences:
-        columns = signed(differences)
-        lines += ["", f"% {caption(rows)}", *_latex_table(differences, columns, significant(differences, columns))]
+    if compared:
+        lines += ["", f"% {caption(rows)}", *_latex_table(*compared)]
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +155,7 @@ def _latex_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> list[str]
     ]
     before: Any = None
     for index, row in enumerate(rows):
-        group = [row.get(key) for key in GROUP]
+        group = [row.get(key) for key in SETTING]
         if before not in (None, group):
             lines.append(r"\midrule")
         before = group
@@ -196,25 +194,24 @@ def render(board: Board) -> str:
 def _groups(rows: Rows) -> dict[tuple[tuple[str, Any], ...], list[int]]:
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(tuple((key, row.get(key)) for key in GROUP), []).append(index)
+        groups.setdefault(tuple((key, row.get(key)) for key in SETTING), []).append(index)
     return groups
 
 
 def _table(rows: Rows) -> str:
-    columns, differences = visible(rows), difference_rows(rows)
+    columns, compared = visible(rows), differences(rows)
     legend = "".join(f"<li>{_text(note)}</li>" for note in ["bold: best for the same data and operator", *notes(rows)])
     table = _html_table(rows, columns, best_cells(rows, columns))
     body = f"<p>Click a heading to sort.</p>{table}<ul class=legend>{legend}</ul>"
-    if differences:
-        columns = signed(differences)
-        body += f"<p>{_text(caption(rows))}</p>"
-        body += _html_table(differences, columns, significant(differences, columns))
+    if compared:
+        body += f"<p>{_text(caption(rows))}</p>{_html_table(*compared)}"
     return body
 
 
 def _html_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
+    kinds = {column.key: "text" if _is_text(rows, column) else "number" for column in columns}
     head = "".join(
-        f'<th scope=col class={_kind(rows, column)} title="{_text(column.meaning)}">'
+        f'<th scope=col class={kinds[column.key]} title="{_text(column.meaning)}">'
         f"<button type=button>{_text(column.heading)}</button></th>"
         for column in columns
     )
@@ -227,7 +224,7 @@ def _html_table(rows: Rows, columns: Sequence[Column], bold: Bold) -> str:
             shown = f"<b>{_text(text)}</b>" if (index, column.key) in bold else _text(text)
             shown += f"<small>[{_text(interval)}</small>" if interval else ""
             key = "" if value is None else value
-            cells += f'<td class={_kind(rows, column)} data-value="{_text(key)}">{shown}</td>'
+            cells += f'<td class={kinds[column.key]} data-value="{_text(key)}">{shown}</td>'
         body += f"<tr>{cells}</tr>"
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class=scroll tabindex=0>{table}</div>"
@@ -362,10 +359,6 @@ def _picture(image: Tensor, caption: str) -> str:
     height, width = image.shape[1:]
     img = f'<img width={width} height={height} alt="{_text(caption)}" src="{data_url(image.float().clamp(0, 1))}">'
     return f"<figure><div class=frame>{img}</div><figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _kind(rows: Rows, column: Column) -> str:
-    return "text" if _is_text(rows, column) else "number"
 
 
 def _is_text(rows: Rows, column: Column) -> bool:

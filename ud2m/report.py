@@ -106,7 +106,8 @@ COLUMNS = (
     Column("seconds_per_image", "Time [s]", "seconds of computing for one sample of one image", ".3g"),
     Column("peak_memory", "Memory [MB]", "peak while sampling and scoring: of the GPU, else of the process", ".0f"),
 )
-_SETTING_KEYS = ("data", "size", "operator", "sigma_y")  # scores compare only where these agree
+SETTING = ("data", "size", "operator", "sigma_y")
+"""Keys of a row that say what was measured on: scores compare only where these agree."""
 _LPIPS_KEYS = ("lpips", "lpips_mean")
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
 
@@ -279,7 +280,7 @@ def _score(column: Column, value: Any) -> float | None:
 def _comparable(rows: Sequence[Mapping[str, Any]]) -> Iterable[list[int]]:
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(str([row.get(key) for key in _SETTING_KEYS]), []).append(index)
+        groups.setdefault(str([row.get(key) for key in SETTING]), []).append(index)
     return groups.values()
 
 

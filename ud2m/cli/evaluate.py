@@ -118,12 +118,24 @@ class EvaluationRun:
         for name in self.metrics:
             build_score(name)
         self.prior = cache(self._prior)
+        self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
         if not self.jobs:
             raise ValueError("no method takes any of the operators; choose other ones")
-        labels = list(dict.fromkeys(job.label for job in self.jobs))
-        if config.reference is not None and config.reference not in labels:
-            raise ValueError(f"reference must be one of the methods {', '.join(labels)}, got {config.reference!r}")
+        if config.reference is not None:
+            self._check_reference()
+
+    def _check_reference(self) -> None:
+        reference, labels = self.config.reference, dict.fromkeys(job.label for job in self.jobs)
+        if reference not in labels:
+            raise ValueError(f"reference must be one of the methods {', '.join(labels)}, got {reference!r}")
+        measured = {(job.operator, job.images.label) for job in self.jobs if job.label == reference}
+        for job in self.jobs:
+            if (job.operator, job.images.label) not in measured:
+                raise ValueError(
+                    f"the reference {reference} cannot take {job.operator}; leave this operator out, or take another "
+                    "reference"
+                )
 
     # --- what is to be done --------------------------------------------------------------------------------------
 
@@ -177,7 +189,7 @@ class EvaluationRun:
         target = method["target"]
         num_samples = method.get("samples", config.num_samples)
         metrics = [m for m in self.metrics if num_samples > 1 or "samples" not in method or not several(m)]
-        check_scores(metrics, images.count, num_samples, images.shape)
+        self.check_scores(tuple(metrics), images.count, num_samples, images.shape)
         built = self._build(target)
         for network in getattr(built, "networks", ()):
             channels = getattr(network, "channels", images.shape[0])
