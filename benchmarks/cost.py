@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
-from ud2m.losses import Prediction
+from ud2m.losses.terms import Prediction
 from ud2m.physics import observe
 from ud2m.training import DistillationModule
 

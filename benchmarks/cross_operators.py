@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from results import store
-from ud2m.baselines import Latino, pseudo_inverse
-from ud2m.comparison import score, search_latino
 from ud2m.data import PhotoData
-from ud2m.evaluation import Method, Problem, lpips_if_available
+from ud2m.evaluation.comparison import score, search_latino
+from ud2m.evaluation.measure import Method, lpips_if_available
 from ud2m.physics import (
     DataTerm,
     Denoising,
@@ -34,8 +33,10 @@ from ud2m.physics import (
     UniformBlur,
     residual,
 )
-from ud2m.pipeline import PosteriorSampler
-from ud2m.prior import Prior
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.samplers.latino import Latino, pseudo_inverse
+from ud2m.samplers.ud2m import PosteriorSampler
 
 MODELS = ("photos_gaussian_blur", "photos_super_resolution", "photos_inpainting", "photos_general")
 SAMPLES = 8

@@ -29,28 +29,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from results import store
-from ud2m.baselines import Latino, LatinoSetting
-from ud2m.calibration import signed_root, wasserstein2
-from ud2m.cells import CellStore, Result, digest
 from ud2m.data.photos import load_photos
-from ud2m.discriminator import Discriminator
-from ud2m.exact import AdaptedMixture, GaussianMixture
-from ud2m.losses import L2, Adversarial, DiscriminatorLoss, EnergyScore, GeneratorLoss, MeanL2, Prediction
-from ud2m.noise import rand, randn_like
-from ud2m.output import write_bytes, write_json
+from ud2m.evaluation.calibration import signed_root, wasserstein2
+from ud2m.evaluation.cells import CellStore, Result, digest
+from ud2m.evaluation.scores import with_interval
+from ud2m.evaluation.table import markdown_line
+from ud2m.evaluation.usage import NetworkEvaluations
+from ud2m.files import write_bytes, write_json
+from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss
+from ud2m.losses.generator import GeneratorLoss
+from ud2m.losses.terms import L2, EnergyScore, MeanL2, Prediction
 from ud2m.physics import GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe, select_samples
 from ud2m.physics.general import LUMINANCE
-from ud2m.prior import weights_fingerprint
-from ud2m.report import markdown_line
-from ud2m.rivals import DDPM_TABLE, Ddrm, DiffPir, Dps, Langevin
-from ud2m.sampler import sample_posterior
-from ud2m.schedule import VPSchedule
-from ud2m.scores import with_interval
+from ud2m.priors.gaussian_mixture import AdaptedMixture, GaussianMixture
+from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.store import weights_fingerprint
+from ud2m.random import rand, randn_like
+from ud2m.samplers.deepinv import DDPM_TABLE, Ddrm, DiffPir, Dps, Langevin
+from ud2m.samplers.latino import Latino, LatinoSetting
 from ud2m.training.levels import Levels
 from ud2m.training.schedules import warmup_cosine
-from ud2m.unfolded import UnfoldedNetwork, build_network
-from ud2m.usage import NetworkEvaluations
-from ud2m.warm_start import start_from_y
+from ud2m.unfolded.ddim import sample_posterior
+from ud2m.unfolded.network import UnfoldedNetwork, build_network
+from ud2m.unfolded.warm_start import start_from_y
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPERATORS: dict[str, OperatorFamily] = {

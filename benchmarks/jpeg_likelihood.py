@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cross_operators import images
 from results import store
-from ud2m.baselines import Latino, LatinoSetting, pseudo_inverse
-from ud2m.comparison import score, search_latino
-from ud2m.evaluation import Problem, lpips_if_available
-from ud2m.frechet import FrechetDistance
+from ud2m.evaluation.comparison import score, search_latino
+from ud2m.evaluation.features import FrechetDistance
+from ud2m.evaluation.measure import lpips_if_available
 from ud2m.physics import Jpeg
-from ud2m.prior import Prior
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.samplers.latino import Latino, LatinoSetting, pseudo_inverse
 
 QUALITIES = (10, 30, 70)
 SAMPLES = 4

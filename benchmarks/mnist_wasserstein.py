@@ -27,14 +27,15 @@ from torch import Tensor, nn
 
 from overview_picture import draw
 from results import store
-from ud2m.calibration import ConditionalGaussian
-from ud2m.cells import CellStore, Result, measure
 from ud2m.data.mnist import Digits, read_mnist
-from ud2m.evaluation import Method, Problem
+from ud2m.evaluation.calibration import ConditionalGaussian
+from ud2m.evaluation.cells import CellStore, Result
+from ud2m.evaluation.measure import Method, measure
+from ud2m.evaluation.scores import ConditionalW2
 from ud2m.images import std_image
-from ud2m.methods import PseudoInverse, Trained
 from ud2m.physics import DataTerm, SuperResolution
-from ud2m.scores import ConditionalW2
+from ud2m.physics.problem import Problem
+from ud2m.samplers.latino import PseudoInverse, Trained
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURE = REPOSITORY / "docs" / "images" / "mnist.png"

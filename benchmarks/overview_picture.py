@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ud2m.data.photos import load_photos
-from ud2m.evaluation import Problem
 from ud2m.images import std_image
 from ud2m.physics import GaussianBlur, Inpainting, OperatorFamily, SuperResolution, measured
-from ud2m.pipeline import PosteriorSampler
+from ud2m.physics.problem import Problem
+from ud2m.samplers.ud2m import PosteriorSampler
 
 SIDE, NUM_SAMPLES, SHOWN, SEED = 128, 8, 3, 0
 HOLE = 0.85  # grey of a pixel that was not measured

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from results import store
 from ud2m.data import PhotoData
-from ud2m.metrics import psnr
-from ud2m.prior import Prior
+from ud2m.evaluation.metrics import psnr
+from ud2m.priors.prior import Prior
 
 LEVELS = (0.05, 0.1, 0.25, 0.5)
 SIZES = (32, 128)

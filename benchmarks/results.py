@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from ud2m import leaderboard
-from ud2m.differences import DIFFERENCE
-from ud2m.output import write_bytes, write_json
-from ud2m.report import SETTING, Column, best_cells, format_value, markdown_line, table_columns
+from ud2m.evaluation.differences import DIFFERENCE
+from ud2m.evaluation.table import SETTING, Column, best_cells, format_value, markdown_line, table_columns
+from ud2m.files import write_bytes, write_json
+from ud2m.reports import board as leaderboard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"

@@ -39,9 +39,11 @@ from adm_architecture import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ud2m.output import atomic_folder, write_json
-from ud2m.prior import LABEL, NETWORKS, SCHEDULER_FILE, UNET_FILE, AdmUNet2DModel, Prior, UNet2DModel
-from ud2m.schedule import VPSchedule
+from ud2m.files import atomic_folder, write_json
+from ud2m.priors.adm import NETWORKS, AdmUNet2DModel, UNet2DModel
+from ud2m.priors.prior import Prior
+from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.store import LABEL, SCHEDULER_FILE, UNET_FILE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 RECORD_FILE = "conversion.json"

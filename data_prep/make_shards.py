@@ -40,8 +40,17 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ud2m.output import write_bytes, write_json
-from ud2m.shard_index import IMAGE_SUFFIXES, INDEX_FILE, Shard, ShardIndex, faults, file_sha256, key_name, read_index
+from ud2m.data.shard_index import (
+    IMAGE_SUFFIXES,
+    INDEX_FILE,
+    Shard,
+    ShardIndex,
+    faults,
+    file_sha256,
+    key_name,
+    read_index,
+)
+from ud2m.files import write_bytes, write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-import ud2m.prior
-from ud2m.output import write_json
-from ud2m.pipeline import CONFIG_FILE, PSI_FILE, PosteriorSampler
-from ud2m.prior import SCHEDULER_FILE, UNET_FILE, Prior, shipped_folder
+import ud2m.priors.adm
+from ud2m.files import write_json
+from ud2m.priors.prior import Prior
+from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE, shipped_folder
+from ud2m.samplers.export import CONFIG_FILE, PSI_FILE
+from ud2m.samplers.ud2m import PosteriorSampler
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -39,7 +41,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         FileNotFoundError: when a file is missing.
         ValueError: when it is too large, is there already, or was trained on another prior than ``prior``.
     """
-    target = ud2m.prior.SHIPPED / name
+    target = ud2m.priors.store.SHIPPED / name
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"a shipped model needs a plain name, got {name!r}")
     if target.exists() and not replace:

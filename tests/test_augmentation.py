@@ -8,7 +8,7 @@ import torch
 
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import RandomCrops
-from ud2m.data.store import MemoryImages
+from ud2m.data.image_store import MemoryImages
 
 CROP = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
 

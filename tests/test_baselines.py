@@ -4,14 +4,15 @@ from operators import CASES, dense, generator
 from test_prox import dense_prox
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network, tiny_prior
 
-import ud2m.comparison
-from ud2m.baselines import Latino, LatinoSetting, WarmStart, latino_settings, pseudo_inverse
-from ud2m.comparison import compare, sampler_row, search_latino
-from ud2m.evaluation import Problem, evaluate
+import ud2m.evaluation.comparison
+from ud2m.evaluation.comparison import compare, sampler_row, search_latino
+from ud2m.evaluation.measure import evaluate
 from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
-from ud2m.warm_start import PinvStart, SmoothingStart
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.samplers.latino import Latino, LatinoSetting, WarmStart, latino_settings, pseudo_inverse
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.warm_start import PinvStart, SmoothingStart
 
 SHAPE = (3, SIZE, SIZE)
 each_family = pytest.mark.parametrize("family", [GaussianBlur(), SuperResolution(), Inpainting()])
@@ -166,8 +167,8 @@ def far_from_nine(x, reference):
 
 def test_the_search_returns_the_best_of_all_settings(monkeypatch):
     grid = [LatinoSetting(tau_first=level) for level in (0.1, 0.3, 0.6, 0.8, 0.95)]
-    monkeypatch.setattr(ud2m.comparison, "latino_settings", lambda: iter(grid))
-    monkeypatch.setattr(ud2m.comparison, "Latino", Grey)
+    monkeypatch.setattr(ud2m.evaluation.comparison, "latino_settings", lambda: iter(grid))
+    monkeypatch.setattr(ud2m.evaluation.comparison, "Latino", Grey)
     starts.clear()
     start = PinvStart()
     validation = [torch.full((2, *SHAPE), 0.55), torch.full((1, *SHAPE), 0.7)]
@@ -181,7 +182,7 @@ def test_the_search_returns_the_best_of_all_settings(monkeypatch):
 
 def test_the_search_is_that_of_evaluated_settings(monkeypatch):
     grid = [LatinoSetting(2, first, 0.02, width) for first in (0.1, 0.4) for width in (0.5, 2.0)]
-    monkeypatch.setattr(ud2m.comparison, "latino_settings", lambda: iter(grid))
+    monkeypatch.setattr(ud2m.evaluation.comparison, "latino_settings", lambda: iter(grid))
     prior, problem, validation = tiny_prior(), Problem(SuperResolution(), 0.05), [images(2), images(1, 5)]
     distances = {"distance": lambda x, reference: (x - reference).abs().flatten(1).amax(1)}
     rows = [
@@ -213,7 +214,9 @@ def sampler(tmp_path):
 
 
 def test_all_methods_are_scored_on_the_same_test_images(sampler, monkeypatch):
-    monkeypatch.setattr(ud2m.comparison, "latino_settings", lambda: iter([LatinoSetting(3), LatinoSetting(3, 0.4)]))
+    monkeypatch.setattr(
+        ud2m.evaluation.comparison, "latino_settings", lambda: iter([LatinoSetting(3), LatinoSetting(3, 0.4)])
+    )
     prior, family = tiny_prior(), Spy()
     counts = {"prior": 0, "adapted": 0}
     for name, unet in (("prior", prior.unet), ("adapted", sampler.prior.unet.get_base_model())):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ud2m.physics import BoundedBlur, CircularBlur, GaussianBlur, KernelFile, MotionBlur, UniformBlur, observe
 from ud2m.physics.iterative import ConvergenceWarning
-from ud2m.prox import joint_prox
+from ud2m.unfolded.prox import joint_prox
 
 # --- kernels ----------------------------------------------------------------------------------------------
 

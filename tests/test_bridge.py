@@ -8,12 +8,12 @@ from tiny import SIZE, perturb, save_tiny_prior
 from tiny_training import fit
 from torch import nn
 
-from ud2m.bridge import Bridge, BridgeSampler, BridgeSchedule, TrainedBridge
 from ud2m.physics import Denoising, Inpainting, Jpeg, observe
-from ud2m.prior import Prior
+from ud2m.priors.prior import Prior
+from ud2m.samplers.bridge import Bridge, BridgeSampler, BridgeSchedule, TrainedBridge
 from ud2m.training import BridgeModule
 from ud2m.training.random_streams import row_streams
-from ud2m.warm_start import SmoothingStart
+from ud2m.unfolded.warm_start import SmoothingStart
 
 TIMES = torch.linspace(0, 1, 21, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from ud2m.calibration import (
+from ud2m.evaluation.calibration import (
     bootstrap_interval,
     coverage,
     energy_score,

@@ -7,13 +7,14 @@ import torch
 from tiny import adapted, tiny_network, tiny_prior
 from torch import nn
 
-from ud2m.cells import CellStore, Result, digest, images_digest, measure
-from ud2m.evaluation import Problem
-from ud2m.methods import PseudoInverse
+from ud2m.evaluation.cells import CellStore, Result, digest, images_digest
+from ud2m.evaluation.measure import measure
+from ud2m.evaluation.scores import build_score
+from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
 from ud2m.physics import GaussianBlur, Inpainting
-from ud2m.pipeline import PosteriorSampler
-from ud2m.scores import build_score
-from ud2m.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
+from ud2m.physics.problem import Problem
+from ud2m.samplers.latino import PseudoInverse
+from ud2m.samplers.ud2m import PosteriorSampler
 
 SETTINGS = {"method": {"num_steps": 3}, "seed": 0}
 
@@ -72,7 +73,7 @@ def test_peak_memory_sees_a_tensor_that_is_gone():
 
 def test_a_stopwatch_adds_up(monkeypatch):
     clock = iter([1.0, 3.0, 10.0, 10.5])
-    monkeypatch.setattr("ud2m.usage.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("ud2m.evaluation.usage.time.perf_counter", lambda: next(clock))
     watch = Stopwatch()
     for _ in range(2):
         with watch:

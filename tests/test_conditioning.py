@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import SIZE, SPECS, adapted, save_tiny_prior, tiny_prior
 
-from ud2m.conditioning import FEATURES, describe
 from ud2m.physics import (
     Denoising,
     GaussianBlur,
@@ -18,9 +17,10 @@ from ud2m.physics import (
     mean_gain,
     observe,
 )
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
-from ud2m.unfolded import build_network
+from ud2m.priors.prior import Prior
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.conditioning import FEATURES, describe
+from ud2m.unfolded.network import build_network
 
 SHAPE = (3, SIZE, SIZE)
 NAMES = ["noise", "gain", "strength", "level"]

@@ -15,8 +15,9 @@ from conftest import REPOSITORY
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ud2m.prior import AdmUNet2DModel, LoraSpec, Prior
-from ud2m.schedule import VPSchedule
+from ud2m.priors.adm import AdmUNet2DModel
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.priors.schedule import VPSchedule
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
 convert_prior = importlib.import_module("convert_prior")

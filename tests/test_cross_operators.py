@@ -8,9 +8,9 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cross_operators
-from ud2m.comparison import score
-from ud2m.evaluation import Problem
+from ud2m.evaluation.comparison import score
 from ud2m.physics import GaussianBlur, residual
+from ud2m.physics.problem import Problem
 
 
 class Truth:

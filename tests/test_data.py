@@ -25,7 +25,7 @@ from ud2m.data.folder import files_of, image_size
 from ud2m.data.module import EvenSubset
 from ud2m.data.photos import PHOTOS, Photo, load_photos
 from ud2m.data.sampler import StreamSampler
-from ud2m.data.store import MemoryImages
+from ud2m.data.image_store import MemoryImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")  # advice about loaders and callbacks
 

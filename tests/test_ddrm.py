@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ud2m.evaluation import Problem
 from ud2m.physics import DdrmBlur, DdrmJpeg, DdrmSuperResolution, Inpainting, MaskCollection, SuperResolution
 from ud2m.physics.ddrm import bicubic_matrix, blur_matrix
+from ud2m.physics.problem import Problem
 
 SIDE = 24
 

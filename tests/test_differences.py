@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ud2m.cells import Result
-from ud2m.differences import difference_rows, excludes_zero, with_differences
+from ud2m.evaluation.cells import Result
+from ud2m.evaluation.differences import difference_rows, excludes_zero, with_differences
 
 COUNT = 400
 

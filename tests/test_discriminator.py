@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from ud2m.discriminator import Discriminator
+from ud2m.losses.adversarial import Discriminator
 
 PAPER = (32, 64, 128, 256, 128, 64)
 

@@ -28,16 +28,17 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import command_line, composed, tiny_overrides, write_images
 
 import ud2m.cli
-import ud2m.prior
+import ud2m.priors.store
 from ud2m.cli import evaluate
+from ud2m.evaluation.scores import SCORES, build_score
 from ud2m.images import read_image, write_image
-from ud2m.losses import GeneratorLoss, Prediction
+from ud2m.losses.generator import GeneratorLoss
+from ud2m.losses.terms import Prediction
 from ud2m.physics import GaussianBlur
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
-from ud2m.scores import SCORES, build_score
-from ud2m.unfolded import build_network
-from ud2m.warm_start import WARM_STARTS
+from ud2m.priors.prior import Prior
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.network import build_network
+from ud2m.unfolded.warm_start import WARM_STARTS
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "data_prep")]
 results = importlib.import_module("results")
@@ -329,7 +330,7 @@ def test_every_difference_from_the_paper_has_its_row():
 def shipped(tmp_path, monkeypatch):
     """Ship a micro prior and a micro model under the names of the documents; return the folder."""
     folder = tmp_path / "pretrained"
-    monkeypatch.setattr(ud2m.prior, "SHIPPED", folder)
+    monkeypatch.setattr(ud2m.priors.store, "SHIPPED", folder)
     save_tiny_prior(tmp_path / "prior")
     ship_model.ship(tmp_path / "prior", "photos_prior", "photos_prior")
     model = adapted(Prior.from_pretrained(tmp_path / "prior"))

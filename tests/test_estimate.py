@@ -13,8 +13,10 @@ from tiny import SIZE, save_tiny_prior
 from tiny_training import command_line, composed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ud2m.cli.estimate import Estimate, estimate
-from ud2m.prior import ARCHITECTURES, Prior, fingerprint
+from ud2m.cli.estimate import estimate
+from ud2m.priors.prior import Prior
+from ud2m.priors.store import ARCHITECTURES, fingerprint
+from ud2m.training.cost import Estimate
 
 BATCH = 6
 TINY = [

@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_dir
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import write_images
 
-from ud2m.bridge import Bridge, BridgeSchedule
-from ud2m.cells import images_digest
 from ud2m.cli import evaluate
+from ud2m.evaluation.cells import images_digest
 from ud2m.images import read_image
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
-from ud2m.warm_start import SmoothingStart
+from ud2m.priors.prior import Prior
+from ud2m.samplers.bridge import Bridge, BridgeSchedule
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.warm_start import SmoothingStart
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
     settings = json.loads((folder / "settings.json").read_text())
     assert {cell["seed"] for cell in settings["cells"]} == {0}
     # Oracle: the model itself, on the same observations
-    from ud2m.evaluation import Problem
     from ud2m.physics import Inpainting
+    from ud2m.physics.problem import Problem
 
     x0 = torch.stack([read_image(p) for p in sorted((material / "pictures" / "test").iterdir())])
     sampler = PosteriorSampler.from_pretrained(str(material / "inpainting"))

@@ -7,11 +7,13 @@ import torch
 from operators import generator
 from skimage.metrics import peak_signal_noise_ratio
 
-import ud2m.evaluation
-from ud2m.evaluation import Evaluation, Problem, evaluate, lpips_if_available
-from ud2m.metrics import LPIPSDistance, calibration_ratio, ssim
-from ud2m.noise import randn_like
+import ud2m.evaluation.measure
+from ud2m.evaluation.features import LPIPSDistance
+from ud2m.evaluation.measure import Evaluation, evaluate, lpips_if_available
+from ud2m.evaluation.metrics import calibration_ratio, ssim
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution
+from ud2m.physics.problem import Problem
+from ud2m.random import randn_like
 
 SHAPE = (3, 16, 16)
 FAMILIES = [GaussianBlur(), SuperResolution(), Inpainting()]
@@ -227,15 +229,15 @@ def test_lpips_is_used_where_its_weights_are(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert lpips_if_available("alex") == {}
     lpips_if_available.cache_clear()
-    monkeypatch.setattr(ud2m.evaluation, "available_lpips", lambda net: True)
-    monkeypatch.setattr(ud2m.evaluation, "LPIPSDistance", lambda net: f"LPIPS of {net}")
+    monkeypatch.setattr(ud2m.evaluation.measure, "available_lpips", lambda net: True)
+    monkeypatch.setattr(ud2m.evaluation.measure, "LPIPSDistance", lambda net: f"LPIPS of {net}")
     assert lpips_if_available("vgg") == {"lpips": "LPIPS of vgg"}
     lpips_if_available.cache_clear()
 
 
 def test_seconds_are_those_of_one_sample(monkeypatch):
     clock = iter([10.0, 13.0, 20.0, 23.0])
-    monkeypatch.setattr(ud2m.evaluation.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(ud2m.evaluation.measure.time, "perf_counter", lambda: next(clock))
     x0 = images(6)
     row = evaluate(Prepared(prepared(x0, 2)), x0.split([4, 2]), Problem(GaussianBlur(), 0.05), num_samples=2)
     assert row["seconds_per_image"] == pytest.approx(6.0 / 12)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ud2m.exact import GaussianMixture, dense_matrix
 from ud2m.physics import Inpainting, SuperResolution, UniformBlur
+from ud2m.priors.gaussian_mixture import GaussianMixture, dense_matrix
 
 SHAPE = (1, 4, 4)
 SIZE = 16

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from ud2m.exact import AdaptedMixture, GaussianMixture
 from ud2m.physics import Inpainting
-from ud2m.rivals import Langevin
+from ud2m.priors.gaussian_mixture import AdaptedMixture, GaussianMixture
+from ud2m.samplers.deepinv import Langevin
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks")]
 exact_posteriors = importlib.import_module("exact_posteriors")

@@ -16,11 +16,11 @@ from tiny import save_tiny_prior
 from tiny_training import command_line, composed, write_images
 
 import ud2m.cli  # noqa: F401  # its resolvers
-from ud2m.losses import GeneratorLoss
-from ud2m.pipeline import PosteriorSampler
-from ud2m.prior import SHIPPED
-from ud2m.schedule import VPSchedule
-from ud2m.warm_start import PinvStart, RamStart, SmoothingStart, load_ram
+from ud2m.losses.generator import GeneratorLoss
+from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.store import SHIPPED
+from ud2m.samplers.ud2m import PosteriorSampler
+from ud2m.unfolded.warm_start import PinvStart, RamStart, SmoothingStart, load_ram
 
 OPERATORS = {
     "imagenet256": ("gaussian", "uniform", "sr4", "jpeg10", "inpaint70", "general"),

@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from ud2m.evaluation import Evaluation, Problem
-from ud2m.frechet import FrechetDistance
+from ud2m.evaluation.features import FrechetDistance
+from ud2m.evaluation.measure import Evaluation
 from ud2m.physics import Denoising
+from ud2m.physics.problem import Problem
 
 
 @pytest.fixture

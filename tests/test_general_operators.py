@@ -11,7 +11,7 @@ from test_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
 
 from ud2m.physics import Colorization, DeepinvOperator, Denoising, SuperResolution, observe, residual
 from ud2m.physics.general import LUMINANCE
-from ud2m.prox import joint_prox
+from ud2m.unfolded.prox import joint_prox
 
 
 def test_denoising_sees_every_pixel():

@@ -1,6 +1,9 @@
-"""The direction of imports, and constructs that are kept out. Reads the source; runs nothing."""
+"""The house: which folder may import which, drawn from one list, and constructs that are kept out. Runs nothing."""
 
 import ast
+import re
+import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,32 +13,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ud2m"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+DOORS = {"__init__", "__main__"}
+"""What users enter by: they lie on no floor."""
 
-# A part may import the parts of lower floors, and of its own as long as there is no circle.
-FLOORS = [
-    {"noise", "output", "precision", "shard_index", "tensor_file", "usage"},
-    {"schedule", "physics", "discriminator", "losses", "metrics", "calibration", "card"},
-    {"prior", "prox", "tiling", "symmetry", "exact", "frechet"},
-    {"warm_start", "conditioning"},
-    {"unfolded"},
-    {"sampler"},
-    {"pipeline", "baselines", "rivals", "bridge", "methods"},
-    {"images", "evaluation", "data", "report", "scores"},
-    {"comparison", "training", "cells", "differences", "leaderboard"},
-    {"cli"},
-    {"evaluate"},
-]
-FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-GROUND = FLOORS[0] | FLOORS[1]
+FLOORS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["house"]["floors"]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+MOST_ROOMS, MOST_ARROWS = 20, 70
 
 FRAMEWORKS = {
     "lightning": {"training", "data", "cli"},
     "pytorch_lightning": set(),
-    "diffusers": {"prior", "pipeline", "bridge"},
-    "peft": {"prior", "pipeline"},
+    "diffusers": {"priors", "samplers"},
+    "peft": {"priors", "samplers"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},
     "wandb": {"cli"},
+    "jinja2": {"reports"},
 }
 
 
@@ -43,8 +37,8 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def part(path: Path) -> str:
-    """Return the part of the package that a file belongs to: ``sampler``, ``physics``, ..., or ``__init__``."""
+def room(path: Path) -> str:
+    """Return the folder or module of the package that a file belongs to: ``samplers``, ``images``, or ``__init__``."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -57,7 +51,7 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
-            # ``from ud2m import prior`` imports ud2m.prior
+            # ``from ud2m import prior`` imports ud2m.priors.adm
             yield from (f"{module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.Call) and name_of(node.func) in ("import_module", "__import__"):
             yield ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "a computed name"
@@ -69,11 +63,11 @@ def name_of(function: ast.expr) -> str:
 
 
 def edges() -> dict[str, set[str]]:
-    """Return which other parts of the package each part imports."""
+    """Return which other rooms each room imports."""
     graph: dict[str, set[str]] = {}
     for path in SOURCES:
         own = {name.split(".")[1] for name in imported(path) if name.startswith("ud2m.")}
-        graph.setdefault(part(path), set()).update(own - {part(path)})
+        graph.setdefault(room(path), set()).update(own - {room(path)})
     return graph
 
 
@@ -91,28 +85,75 @@ def where(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}"
 
 
-def test_every_part_has_a_floor():
-    assert {part(path) for path in SOURCES} - {"__init__"} == set(FLOOR)
+def drawing() -> str:
+    """Return the house as a mermaid chart: floors of rooms, and an arrow from each room to those that it imports."""
+    lines = ["flowchart BT"]
+    for number, rooms in enumerate(FLOORS):
+        lines.append(f'    subgraph F{number} ["{number + 1}"]')
+        lines.append(f"        {'; '.join(rooms)}")
+        lines.append("    end")
+    graph = edges()
+    for user in FLOOR:
+        lines += [f"    {user} --> {used}" for used in sorted(graph[user], key=lambda name: (FLOOR[name], name))]
+    return "\n".join(lines)
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in SOURCES} - DOORS == set(FLOOR)
 
 
 def test_imports_point_down():
     upward = [
-        f"{user} (floor {FLOOR[user]}) imports {used} (floor {FLOOR[used]})"
+        f"{user} (floor {FLOOR[user] + 1}) imports {used} (floor {FLOOR[used] + 1})"
         for user, others in edges().items()
         for used in others
-        if user != "__init__" and FLOOR[used] > FLOOR[user]
+        if user not in DOORS and FLOOR[used] > FLOOR[user]
     ]
     assert not upward
 
 
-def test_the_ground_floor_knows_nothing_of_the_package():
-    graph = edges()
-    assert {user: graph[user] - FLOORS[0] for user in GROUND if graph[user] - FLOORS[0]} == {}
-    assert all(not graph[user] for user in FLOORS[0])
+def test_the_house_stays_small():
+    graph = {user: used for user, used in edges().items() if user not in DOORS}
+    assert len(graph) <= MOST_ROOMS
+    assert sum(len(used) for used in graph.values()) <= MOST_ARROWS
 
 
-def test_no_part_imports_itself_through_others():
-    graph = edges()
+def test_the_drawing_is_that_of_the_house():
+    """Run this file as a program to draw it anew."""
+    assert f"```mermaid\n{drawing()}\n```" in ARCHITECTURE.read_text()
+
+
+def test_no_module_name_stands_for_two_modules():
+    names = Counter(path.stem for path in SOURCES if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_name_has_two_meanings():
+    """Of public classes and functions at the top of a module; names of modules are no meanings of their own."""
+    where: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
+def modules() -> dict[str, set[str]]:
+    """Return which modules each module imports, by their full names."""
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for path in SOURCES:
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        used = set()
+        for name in imported(path):
+            used |= {end for end in (name, name.rpartition(".")[0]) if end in named and end != own}
+        graph[own] = used
+    return graph
+
+
+@pytest.mark.parametrize("graph", [edges, modules], ids=["rooms", "modules"])
+def test_nothing_imports_itself_through_others(graph):
+    graph = graph()
 
     def reached(start: str) -> set[str]:
         seen, waiting = set(), [*graph[start]]
@@ -128,14 +169,14 @@ def test_no_part_imports_itself_through_others():
 
 def test_the_walk_sees_the_imports_that_are_there():
     graph = edges()
-    assert {"prior", "unfolded", "sampler", "physics", "output"} <= graph["pipeline"]
-    assert "noise" in graph["physics"]
-    assert graph["__init__"] == {"pipeline"}  # inside a function
+    assert {"priors", "unfolded", "physics", "files"} <= graph["samplers"]
+    assert "random" in graph["physics"]
+    assert "samplers" in graph["__init__"]  # inside a function
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_frameworks_stay_where_they_belong(framework):
-    users = {part(path) for path in SOURCES for name in imported(path) if name.split(".")[0] == framework}
+    users = {room(path) for path in SOURCES for name in imported(path) if name.split(".")[0] == framework}
     assert users <= FRAMEWORKS[framework]
 
 
@@ -148,7 +189,7 @@ def test_scripts_hand_over_to_the_package():
 
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_constructs_that_are_kept_out(path):
-    """Pitfall 15, and loading that could run a stranger's code."""
+    """Bare handlers, silent ones, and loading that could run a stranger's code."""
     handlers = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ExceptHandler)]
     assert [where(path, node) for node in handlers if node.type is None] == []
     silent = [node for node in handlers if all(isinstance(line, ast.Pass) for line in node.body)]
@@ -176,9 +217,16 @@ def test_state_is_loaded_loosely_only_behind_a_check():
                         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
                         positional = node.args[1] if len(node.args) > 1 else None
                         if is_false(keywords.get("strict", positional)):
-                            loose.append((part(path), function.name))
+                            loose.append((room(path), function.name))
                             # the check: names are compared, and a difference raises, before anything is loaded
                             body = ast.unparse(function)
                             assert ".keys() ^" in body.split("super().load_state_dict")[0], where(path, node)
                             assert "raise ValueError" in body.split("super().load_state_dict")[0], where(path, node)
     assert loose == [("training", "load_state_dict")]
+
+
+if __name__ == "__main__":
+    text = re.sub(
+        r"```mermaid\n.*?\n```", lambda _: f"```mermaid\n{drawing()}\n```", ARCHITECTURE.read_text(), flags=re.S
+    )
+    ARCHITECTURE.write_text(text)

@@ -12,7 +12,7 @@ from ud2m.data.photos import PHOTOS, load_photo
 from ud2m.physics import Jpeg, JpegCodec, estimate_sigma_y, image_shape, misfit, observe, residual, select_samples
 from ud2m.physics.jpeg import levels
 from ud2m.physics.jpeg_codec import FACTORS, Layout, encode, quality_tables
-from ud2m.prox import joint_prox
+from ud2m.unfolded.prox import joint_prox
 
 jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install 'ud2m[jpeg]'")
 PILLOW_SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_report import Page
 
-from ud2m.cells import Result
-from ud2m.differences import with_differences
-from ud2m.leaderboard import Board, escape, latex, markdown, notes, render, visible
-from ud2m.scores import with_interval
+from ud2m.evaluation.cells import Result
+from ud2m.evaluation.differences import with_differences
+from ud2m.evaluation.scores import with_interval
+from ud2m.reports.board import Board, escape, latex, markdown, notes, render, visible
 
 
 def row(method, operator="blur", nfe=9, **numbers):

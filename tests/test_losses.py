@@ -9,20 +9,18 @@ import torch
 from torch import nn
 from torch.nn.functional import sigmoid, softplus
 
-from ud2m.losses import (
+from ud2m.losses.adversarial import Adversarial, DiscriminatorLoss
+from ud2m.losses.generator import GeneratorLoss, build_generator_loss
+from ud2m.losses.terms import (
     L2,
-    Adversarial,
-    DiscriminatorLoss,
     EnergyScore,
     FeatureDistance,
     FeatureEnergyScore,
-    GeneratorLoss,
     LossTerm,
     MeanL2,
     NonFiniteLossError,
     Perceptual,
     Prediction,
-    build_generator_loss,
 )
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

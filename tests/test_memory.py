@@ -10,17 +10,11 @@ from tiny_training import distillation, fit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ud2m.losses import (
-    Adversarial,
-    EnergyScore,
-    FeatureDistance,
-    FeatureEnergyScore,
-    Perceptual,
-    build_generator_loss,
-    gradient_square,
-)
+from ud2m.losses.adversarial import Adversarial, gradient_square
+from ud2m.losses.generator import build_generator_loss
+from ud2m.losses.terms import EnergyScore, FeatureDistance, FeatureEnergyScore, Perceptual
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution
-from ud2m.pipeline import PosteriorSampler
+from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training.random_streams import row_streams
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

@@ -9,7 +9,8 @@ import skimage.metrics
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ud2m.metrics import BACKBONES, DISTSDistance, LPIPSDistance, available_lpips, calibration_ratio, psnr, ssim
+from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, available_lpips
+from ud2m.evaluation.metrics import calibration_ratio, psnr, ssim
 
 
 @pytest.fixture

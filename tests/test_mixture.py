@@ -22,7 +22,7 @@ from ud2m.physics import (
     select_samples,
 )
 from ud2m.physics.mixture import centred
-from ud2m.prox import joint_prox
+from ud2m.unfolded.prox import joint_prox
 
 SHAPE = (3, 16, 20)
 FAMILIES = [

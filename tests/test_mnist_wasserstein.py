@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from ud2m.calibration import conditional_frechet, debiased_conditional_frechet
-from ud2m.methods import Trained
+from ud2m.evaluation.calibration import conditional_frechet, debiased_conditional_frechet
+from ud2m.samplers.latino import Trained
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks")]
 study = importlib.import_module("mnist_wasserstein")

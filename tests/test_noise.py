@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ud2m.noise import rand, randn_like
+from ud2m.random import rand, randn_like
 
 
 def streams(*seeds):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ud2m.output import atomic_folder, write_bytes, write_json
+from ud2m.files import atomic_folder, write_bytes, write_json
 
 
 def names(folder: Path) -> list[str]:

@@ -12,11 +12,13 @@ from operators import generator
 from tiny import LORA, SIZE, adapted, perturb, save_tiny_prior, tiny_network
 
 import ud2m
-import ud2m.pipeline
-import ud2m.prior
+import ud2m.priors.store
+import ud2m.samplers.export
+import ud2m.samplers.ud2m
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe, select_samples
-from ud2m.pipeline import PosteriorSampler, SamplerConfig, noise_levels
-from ud2m.prior import LoraSpec, Prior
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.samplers.base import noise_levels
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 SHAPE = (3, SIZE, SIZE)
 CONFIG = {
@@ -351,14 +353,14 @@ def test_an_interrupted_export_leaves_nothing(sampler, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(ud2m.pipeline, "save_file", fail)
+    monkeypatch.setattr(ud2m.samplers.ud2m, "save_file", fail)
     with pytest.raises(RuntimeError, match="stop"):
         sampler.save_pretrained(tmp_path / "export")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_shipped_model_is_found_by_name(sampler, prior_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(ud2m.prior, "SHIPPED", tmp_path)
+    monkeypatch.setattr(ud2m.priors.store, "SHIPPED", tmp_path)
     shutil.copytree(prior_folder, tmp_path / "tiny_prior")
     prior = Prior.from_pretrained("tiny_prior")
     assert prior.reference == "tiny_prior"
@@ -535,9 +537,9 @@ def hub(tmp_path, monkeypatch):
         shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
         return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr(ud2m.pipeline, "create_repo", create)
-    monkeypatch.setattr(ud2m.pipeline, "upload_folder", upload)
-    monkeypatch.setattr(ud2m.pipeline, "snapshot_download", lambda reference: str(root / reference))
+    monkeypatch.setattr(ud2m.samplers.ud2m, "create_repo", create)
+    monkeypatch.setattr(ud2m.samplers.ud2m, "upload_folder", upload)
+    monkeypatch.setattr(ud2m.samplers.export, "snapshot_download", lambda reference: str(root / reference))
     return root
 
 

@@ -8,8 +8,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURE, LORA, SCHEDULER, SIZE, adapted, perturb, save_tiny_prior, tiny_prior, tiny_unet, trained
 
-from ud2m.prior import LoraSpec, Prior, build_unet, fingerprint
-from ud2m.schedule import VPSchedule, abar
+from ud2m.priors.adm import build_unet
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.priors.schedule import VPSchedule, abar
+from ud2m.priors.store import fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

@@ -9,7 +9,7 @@ from operators import BATCH, CASES, dense, generator
 from torch import Tensor
 
 from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, SuperResolution, observe, select_samples
-from ud2m.prox import joint_prox
+from ud2m.unfolded.prox import joint_prox
 
 each_operator = pytest.mark.parametrize("case", CASES)
 PARAMETERS = ("sigma", "delta", "lam", "sigma_y")

@@ -7,7 +7,7 @@ import pytest
 from tiny import save_tiny_prior
 from tiny_training import STEPS, command_line, tiny_overrides, write_images
 
-from ud2m.cli.pruning import MedianPruning, history
+from ud2m.training.pruning import MedianPruning, history
 
 
 def runs(folder, *scores):

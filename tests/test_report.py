@@ -11,20 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ud2m.report import (
-    MAX_SAMPLES,
-    MAX_SIDE,
-    Column,
-    Entry,
-    Report,
-    Section,
-    best_cells,
-    format_table,
-    format_value,
-    render,
-    table_columns,
-    write_report,
-)
+from ud2m.evaluation.table import Column, best_cells, format_table, format_value, table_columns
+from ud2m.reports.samples import MAX_SAMPLES, MAX_SIDE, Entry, Report, Section, render, write_report
 
 VOID = {"meta", "img", "br"}
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from ud2m.exact import GaussianMixture
 from ud2m.physics import (
     Colorization,
     DdrmBlur,
@@ -18,7 +17,8 @@ from ud2m.physics import (
     UniformBlur,
     observe,
 )
-from ud2m.rivals import Ddrm, DeepinvDenoiser, DiffPir, Dps, PnpFlow, decomposition
+from ud2m.priors.gaussian_mixture import GaussianMixture
+from ud2m.samplers.deepinv import Ddrm, DeepinvDenoiser, DiffPir, Dps, PnpFlow, decomposition
 
 SHAPE = (1, 8, 8)
 

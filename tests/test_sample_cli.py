@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageCms
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 
-from ud2m import comparison
-from ud2m.baselines import LatinoSetting
 from ud2m.cli import describe
 from ud2m.cli.sample import main, trained_operator
+from ud2m.evaluation import comparison
 from ud2m.images import PixelFormat, pixel_format, read_image, write_image
 from ud2m.physics import PixelMask, SuperResolution, misfit
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior
+from ud2m.priors.prior import Prior
+from ud2m.samplers.latino import LatinoSetting
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 
 @pytest.fixture(scope="module")

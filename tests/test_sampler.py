@@ -6,11 +6,11 @@ from diffusers import DDIMScheduler
 from operators import generator
 from tiny import SCHEDULER
 
-import ud2m.sampler
-from ud2m.noise import randn_like
+import ud2m.unfolded.ddim
 from ud2m.physics import SuperResolution, observe
-from ud2m.sampler import FRESH, check_eta, ddim_step, sample_posterior, step_deviation
-from ud2m.schedule import VPSchedule, abar
+from ud2m.priors.schedule import VPSchedule, abar
+from ud2m.random import randn_like
+from ud2m.unfolded.ddim import FRESH, check_eta, ddim_step, sample_posterior, step_deviation
 
 SCHEDULE = VPSchedule.from_config(SCHEDULER)
 ETAS = [0, 0.5, 1, FRESH]
@@ -102,7 +102,7 @@ def too_clean(x, x0_hat, sigma, sigma_next, eta, generator=None):
 @pytest.mark.parametrize("num_steps", [2, 4])
 def test_a_wrong_step_variance_is_noticed(monkeypatch, wrong, eta, num_steps):
     """Pitfall 12, and that the test above can fail."""
-    monkeypatch.setattr(ud2m.sampler, "ddim_step", wrong)
+    monkeypatch.setattr(ud2m.unfolded.ddim, "ddim_step", wrong)
     samples = POSTERIOR.samples(COUNT, SCHEDULE.grid(num_steps), eta)
     assert largest_deviation(samples, *POSTERIOR.moments()) > 6
 

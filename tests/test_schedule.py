@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ud2m.schedule import VPSchedule, abar
+from ud2m.priors.schedule import VPSchedule, abar
 
 TABLES = {
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},

@@ -7,19 +7,20 @@ import pytest
 import scipy.stats
 import torch
 
-from ud2m import scores
-from ud2m.calibration import (
+from ud2m.evaluation import scores
+from ud2m.evaluation.calibration import (
     conditional_frechet,
     debiased_conditional_frechet,
     energy_score,
     gaussian_wasserstein2,
 )
-from ud2m.evaluation import Problem, evaluate
-from ud2m.exact import GaussianMixture
-from ud2m.frechet import INCEPTION_FILE
-from ud2m.metrics import LPIPSDistance, calibration_ratio
+from ud2m.evaluation.features import INCEPTION_FILE, LPIPSDistance
+from ud2m.evaluation.measure import evaluate
+from ud2m.evaluation.metrics import calibration_ratio
+from ud2m.evaluation.scores import Draws, FeatureDistances, build_score, check_scores, with_interval
 from ud2m.physics import GaussianBlur, Inpainting, UniformBlur, measured, observe
-from ud2m.scores import Draws, FeatureDistances, build_score, check_scores, with_interval
+from ud2m.physics.problem import Problem
+from ud2m.priors.gaussian_mixture import GaussianMixture
 
 SHAPE = (1, 4, 4)
 
@@ -271,7 +272,7 @@ def test_what_fid_needs_is_named(tmp_path, monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("ud2m.frechet.version", missing)
+    monkeypatch.setattr("ud2m.evaluation.features.version", missing)
     with pytest.raises(ValueError, match=r"the metric kid_inception cannot be computed: .*pip install 'ud2m\[fid\]'"):
         check_scores(["kid_inception"], 100, 1, (3, 32, 32))
 

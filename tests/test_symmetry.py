@@ -5,8 +5,8 @@ import torch
 from tiny import SIZE, adapted, tiny_network, tiny_prior
 
 from ud2m.physics import GaussianBlur
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.symmetry import symmetric
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.denoisers import symmetric
 
 
 def generator(seed=0):

@@ -7,8 +7,8 @@ import torch
 from skimage import data
 
 from ud2m.physics import GaussianBlur, observe
-from ud2m.pipeline import PosteriorSampler
-from ud2m.tiling import tile_starts, tiled
+from ud2m.samplers.ud2m import PosteriorSampler
+from ud2m.unfolded.denoisers import tile_starts, tiled
 
 SIGMA = torch.full((1,), 0.1)
 

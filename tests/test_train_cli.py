@@ -31,10 +31,11 @@ from tiny_training import (
 
 from ud2m.cli.errors import message
 from ud2m.data import FolderData
-from ud2m.evaluation import Evaluation, Problem, evaluate
+from ud2m.evaluation.measure import Evaluation, evaluate
 from ud2m.images import read_image
 from ud2m.physics import GaussianBlur
-from ud2m.pipeline import PosteriorSampler
+from ud2m.physics.problem import Problem
+from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
 from ud2m.training.progress import StepProgress
 
@@ -160,7 +161,7 @@ def test_the_export_is_that_of_the_best_checkpoint(tiny, tmp_path, monkeypatch):
 
 
 def test_val_lpips_is_logged_with_its_backend_where_weights_are(tiny, tmp_path, shared, monkeypatch):
-    from ud2m.evaluation import lpips_if_available
+    from ud2m.evaluation.measure import lpips_if_available
 
     monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
     lpips_if_available.cache_clear()

@@ -27,14 +27,15 @@ from tiny_training import (
 )
 from torch import nn
 
-from ud2m.evaluation import evaluate
-from ud2m.losses import L2, build_generator_loss
+from ud2m.evaluation.measure import evaluate
+from ud2m.losses.generator import build_generator_loss
+from ud2m.losses.terms import L2
 from ud2m.physics import Inpainting, observe
-from ud2m.prior import Prior
+from ud2m.priors.prior import Prior
 from ud2m.training import Levels
 from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
 from ud2m.training.ema import Ema
-from ud2m.training.images import contact_sheet
+from ud2m.training.pictures import contact_sheet
 from ud2m.training.random_streams import row_streams, stream
 from ud2m.training.schedules import warmup_cosine
 
@@ -216,7 +217,7 @@ def test_a_moved_run_resumes_with_its_best_score(prior, unbroken, tmp_path):
 
 def test_a_resumed_run_knows_the_score_to_beat(prior, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0])
-    monkeypatch.setattr("ud2m.evaluation.Evaluation.row", lambda self: {"psnr": next(scores)})
+    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores)})
     with pytest.raises(RuntimeError):
         fit(distillation(prior), tmp_path, callbacks=(Break(1, 0),))
     fit(distillation(prior), tmp_path, resume=True)
@@ -344,7 +345,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_the_best_checkpoint_is_the_one_of_the_highest_score(prior, tmp_path, monkeypatch):
     scores = iter([20.0, 22.0, 21.0])
-    monkeypatch.setattr("ud2m.evaluation.Evaluation.row", lambda self: {"psnr": next(scores), "r": None})
+    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores), "r": None})
     fit(distillation(prior, optimizer={"steps": 3 * STEPS}), tmp_path, max_epochs=3)
     best, last = (read_checkpoint(checkpoint(tmp_path, name)) for name in ("best", "last"))
     assert (best["scores"]["score"], best["scores"]["step"]) == (22.0, 2 * STEPS)
@@ -606,7 +607,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_parameters(pr
 
 def test_a_validation_score_that_is_not_a_number_stops_before_a_checkpoint(prior, tmp_path, monkeypatch):
     scores = iter([20.0, float("nan")])
-    monkeypatch.setattr("ud2m.evaluation.Evaluation.row", lambda self: {"psnr": next(scores)})
+    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores)})
     with pytest.raises(FloatingPointError, match="stopped at step 4: the validation score is nan"):
         fit(distillation(prior), tmp_path)
     assert read_checkpoint(checkpoint(tmp_path))["scores"]["score"] == 20.0

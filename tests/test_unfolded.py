@@ -9,12 +9,13 @@ from test_prox import dense_prox
 from tiny import SIZE, SPECS, adapted, perturb, tiny_network, tiny_prior, trained
 from torch import nn
 
-from ud2m.metrics import psnr
-from ud2m.noise import randn_like
+from ud2m.evaluation.metrics import psnr
 from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
-from ud2m.prior import LoraSpec
-from ud2m.unfolded import AnnealedRule, PaperRule, UnfoldedNetwork, build_network, rho
-from ud2m.warm_start import PinvStart, SmoothingStart, Start, smooth
+from ud2m.priors.prior import LoraSpec
+from ud2m.random import randn_like
+from ud2m.unfolded.network import UnfoldedNetwork, build_network
+from ud2m.unfolded.rules import AnnealedRule, PaperRule, rho
+from ud2m.unfolded.warm_start import PinvStart, SmoothingStart, Start, smooth
 
 FAMILIES = {"blur": GaussianBlur(), "super-resolution": SuperResolution(), "inpainting": Inpainting()}
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

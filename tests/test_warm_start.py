@@ -8,13 +8,14 @@ from lightning import seed_everything
 from tiny import SIZE, SPECS, adapted, save_tiny_prior
 from tiny_training import distillation, everything, fit
 
-from ud2m.comparison import compare
-from ud2m.evaluation import Problem
+from ud2m.evaluation.comparison import compare
 from ud2m.physics import GaussianBlur, Inpainting, Jpeg, SuperResolution, observe
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
-from ud2m.prior import Prior, weights_fingerprint
-from ud2m.unfolded import build_network
-from ud2m.warm_start import NetworkStart, RamStart, SmoothingStart, start_from_y
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.priors.store import weights_fingerprint
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.network import build_network
+from ud2m.unfolded.warm_start import NetworkStart, RamStart, SmoothingStart, start_from_y
 
 SMALL = {"name": "network", "widths": [4, 4, 4, 4]}
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ud2m.prior import LoraSpec, Prior, build_unet, save_prior
-from ud2m.schedule import VPSchedule
-from ud2m.unfolded import UnfoldedNetwork, build_network
+from ud2m.priors.adm import build_unet
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.store import save_prior
+from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
 SIZE = 16
 """Side of the images; the operators' kernels (up to 16x16 taps) just fit."""

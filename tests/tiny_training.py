@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ud2m.data import ImageDataModule
-from ud2m.discriminator import Discriminator
-from ud2m.losses import L2, Adversarial, DiscriminatorLoss, EnergyScore, build_generator_loss
+from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss
+from ud2m.losses.generator import build_generator_loss
+from ud2m.losses.terms import L2, EnergyScore
 from ud2m.physics import Inpainting
 from ud2m.training import DistillationModule, Levels, PriorModule
 from ud2m.training.checkpoints import Checkpoints

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_png
 
-from ud2m.output import write_bytes
+from ud2m.files import write_bytes
 from ud2m.physics.general import LUMINANCE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

@@ -20,19 +20,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ud2m.cells import CellStore, Result, images_digest, measure
 from ud2m.cli.errors import user_facing
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
-from ud2m.differences import with_differences
-from ud2m.evaluation import Problem
-from ud2m.leaderboard import Board, latex, markdown, render, visible
-from ud2m.metrics import BACKBONES
-from ud2m.output import write_bytes, write_json
-from ud2m.pipeline import check_count
-from ud2m.prior import Prior
-from ud2m.report import format_table
-from ud2m.scores import build_score, check_scores
+from ud2m.evaluation.cells import CellStore, Result, images_digest
+from ud2m.evaluation.differences import with_differences
+from ud2m.evaluation.features import BACKBONES
+from ud2m.evaluation.measure import measure
+from ud2m.evaluation.scores import build_score, check_scores
+from ud2m.evaluation.table import format_table
+from ud2m.files import write_bytes, write_json
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.reports.board import Board, latex, markdown, render, visible
+from ud2m.samplers.base import check_count
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PLACE = "{physics}"

@@ -14,17 +14,19 @@ from tqdm import tqdm
 import ud2m.physics
 from ud2m.cli.errors import user_facing
 from ud2m.cli.train import quiet_libraries
-from ud2m.comparison import compare, sampler_row
 from ud2m.data import ImageDataModule
-from ud2m.evaluation import Distance, Problem, lpips_if_available, takes
+from ud2m.evaluation.comparison import compare, sampler_row
+from ud2m.evaluation.measure import Distance, lpips_if_available, takes
+from ud2m.evaluation.metrics import psnr, ssim
+from ud2m.evaluation.table import format_table
+from ud2m.files import atomic_folder, write_json
 from ud2m.images import PixelFormat, list_images, pixel_format, read_image, write_image
-from ud2m.losses import FeatureDistance
-from ud2m.metrics import psnr, ssim
-from ud2m.output import atomic_folder, write_json
+from ud2m.losses.terms import FeatureDistance
 from ud2m.physics import DataTerm, OperatorFamily, estimate_sigma_y, measured, misfit, residual, select_samples
-from ud2m.pipeline import PosteriorSampler
-from ud2m.prior import Prior
-from ud2m.report import Entry, Report, Section, format_table, write_report
+from ud2m.physics.problem import Problem
+from ud2m.priors.prior import Prior
+from ud2m.reports.samples import Entry, Report, Section, write_report
+from ud2m.samplers.ud2m import PosteriorSampler
 
 AUTO = "auto"
 OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile")

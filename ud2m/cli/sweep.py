@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
 from ud2m.cli.sweep_plot import page
-from ud2m.output import write_bytes
-from ud2m.report import markdown_line
+from ud2m.evaluation.table import markdown_line
+from ud2m.files import write_bytes
 
 SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")

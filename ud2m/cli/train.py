@@ -20,12 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ud2m.cli.estimate import estimate
-from ud2m.cli.pruning import MedianPruning
 from ud2m.cli.sweep import survives_sweep
-from ud2m.output import write_bytes, write_json
+from ud2m.files import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
 from ud2m.training.health import Health
 from ud2m.training.progress import StepProgress
+from ud2m.training.pruning import MedianPruning
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 COUNTS = ("steps", "validate_every", "accumulate")

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
-from ud2m.data.store import ImageStore
+from ud2m.data.image_store import ImageStore
 
 SCALES = (1.0, 0.71, 0.5, 0.35, 0.25)
 PROBABILITIES = (0.5, 0.15, 0.15, 0.1, 0.1)

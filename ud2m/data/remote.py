@@ -5,8 +5,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ud2m.output import write_bytes
-from ud2m.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
+from ud2m.data.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
+from ud2m.files import write_bytes
 
 CACHE = "~/.cache/ud2m/shards"
 

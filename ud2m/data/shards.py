@@ -27,8 +27,8 @@ from ud2m.data.crops import (
 from ud2m.data.module import ImageDataModule, NamedImages, Split, position
 from ud2m.data.remote import CACHE, fetch_index, is_address, shard_path, wrong_in_cache
 from ud2m.data.sampler import StreamSampler
+from ud2m.data.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
 from ud2m.images import decode_image
-from ud2m.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
 
 MID_EPOCH = ("readers", "buffer")
 """Settings that decide the order within an epoch, but not which samples it has."""

@@ -13,10 +13,10 @@ from deepinv.physics.generator import MotionBlurGenerator
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ud2m.noise import Generators, rand
 from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.family import OperatorFamily
+from ud2m.random import Generators, rand
 
 
 class Blur(OperatorFamily):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ud2m.physics.immutable import Immutable
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
 
 # A singular value below this fraction of the largest counts as zero in A_dagger (the figure is deepinv's).
 RELATIVE_RANK_TOLERANCE = 1e-5

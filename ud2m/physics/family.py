@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ud2m.noise import Generators
 from ud2m.physics.data_term import DataTerm
+from ud2m.random import Generators
 
 
 class OperatorFamily(ABC):

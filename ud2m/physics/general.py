@@ -15,7 +15,7 @@ from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.iterative import ConjugateGradients
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.precision import full_precision
 
 LUMINANCE = (0.299, 0.587, 0.114)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
-from ud2m.noise import Generators, rand
 from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
+from ud2m.random import Generators, rand
 
 
 class PixelMask(Immutable, deepinv.physics.Inpainting):

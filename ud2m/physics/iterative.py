@@ -7,7 +7,7 @@ import torch
 from deepinv.optim.linear import conjugate_gradient, least_squares_implicit_backward
 from torch import Tensor
 
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13}
 """Relative residual of the normal equations at which the iteration stops."""

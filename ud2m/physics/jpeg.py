@@ -8,7 +8,6 @@ import torch
 from deepinv.physics import Physics
 from torch import Tensor
 
-from ud2m.noise import Generators, rand
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.jpeg_codec import (
@@ -23,7 +22,8 @@ from ud2m.physics.jpeg_codec import (
     to_blocks,
 )
 from ud2m.physics.measurement import estimate_sigma_y, image_shape, kept_gain, mean_gain, misfit, observe, residual
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
+from ud2m.random import Generators, rand
 
 TOLERANCE = 1e-3
 """Change of a sweep, in grey levels of 255, at which the projection onto the quantisation cell stops."""

@@ -9,9 +9,9 @@ from deepinv.models import PatchCovarianceNoiseEstimator
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from ud2m.noise import Generators, randn_like
 from ud2m.physics.data_term import DataTerm
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
+from ud2m.random import Generators, randn_like
 
 
 @singledispatch

@@ -9,12 +9,12 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ud2m.noise import Generators, rand
 from ud2m.physics.blur import Blur
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.measurement import image_shape, measured
-from ud2m.physics.samples import per_sample, select_samples
+from ud2m.physics.rows import per_sample, select_samples
+from ud2m.random import Generators, rand
 
 
 class Mixture(OperatorFamily):

@@ -7,7 +7,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.physics.immutable import Immutable
-from ud2m.physics.samples import at_least_float32, per_sample
+from ud2m.physics.rows import at_least_float32, per_sample
 
 
 class Separable(Immutable, LinearPhysics):

@@ -1,8 +1,8 @@
 """Lightning modules: distillation of an unfolded network, training of a small prior, and of a rival bridge."""
 
-from ud2m.training.bridge import BridgeModule
+from ud2m.training.bridge_training import BridgeModule
 from ud2m.training.distillation import DistillationModule
 from ud2m.training.levels import Levels
-from ud2m.training.prior import PriorModule
+from ud2m.training.prior_training import PriorModule
 
 __all__ = ["BridgeModule", "DistillationModule", "Levels", "PriorModule"]

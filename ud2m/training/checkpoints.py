@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from ud2m.tensor_file import read_tensors
+from ud2m.files import read_tensors
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -9,21 +9,24 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ud2m import pipeline
-from ud2m.evaluation import Evaluation, Problem, lpips_if_available
-from ud2m.losses import DiscriminatorLoss, GeneratorLoss, Prediction
-from ud2m.noise import rand, randn_like
+from ud2m.evaluation.measure import Evaluation, lpips_if_available
+from ud2m.losses.adversarial import DiscriminatorLoss
+from ud2m.losses.generator import GeneratorLoss
+from ud2m.losses.terms import Prediction
 from ud2m.physics import DataTerm, OperatorFamily, observe, select_samples
-from ud2m.pipeline import PosteriorSampler, SamplerConfig
+from ud2m.physics.problem import Problem
 from ud2m.precision import full_precision
-from ud2m.prior import LoraSpec, Prior
-from ud2m.sampler import check_eta
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.random import rand, randn_like
+from ud2m.samplers import export
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 from ud2m.training.ema import Ema
-from ud2m.training.images import contact_sheet, log_images
 from ud2m.training.levels import Levels
+from ud2m.training.pictures import contact_sheet, log_images
 from ud2m.training.steps import SteppedModule, StepSettings
-from ud2m.unfolded import build_network
-from ud2m.warm_start import start_from_y
+from ud2m.unfolded.ddim import check_eta
+from ud2m.unfolded.network import build_network
+from ud2m.unfolded.warm_start import start_from_y
 
 CHECKPOINTING = ("none", "modules", "all")
 """What is evaluated again in the backward pass: nothing, LATINO modules (but the last), also residual blocks."""
@@ -99,7 +102,7 @@ class DistillationModule(SteppedModule):
         channels_last: ``Prior.use_channels_last``.
         compile: backend of torch.compile for the prior's network (``Prior.compile_network``), None to do without. The
             discriminator is not compiled: its penalty is differentiated twice.
-        start_from: model whose trained parameters the run begins with (``pipeline.start_from``). None: the prior's.
+        start_from: model whose trained parameters the run begins with (``samplers.export.start_from``). None: the prior's.
         seed: of all randomness.
 
     Raises:
@@ -150,7 +153,7 @@ class DistillationModule(SteppedModule):
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
         self.network = build_network(self.prior, network)
         if start_from is not None:
-            pipeline.start_from(self.network, self.prior, start_from)
+            export.start_from(self.network, self.prior, start_from)
         self.network.kept_modules = None if checkpointing == "none" else kept_modules
         if checkpointing == "all":
             self.prior.checkpoint_layers()

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ud2m.schedule import VPSchedule
+from ud2m.priors.schedule import VPSchedule
 
 
 class Levels:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from ud2m.losses import NonFiniteLossError
+from ud2m.losses.terms import NonFiniteLossError
 from ud2m.precision import full_precision
 from ud2m.training.checkpoints import read_checkpoint
 from ud2m.training.ema import Ema

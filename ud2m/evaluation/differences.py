@@ -1,0 +1,74 @@
+"""Differences of methods from one of them, paired by image.
+
+Images differ far more from one another than methods do on one image: intervals of two means may overlap widely where
+the interval of the mean difference does not contain 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ud2m.evaluation.cells import Result
+from ud2m.evaluation.scores import VALUES, with_interval
+from ud2m.evaluation.table import SETTING
+
+DIFFERENCE = "_difference"
+
+
+REFERENCE = "reference"
+
+
+def with_differences(
+    rows: Sequence[Mapping[str, Any]], results: Sequence[Result], reference: str
+) -> list[dict[str, Any]]:
+    """Return the rows with ``NAME_difference``: the mean over images of NAME minus that of the method ``reference``.
+
+    Of all numbers that are means of one value per image; ``NAME_difference_low`` and ``_high`` bound its 95 %
+    bootstrap interval over images. Values that are infinite (equal images) have no difference.
+
+    Args:
+        rows: of ``metrics.json``. results: the cell of each row.
+
+    Raises:
+        ValueError: when the reference is missing for some operator or data set.
+    """
+    references = {
+        _setting(row): result for row, result in zip(rows, results, strict=True) if row["method"] == reference
+    }
+    found = []
+    for row, result in zip(rows, results, strict=True):
+        if _setting(row) not in references:
+            raise ValueError(
+                f"there is no method {reference!r} on {row['operator']} and {row['data']} to take differences from"
+            )
+        numbers: dict[str, Any] = {REFERENCE: reference}
+        other = references[_setting(row)]
+        if other is not result:
+            for key in [key for key in result.curves if key.endswith(VALUES) and key in other.curves]:
+                pair = [torch.tensor(curves[key], dtype=torch.float64) for curves in (result.curves, other.curves)]
+                if torch.stack(pair).isfinite().all():
+                    numbers |= with_interval(key.removesuffix(VALUES) + DIFFERENCE, pair[0] - pair[1])
+        found.append(dict(row) | numbers)
+    return found
+
+
+def difference_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what ``with_differences`` added as rows of their own, under the plain names of the numbers."""
+    kept = ("method", "nfe", *SETTING)
+    found = []
+    for row in rows:
+        numbers = {key.replace(DIFFERENCE, ""): value for key, value in row.items() if DIFFERENCE in key}
+        if numbers:
+            found.append({key: row[key] for key in kept if key in row} | numbers)
+    return found
+
+
+def excludes_zero(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether the interval of a number lies on one side of 0."""
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return low is not None and high is not None and low * high > 0
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in SETTING)

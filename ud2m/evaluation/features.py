@@ -1,0 +1,344 @@
+"""Networks that judge images, with their weights from where they are: LPIPS, DISTS, and features of sets."""
+
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import lpips
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image.dists import DISTSNetwork
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ud2m.evaluation.metrics import check_shapes
+from ud2m.files import read_tensors
+from ud2m.precision import full_precision
+
+# torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
+BACKBONES = {
+    "alex": ("alexnet-owt-7be5be79.pth", 31),
+    "vgg": ("vgg16-397923af.pth", 16),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
+}
+
+
+DOWNLOAD_URL = "https://download.pytorch.org/models/"
+
+
+CONNECT_SECONDS = 10.0
+
+
+class LPIPSDistance(nn.Module):
+    """LPIPS 0.1 (Zhang et al., 2018) of the lpips package, with the backbone weights loaded from where they are.
+
+    sum_l mean over locations of w_l . (f_l(x) / |f_l(x)| - f_l(r) / |f_l(r)|)^2, f_l the layers of an ImageNet
+    backbone. Frozen and always in eval mode; differentiable in the images.
+
+    Args:
+        net: ``alex`` (31 pixels a side or more), ``vgg`` (16) or ``squeeze`` (17).
+        weights: file with torchvision's weights of the backbone. By default the torch cache is used
+            (``$TORCH_HOME/hub/checkpoints``); a file that is not there is downloaded.
+
+    Raises:
+        ValueError: for an unknown net, or a file that does not hold its weights.
+        FileNotFoundError: when the weights can be neither found nor downloaded; says where to put which file.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None):
+        super().__init__()
+        _check_net(net)
+        self.net = net
+        if torch.get_default_device().type == "meta":  # shapes without values
+            self.network = _frozen(net)
+            return
+        path = _cached(net) if weights is None else Path(weights)
+        if weights is not None and not path.is_file():
+            raise FileNotFoundError(_missing(net, path))
+        self.network = _build(net, _read(path) if path.is_file() else _download(net, path), path)
+
+    @property
+    def smallest(self) -> int:
+        """Smallest side of an image that the backbone can take, in pixels."""
+        return BACKBONES[self.net][1]
+
+    @property
+    def name(self) -> str:
+        """What to write beside a value: net, package and version."""
+        return f"{self.net}, lpips {version('lpips')}"
+
+    def train(self, mode: bool = True) -> "LPIPSDistance":
+        """Stay in eval mode whatever is asked for: the linear layers of the package hold dropout."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
+
+        Never computed under autocast: features of bfloat16 make another distance.
+
+        Raises:
+            ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
+        """
+        check_shapes(x, reference)
+        smallest = self.smallest
+        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < smallest:
+            raise ValueError(
+                f"LPIPS ({self.net}) takes grey or RGB images of at least {smallest} pixels a side, got "
+                f"{list(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
+            )
+        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
+        with full_precision(x.device):
+            return self.network(*colour, normalize=True).flatten()
+
+
+class DISTSDistance(nn.Module):
+    """DISTS (Ding et al., IEEE TPAMI 2020) of torchmetrics, on VGG-16 from the torch cache; 0 for equal images.
+
+    1 - sum over layers and channels of alpha l + beta s, with l the similarity of the means of both feature maps and s
+    that of their structure: unlike LPIPS it forgives textures that differ pixel by pixel.
+
+    Raises:
+        FileNotFoundError: when the weights of VGG-16 are not in the torch cache.
+    """
+
+    smallest = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not available_lpips("vgg"):
+            raise FileNotFoundError(_missing("vgg", _cached("vgg")))
+        with torch.random.fork_rng(devices=[]):  # its draws stay in here
+            self.network = DISTSNetwork().eval().requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        """What to write beside a value: net, package and version."""
+        return f"vgg, torchmetrics {version('torchmetrics')}"
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
+
+        Raises:
+            ValueError: when shapes differ.
+        """
+        check_shapes(x, reference)
+        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
+        with full_precision(x.device):
+            return self.network(*colour).reshape(len(x))
+
+
+def available_lpips(net: str) -> bool:
+    """Return whether the torch cache holds the backbone: ``LPIPSDistance(net)`` then needs no network."""
+    _check_net(net)
+    return _cached(net).is_file()
+
+
+def _check_net(net: str) -> None:
+    if net not in BACKBONES:
+        raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
+
+
+def torch_cache(file: str) -> Path:
+    """Return where the torch cache keeps a file of weights (``TORCH_HOME`` chooses the folder)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file
+
+
+def _cached(net: str) -> Path:
+    return torch_cache(BACKBONES[net][0])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"cannot read LPIPS weights from {path}: damaged or not a torch file; replace it") from error
+
+
+def _download(net: str, path: Path) -> dict[str, Tensor]:
+    try:
+        with _socket_timeout(CONNECT_SECONDS):
+            return torch.hub.load_state_dict_from_url(
+                DOWNLOAD_URL + path.name, map_location="cpu", check_hash=True, weights_only=True
+            )
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise FileNotFoundError(_missing(net, path, f" and cannot be downloaded ({error})")) from error
+
+
+def _missing(net: str, path: Path, why: str = "") -> str:
+    file = BACKBONES[net][0]
+    return (
+        f"the LPIPS ({net}) weights {path} do not exist{why}; put torchvision's {file} there "
+        f"({DOWNLOAD_URL}{file}), or set TORCH_HOME to a folder that holds hub/checkpoints/{file}"
+    )
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Bound the wait for a silent server: torch.hub sets no limit, and would hang behind some firewalls."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _frozen(net: str) -> lpips.LPIPS:
+    """Return the frozen network with a random backbone: the package itself would download one."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # its advice and its draws stay in here
+        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+
+def _build(net: str, state: dict[str, Tensor], path: Path) -> lpips.LPIPS:
+    """Return the frozen network with the backbone of ``state``, the ``features.*`` of torchvision's model."""
+    network = _frozen(net)
+    # The package cuts torchvision's features into slices: slice2.3.weight there is features.3.weight here.
+    names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
+    try:
+        network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
+    return network
+
+
+INCEPTION = "inception"
+
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+
+NETS = (*BACKBONES, INCEPTION)
+
+
+def build_features(net: str) -> "BackboneFeatures | InceptionFeatures":
+    """Return the features called ``net``, one of ``NETS``; raises as their classes do."""
+    return InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
+
+
+def check_weights(net: str) -> None:
+    """Raise FileNotFoundError when the weights are not in the torch cache, ValueError without their package."""
+    if net == INCEPTION:
+        _fidelity_version()
+        file, found = INCEPTION_URL + INCEPTION_FILE, torch_cache(INCEPTION_FILE).is_file()
+    else:
+        file, found = f"torchvision's {BACKBONES[net][0]}", available_lpips(net)
+    if not found:
+        raise FileNotFoundError(
+            f"the weights of {net} are missing: put {file} into {torch.hub.get_dir()}/checkpoints (TORCH_HOME chooses "
+            "the folder)"
+        )
+
+
+class BackboneFeatures(nn.Module):
+    """The last feature map of an LPIPS backbone, averaged over locations: [B, C, H, W] in [0, 1] -> [B, F]."""
+
+    def __init__(self, net: str, weights: str | Path | None = None):
+        super().__init__()
+        self.distance = LPIPSDistance(net, weights)
+        self.num_features = self(torch.zeros(1, 3, 64, 64)).shape[1]
+        self.smallest = self.distance.smallest
+        self.name = f"{self.distance.name}, last features"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features; grey images are repeated."""
+        network = self.distance.network
+        maps = network.net(network.scaling_layer(2 * images.expand(-1, 3, -1, -1) - 1))
+        return maps[-1].mean((2, 3))
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 pooled features of published FID and KID: Inception of 2015, as torch-fidelity has it, on 8-bit colours.
+
+    [B, C, H, W] in [0, 1] -> [B, 2048]. Images of any size are resized to 299 x 299 as the original does.
+
+    Raises:
+        FileNotFoundError: when the weights are not in the torch cache. ValueError: for a file that does not hold them,
+            or without torch-fidelity.
+    """
+
+    num_features = 2048
+    smallest = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_weights(INCEPTION)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = torch_cache(INCEPTION_FILE)
+        try:
+            # torch-fidelity unpickles whatever the file holds: a file with more than tensors is refused before
+            read_tensors(path)
+            with torch.random.fork_rng(devices=[]):  # its draws stay in here
+                self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} does not hold the weights of Inception; download it anew") from error
+        self.name = f"inception-v3-compat, torch-fidelity {_fidelity_version()}"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features; grey images are repeated."""
+        pixels = (255 * images.expand(-1, 3, -1, -1).clamp(0, 1)).round().to(torch.uint8)
+        return self.network(pixels)[0]
+
+
+def _fidelity_version() -> str:
+    try:
+        return version("torch-fidelity")
+    except PackageNotFoundError as error:
+        raise ValueError("features of Inception need torch-fidelity: pip install 'ud2m[fid]'") from error
+
+
+class FrechetDistance:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between the features of samples and of references.
+
+    The formula of FID (Heusel et al., 2017; torchmetrics' code) with the features of an LPIPS backbone in place
+    of Inception's, so that its numbers compare with each other and with no published FID. Like FID it is biased upwards
+    where images are few; the bias is the same for all methods that are judged on the same images.
+
+    Args:
+        net: ``alex`` (256 features), ``vgg`` or ``squeeze`` (512). weights: as for ``LPIPSDistance``.
+
+    Raises:
+        FileNotFoundError: when the weights of the backbone can be neither found nor downloaded.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | Path | None = None):
+        self.features = BackboneFeatures(net, weights)
+        self.metric = FrechetInceptionDistance(self.features, normalize=True)
+        self.count = 0
+
+    @property
+    def name(self) -> str:
+        """What to write beside a value."""
+        return self.features.name
+
+    def check(self, count: int) -> None:
+        """Raise ValueError unless ``count`` references determine a covariance: more of them than features."""
+        if count <= self.features.num_features:
+            raise ValueError(
+                f"a Fréchet distance in {self.features.num_features} features needs more references than that, got "
+                f"{count}; take more images or smaller pieces"
+            )
+
+    def add(self, samples: Tensor, x0: Tensor) -> None:
+        """Take samples [B, S, C, H, W] and their references [B, C, H, W]."""
+        self.count += len(x0)
+        self.metric.update(samples.flatten(0, 1), real=False)
+        self.metric.update(x0, real=True)
+
+    def value(self) -> float:
+        """Return the distance.
+
+        Raises:
+            ValueError: as ``check``.
+        """
+        self.check(self.count)
+        return self.metric.compute().item()

@@ -1,0 +1,61 @@
+"""Image metrics, one number per image; images [B, C, H, W] in [0, 1]."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+SSIM_WINDOW = 11
+
+
+def psnr(x: Tensor, reference: Tensor) -> Tensor:
+    """Return -10 log10(mean square error) in dB per image [B], for a data range of 1; inf for equal images.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    check_shapes(x, reference)
+    return -10 * (x - reference).square().flatten(1).mean(1).log10()
+
+
+def ssim(x: Tensor, reference: Tensor) -> Tensor:
+    """Return the structural similarity per image [B] (Wang et al., 2004), for a data range of 1.
+
+    Gaussian window of 11 pixels and standard deviation 1.5, averaged over channels and the whole image with
+    mirrored borders (torchmetrics' way; scikit-image leaves a border of 5 pixels out).
+
+    Raises:
+        ValueError: when the shapes differ or the image is smaller than the window.
+    """
+    check_shapes(x, reference)
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(x.shape[2:])}")
+    values = structural_similarity_index_measure(x, reference, data_range=1.0, reduction="none")
+    return torch.as_tensor(values).reshape(len(x))
+
+
+def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
+    """Return the scalar r = sqrt((1 + 1/S) mean(V) / mean((m - reference)^2)), 1 for a calibrated sampler.
+
+    m and V are the mean and the unbiased variance of the S samples per pixel; both averages run over all
+    pixels, channels and images. If reference and samples are S + 1 independent draws of the posterior,
+    E(m - reference)^2 = (1 + 1/S) Var: the factor allows for the error that m has because S is finite.
+    r < 1: too little spread.
+
+    Args:
+        samples: [B, S, C, H, W], S >= 2. reference: [B, C, H, W].
+
+    Raises:
+        ValueError: when the shapes do not fit or S < 2.
+    """
+    if samples.ndim != 5 or samples.shape[1] < 2:
+        raise ValueError(f"calibration needs samples [B, S, C, H, W] with S >= 2, got shape {tuple(samples.shape)}")
+    mean, count = samples.mean(1), samples.shape[1]
+    check_shapes(mean, reference)
+    return ((1 + 1 / count) * samples.var(1).mean() / (mean - reference).square().mean()).sqrt()
+
+
+def check_shapes(x: Tensor, reference: Tensor) -> None:
+    if x.ndim != 4 or x.shape != reference.shape:
+        raise ValueError(
+            f"image and reference must both be [B, C, H, W], got {list(x.shape)} and {list(reference.shape)}"
+        )

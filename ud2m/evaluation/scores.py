@@ -1,0 +1,520 @@
+"""What an evaluation measures: each score gathers batches of one method and returns numbers with their intervals.
+
+Definitions with their sources: docs/evaluation.md.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import scipy.stats
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor, nn
+from torchmetrics.image.kid import poly_mmd
+
+from ud2m.evaluation.calibration import (
+    bootstrap_interval,
+    conditional_frechet,
+    coverage,
+    debiased_conditional_frechet,
+    energy_score,
+    gaussian_wasserstein2,
+    ranks,
+    residual_p_value,
+    signed_root,
+)
+from ud2m.evaluation.features import (
+    BACKBONES,
+    INCEPTION,
+    NETS,
+    DISTSDistance,
+    LPIPSDistance,
+    build_features,
+    check_weights,
+)
+from ud2m.evaluation.metrics import SSIM_WINDOW, psnr, ssim
+from ud2m.physics import DataTerm, measured, residual
+
+Numbers = dict[str, Any]
+
+
+LEVELS = (0.5, 0.8, 0.9)
+"""Nominal coverages of the credible intervals that are reported by name."""
+
+
+SMALLEST_KID = 50
+"""Images below which the kernel distance is mostly noise."""
+
+
+PER_BIN = 5
+"""Images per possible rank that the chi^2 test of the ranks needs (Cochran's rule)."""
+
+
+VALUES = "_values"
+"""End of the names of lists of values per image."""
+
+
+RESAMPLED = 100
+"""Bootstrap repeats of distances between sets of features."""
+
+
+RESAMPLED_WIDE = 20
+"""The same with thousands of numbers per image, where each costs seconds."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One batch: clean images x0 [B, C, H, W], observations y of ``physics`` at ``sigma_y``, samples [B, S, C, H, W].
+
+    ``noise`` is the level that y really has.
+    """
+
+    x0: Tensor
+    y: Tensor
+    physics: DataTerm
+    sigma_y: float
+    noise: float
+    samples: Tensor
+
+    def each(self, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return the mean over single samples of a distance to x0, [B]."""
+        return torch.stack([distance(sample, self.x0) for sample in self.samples.unbind(1)]).mean(0)
+
+
+class Score(ABC):
+    """Gathers one or more numbers of a method; ``modules`` are the networks that it judges with."""
+
+    modules: tuple[nn.Module, ...] = ()
+
+    def to(self, device: torch.device | str) -> "Score":
+        """Move the networks to where the images are."""
+        for module in self.modules:
+            module.to(device)
+        return self
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:  # noqa: B027 - no demands
+        """Raise ValueError where so many images (C, H, W), with so many samples each, give no sensible number."""
+
+    @abstractmethod
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+
+    @abstractmethod
+    def numbers(self) -> Numbers:
+        """Return the numbers by name; ``NAME_low`` and ``NAME_high`` bound a 95 % interval over images."""
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return what is more than one number, for the report and the file of the cell."""
+        return {}
+
+
+class PerImage(Score):
+    """Means over images of values per image, with percentile bootstrap intervals.
+
+    Args:
+        values: Draws -> {name: [B]}.
+        smallest: side of images below which there are none. backend: written beside them, by the name of the key.
+        least: samples per observation that are needed.
+    """
+
+    def __init__(
+        self,
+        values: Callable[[Draws], Mapping[str, Tensor]],
+        smallest: int = 1,
+        backend: Mapping[str, str] | None = None,
+        least: int = 1,
+    ):
+        self.values, self.smallest, self.backend, self.least = values, smallest, dict(backend or {}), least
+        self.gathered: dict[str, list[Tensor]] = {}
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError for images that are too small, a single image, or too few samples."""
+        if min(size[1:]) < self.smallest:
+            raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[1]}x{size[2]}")
+        if images < 2:
+            raise ValueError(f"its interval needs at least 2 images, got {images}")
+        if samples < self.least:
+            raise ValueError(f"it needs num_samples of at least {self.least}, got {samples}")
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        for name, value in self.values(draws).items():
+            self.gathered.setdefault(name, []).append(value.double().cpu())
+
+    def numbers(self) -> Numbers:
+        """Return the means over images."""
+        found: Numbers = {}
+        for name, parts in self.gathered.items():
+            found |= with_interval(name, torch.cat(parts))
+        return found | self.backend
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return the values of all images, in their order: differences between methods are paired by image."""
+        return {f"{name}{VALUES}": torch.cat(parts).tolist() for name, parts in self.gathered.items()}
+
+
+def with_interval(name: str, values: Tensor) -> Numbers:
+    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images)."""
+    defined = len(values) > 1 and bool(values.isfinite().all())
+    low, high = bootstrap_interval(values, generator=_seeded()) if defined else (None, None)
+    return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
+
+
+def _psnr(draws: Draws) -> dict[str, Tensor]:
+    return {"psnr_mean": psnr(draws.samples.mean(1), draws.x0), "psnr": draws.each(psnr)}
+
+
+def _ssim(draws: Draws) -> dict[str, Tensor]:
+    return {"ssim_mean": ssim(draws.samples.mean(1), draws.x0), "ssim": draws.each(ssim)}
+
+
+def _diversity(draws: Draws) -> dict[str, Tensor]:
+    return {"diversity": draws.samples.var(1).flatten(1).mean(1).sqrt()}
+
+
+def _energy(draws: Draws) -> dict[str, Tensor]:
+    return {"energy": energy_score(draws.samples, draws.x0) / draws.x0[0].numel() ** 0.5}
+
+
+def _residual(draws: Draws) -> dict[str, Tensor]:
+    def fit(sample: Tensor, _: Tensor) -> Tensor:
+        return residual(draws.physics, sample, draws.y, draws.sigma_y)
+
+    found = {"residual": draws.each(fit)}
+    # the law is known where the noise is Gaussian and has the level that methods were told
+    if isinstance(draws.physics, LinearPhysics) and draws.noise == draws.sigma_y:
+        count = measured(draws.physics, draws.y).expand_as(draws.y).flatten(1).sum(1)
+        found["residual_p"] = draws.each(lambda sample, _: residual_p_value(fit(sample, _), count))
+    return found
+
+
+class Ratio(Score):
+    """r = sqrt((1 + 1/S) mean variance / mean |mean - x0|^2), ``metrics.calibration_ratio`` over all images."""
+
+    def __init__(self) -> None:
+        self.variance: list[Tensor] = []
+        self.error: list[Tensor] = []
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError for a single sample or image."""
+        if samples < 2 or images < 2:
+            raise ValueError(f"it needs at least 2 samples of each of at least 2 images, got {samples} and {images}")
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        count = draws.samples.shape[1]
+        self.variance.append((1 + 1 / count) * draws.samples.double().var(1).flatten(1).mean(1).cpu())
+        self.error.append((draws.samples.mean(1) - draws.x0).double().square().flatten(1).mean(1).cpu())
+
+    def numbers(self) -> Numbers:
+        """Return r."""
+        variance, error = torch.cat(self.variance), torch.cat(self.error)
+        picks = torch.randint(len(error), (2000, len(error)), generator=_seeded())
+        ratios = (variance[picks].mean(1) / error[picks].mean(1)).sqrt()
+        low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return {"r": (variance.mean() / error.mean()).sqrt().item(), "r_low": low, "r_high": high}
+
+
+class Coverage(Score):
+    """Share of pixels of the truth inside central credible intervals, and the curve of that over all levels.
+
+    Of S samples, the interval from rank k to S - k covers (S + 1 - 2 k) / (S + 1) when they are calibrated, k = 1, 2,
+    ...; a level of ``LEVELS`` is reported under the nearest of these, with it beside. ``calibration_error`` is the mean
+    distance of the curve from the diagonal.
+    """
+
+    def __init__(self) -> None:
+        self.gathered: list[Tensor] = []
+        self.count = 0
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError where no interval of S samples is near to the highest level."""
+        if images < 2:
+            raise ValueError(f"its interval needs at least 2 images, got {images}")
+        if (samples - 1) / (samples + 1) < LEVELS[-1] - 0.05:
+            raise ValueError(
+                f"intervals of {100 * LEVELS[-1]:.0f} % need at least 13 samples per observation (19 are best), got "
+                f"{samples}"
+            )
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        self.count = draws.samples.shape[1]
+        rank = ranks(draws.samples, draws.x0, _seeded()).flatten(1)
+        levels = range(1, (self.count - 1) // 2 + 1)
+        inside = [((rank >= k) & (rank <= self.count - k)).double().mean(1) for k in levels]
+        self.gathered.append(torch.stack(inside, 1).cpu())
+
+    def nominal(self) -> list[float]:
+        """Return the coverages that a calibrated sampler has, falling."""
+        return [(self.count + 1 - 2 * k) / (self.count + 1) for k in range(1, (self.count - 1) // 2 + 1)]
+
+    def numbers(self) -> Numbers:
+        """Return the coverages of ``LEVELS`` and the error of the curve."""
+        table, nominal = torch.cat(self.gathered), self.nominal()
+        found: Numbers = {}
+        for level in LEVELS:
+            _, right = coverage(torch.zeros(1), self.count, level)
+            column = table[:, nominal.index(right)]
+            found |= with_interval(f"coverage_{100 * level:.0f}", column)
+            found[f"coverage_{100 * level:.0f}_nominal"] = right
+        return found | {"calibration_error": sum(abs(a - b) for a, b in self._curve()) / len(nominal)}
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return pairs of nominal and found coverage."""
+        return {"calibration": [list(pair) for pair in self._curve()]}
+
+    def _curve(self) -> list[tuple[float, float]]:
+        return list(zip(self.nominal(), torch.cat(self.gathered).mean(0).tolist(), strict=True))
+
+
+class Ranks(Score):
+    """Simulation-based calibration (Talts et al., 2018) of a few numbers of each image: their ranks and a chi^2 test.
+
+    The numbers are the mean of the image and ``directions`` products with fixed white noise. ``sbc_p`` is the smallest
+    of the tests' p-values times their number (Bonferroni), at most 1: small for a sampler that is not calibrated.
+    """
+
+    def __init__(self, directions: int = 3):
+        self.directions = directions
+        self.gathered: list[Tensor] = []
+        self.count = 0
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError where the expected counts of the test are below 5."""
+        if images < PER_BIN * (samples + 1):
+            raise ValueError(
+                f"ranks of {samples} samples need at least {PER_BIN * (samples + 1)} images for their test, got "
+                f"{images}; take fewer samples or more images"
+            )
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        self.count = draws.samples.shape[1]
+        size = draws.x0[0].numel()
+        noise = torch.randn(self.directions, size, generator=_seeded()).to(draws.x0)
+        basis = torch.cat([torch.ones_like(noise[:1]) / size, noise / size**0.5])
+        samples, truth = draws.samples.flatten(2) @ basis.T, draws.x0.flatten(1) @ basis.T
+        self.gathered.append(ranks(samples, truth, _seeded()).cpu())
+
+    def numbers(self) -> Numbers:
+        """Return ``sbc_p``."""
+        tests = [scipy.stats.chisquare(row).pvalue for row in self.curves()["ranks"]]
+        return {"sbc_p": min(1.0, float(min(tests)) * len(tests))}
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return the counts of ranks 0..S, a list for each number."""
+        table = torch.cat(self.gathered)
+        return {"ranks": [torch.bincount(row, minlength=self.count + 1).tolist() for row in table.T]}
+
+
+class FeatureDistances(Score):
+    """Distances between the sets of samples and of references, in the features of a backbone.
+
+    Args:
+        net: of ``ud2m.evaluation.features.NETS``.
+        kind: ``frechet`` (Heusel et al., 2017), ``kid`` (Binkowski et al., 2018) or ``cfid`` (Soloveitchik et al.,
+            2021).
+        patch: images are cut into patches of this side first; 0: they are taken whole.
+    """
+
+    def __init__(self, net: str, kind: str, patch: int = 0):
+        self.features, self.kind, self.patch = build_features(net), kind, patch
+        self.modules = (self.features,)
+        self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
+        self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")
+        self.backend = self.features.name + (f", {patch}x{patch}" if patch else "")
+        self.truth: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        self.seen: list[Tensor] = []
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError where the number of images does not carry the distance."""
+        if self.patch and (size[1] % self.patch or size[2] % self.patch):
+            raise ValueError(f"patches of {self.patch} do not divide images of {size[1]}x{size[2]}")
+        if min(size[1:]) < self.features.smallest or 0 < self.patch < self.features.smallest:
+            raise ValueError(f"it needs images and patches of at least {self.features.smallest} pixels a side")
+        count = images * (size[1] * size[2] // self.patch**2 if self.patch else 1)
+        width = self.features.num_features
+        least = {"frechet": width + 1, "kid": SMALLEST_KID, "cfid": 2 * width + 1}[self.kind]
+        if count < least:
+            raise ValueError(
+                f"in {width} features it needs at least {least} {'patches' if self.patch else 'images'}, got {count}; "
+                "take more images or smaller pieces"
+            )
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        self.truth.append(self._features(draws.x0))
+        self.drawn.append(torch.stack([self._features(sample) for sample in draws.samples.unbind(1)], 1))
+        if self.kind == "cfid":
+            self.seen.append(self._features(cast_picture(draws)))
+
+    def numbers(self) -> Numbers:
+        """Return the distance, and an interval of 1.96 bootstrap deviations.
+
+        Drawing images twice makes these distances larger; so percentiles would miss the number itself.
+        """
+        truth, drawn = torch.cat(self.truth), torch.cat(self.drawn)
+        seen = torch.cat(self.seen) if self.seen else None
+        value = self._distance(truth, drawn, seen)
+        generator = _seeded()
+        repeats = []
+        for _ in range(self.repeats):
+            pick = torch.randint(len(truth), (len(truth),), generator=generator)
+            repeats.append(self._distance(truth[pick], drawn[pick], None if seen is None else seen[pick]))
+        spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
+        bounds = {f"{self.name}_low": value - spread, f"{self.name}_high": value + spread}
+        return {self.name: value} | bounds | {f"{self.name}_backend": self.backend}
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.patch:
+            side = self.patch
+            images = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
+            pieces = images.shape[1] * images.shape[2]
+            features = self.features(images.flatten(0, 2).contiguous())
+            return features.unflatten(0, (-1, pieces)).double().cpu()
+        return self.features(images).double().cpu()
+
+    def _distance(self, truth: Tensor, drawn: Tensor, seen: Tensor | None) -> float:
+        width = truth.shape[-1]
+        if self.kind == "cfid":
+            assert seen is not None
+            # one sample of each observation: pairs (sample, observation) are then independent over images
+            return conditional_frechet(truth, drawn[:, 0], seen)
+        real, fake = truth.reshape(-1, width), drawn.reshape(-1, width)
+        if self.kind == "kid":
+            return float(poly_mmd(real, fake))
+        return gaussian_wasserstein2(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()) ** 2
+
+
+class ConditionalW2(Score):
+    """Root of the mean over y of the squared W2 between Gaussians of pixels given y (``conditional_frechet``).
+
+    Truths, one sample of each observation, and y are taken for jointly Gaussian, as pcaGAN does on such data.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError for fewer images than the covariances need."""
+        least = 2 * size[0] * size[1] * size[2] + 1
+        if images < least:
+            raise ValueError(
+                f"covariances of the pixels of {size[1]}x{size[2]} images given y need at least {least} images, got "
+                f"{images}; take more images or smaller ones"
+            )
+
+    def add(self, draws: Draws) -> None:
+        """Take one batch."""
+        three = (draws.x0, draws.samples[:, 0], draws.y)
+        truth, drawn, seen = (part.flatten(1).double().cpu() for part in three)
+        self.parts.append((truth, drawn, seen))
+
+    def numbers(self) -> Numbers:
+        """Return ``cw2`` in image units (norm over pixels), with an interval of 1.96 bootstrap deviations.
+
+        ``cw2_debiased`` is the signed root of ``debiased_conditional_frechet``.
+        """
+        truth, drawn, seen = (torch.cat(part) for part in zip(*self.parts, strict=True))
+        value = max(0.0, conditional_frechet(truth, drawn, seen)) ** 0.5
+        generator, repeats = _seeded(), []
+        for _ in range(RESAMPLED_WIDE):
+            pick = torch.randint(len(truth), (len(truth),), generator=generator)
+            repeats.append(max(0.0, conditional_frechet(truth[pick], drawn[pick], seen[pick])) ** 0.5)
+        spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
+        excess = debiased_conditional_frechet(truth, drawn, seen)
+        found = {"cw2": value, "cw2_low": value - spread, "cw2_high": value + spread}
+        return found | {"cw2_debiased": signed_root(excess)}
+
+
+def cast_picture(draws: Draws) -> Tensor:
+    """Return what is conditioned on as pictures [B, C, H, W]: A^dagger y, clamped."""
+    return draws.physics.A_dagger(draws.y).clamp(0, 1)
+
+
+def lpips_score(net: str) -> PerImage:
+    """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
+    distance = LPIPSDistance(net)
+
+    def values(draws: Draws) -> dict[str, Tensor]:
+        found = {f"lpips_mean_{net}": distance(draws.samples.mean(1), draws.x0), f"lpips_{net}": draws.each(distance)}
+        if draws.samples.shape[1] > 1:
+            pairs = zip(draws.samples.unbind(1)[:-1], draws.samples.unbind(1)[1:], strict=True)
+            found[f"diversity_lpips_{net}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
+        return found
+
+    score = PerImage(values, distance.smallest, {f"lpips_{net}_backend": distance.name})
+    score.modules = (distance,)
+    return score
+
+
+def dists_score() -> PerImage:
+    """Return DISTS of the mean and of single samples."""
+    distance = DISTSDistance()
+
+    def values(draws: Draws) -> dict[str, Tensor]:
+        return {"dists_mean": distance(draws.samples.mean(1), draws.x0), "dists": draws.each(distance)}
+
+    score = PerImage(values, distance.smallest, {"dists_backend": distance.name})
+    score.modules = (distance,)
+    return score
+
+
+SCORES: dict[str, Callable[[], Score]] = {
+    "psnr": lambda: PerImage(_psnr),
+    "ssim": lambda: PerImage(_ssim, SSIM_WINDOW),
+    "residual": lambda: PerImage(_residual),
+    "diversity": lambda: PerImage(_diversity, least=2),
+    "energy": lambda: PerImage(_energy, least=2),
+    "r": Ratio,
+    "coverage": Coverage,
+    "sbc": Ranks,
+    "cw2": ConditionalW2,
+    "dists": dists_score,
+    **{f"lpips_{net}": lambda net=net: lpips_score(net) for net in BACKBONES},  # type: ignore[misc]
+}
+
+
+SETS = ("frechet", "kid", "cfid")
+
+
+def build_score(name: str) -> Score:
+    """Return a fresh score by its name: one of ``SCORES``, or ``frechet_NET``, ``kid_NET``, ``cfid_NET`` (``_SIDE``).
+
+    Raises:
+        ValueError: for an unknown name, or without the package of its network. FileNotFoundError: when the weights of
+            its network are not in the torch cache.
+    """
+    kind, _, rest = name.partition("_")
+    net, _, side = rest.partition("_")
+    is_set = kind in SETS and net in NETS and (not side or (side.isdigit() and int(side) > 0 and kind != "cfid"))
+    if name not in SCORES and not is_set:
+        raise ValueError(
+            f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the networks "
+            f"{', '.join(NETS)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
+        )
+    net = "vgg" if name == "dists" else net
+    if net in NETS:
+        try:
+            check_weights(net)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
+    return FeatureDistances(net, kind, int(side or 0)) if is_set else SCORES[name]()
+
+
+def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:
+    """Raise ValueError or FileNotFoundError now for a metric that could not be computed at the end."""
+    for name in names:
+        score = build_score(name)
+        try:
+            score.check(images, samples, size)
+        except ValueError as error:
+            raise ValueError(f"the metric {name}: {error}") from error
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

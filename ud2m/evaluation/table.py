@@ -1,0 +1,224 @@
+"""How numbers are shown: the columns of tables, their best values, and tables as plain text and Markdown."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one key of the rows is shown.
+
+    ``best`` says which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
+    A column with ``variants`` also describes keys with a suffix (``lpips_alex``).
+    """
+
+    key: str
+    heading: str
+    meaning: str = ""
+    format: str = ".4g"
+    best: str | None = None
+    variants: bool = False
+
+
+COLUMNS = (
+    Column("method", "Method"),
+    Column("data", "Data"),
+    Column("size", "Size", "height x width of the images, in pixels"),
+    Column("operator", "Operator"),
+    Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
+    Column("nfe", "NFE", "network evaluations for one sample", "g"),
+    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1; higher is better", ".2f", "max"),
+    Column("psnr", "PSNR [dB]", "of single samples, peak 1; higher is better", ".2f", "max"),
+    Column("ssim_mean", "SSIM of mean", "structural similarity of the mean; 1 is equal", ".3f", "max"),
+    Column("ssim", "SSIM", "structural similarity of single samples; 1 is equal", ".3f", "max"),
+    Column(
+        "lpips_mean",
+        "LPIPS of mean",
+        "perceptual distance of the mean; lower is better",
+        ".3f",
+        "min",
+        variants=True,
+    ),
+    Column(
+        "lpips",
+        "LPIPS",
+        "perceptual distance of single samples; lower is better",
+        ".3f",
+        "min",
+        variants=True,
+    ),
+    Column("lpips_backend", "LPIPS network"),
+    Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean; lower is better", ".3f", "min"),
+    Column("dists", "DISTS", "structure and texture distance of single samples; lower is better", ".3f", "min"),
+    Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
+    Column(
+        "frechet",
+        "Fréchet distance",
+        "between the sets of samples and references; lower is better",
+        ".3f",
+        "min",
+        variants=True,
+    ),
+    Column("frechet_backend", "Fréchet features"),
+    Column("kid", "Kernel distance", "between both sets, unbiased (KID); lower is better", ".4g", "min", variants=True),
+    Column("cfid", "CFID", "Fréchet distance given the observation; lower is better", ".3f", "min", variants=True),
+    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
+    Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
+    Column("energy", "Energy score", "proper score of the samples together, per pixel; lower is better", ".4f", "min"),
+    Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
+    Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),
+    Column("coverage_50", "Coverage 50 %", "share of true pixels in intervals of about 50 %", ".3f"),
+    Column("coverage_80", "Coverage 80 %", "share of true pixels in intervals of about 80 %", ".3f"),
+    Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
+    Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
+    Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
+    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
+    Column(
+        "residual",
+        "Residual",
+        # a check and no contest: every value near 1 is right, and of JPEG files every small one
+        "|A x - y| / (σ_y √m); about 1 when x explains y; JPEG: share of changed DCT coefficients",
+        ".3g",
+    ),
+    Column("residual_p", "Residual p", "chi^2 probability of the residual, 0.5 on average when calibrated", ".2f"),
+    Column("seconds_per_image", "Time [s]", "seconds of computing for one sample of one image", ".3g"),
+    Column("peak_memory", "Memory [MB]", "peak while sampling and scoring: of the GPU, else of the process", ".0f"),
+)
+
+
+SETTING = ("data", "size", "operator", "sigma_y")
+"""Keys of a row that say what was measured on: scores compare only where these agree."""
+
+
+_LPIPS_KEYS = ("lpips", "lpips_mean")
+
+
+_LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as an aligned plain-text table; ``*`` marks the best value of a column."""
+    if not rows:
+        return "(no results)"
+    columns = table_columns(rows)
+    best = best_cells(rows, columns)
+    lines = [[column.heading for column in columns]]
+    for index, row in enumerate(rows):
+        lines.append([_console_cell(column, row, (index, column.key) in best) for column in columns])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
+    flush_left = [all(number_of(row.get(column.key)) is None for row in rows) for column in columns]
+    table = [_aligned(line, widths, flush_left) for line in lines]
+    table.insert(1, "  ".join("-" * width for width in widths))
+    notes = ["* best in its column"] if best else []
+    notes += [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
+    return "\n".join([*table, "", *notes])
+
+
+def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns that the rows need: known keys in the order of `COLUMNS`, then unknown ones as met.
+
+    Where all rows agree on ``lpips_backend`` it moves into the headings of the LPIPS columns.
+    """
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    backends = {row[_LPIPS_BACKEND] for row in rows if row.get(_LPIPS_BACKEND) is not None}
+    if len(backends) == 1:
+        keys.remove(_LPIPS_BACKEND)
+    rank = {column.key: index for index, column in enumerate(COLUMNS)}
+    columns = sorted((_column(key) for key in keys), key=lambda c: rank.get(_base(c.key), len(rank)))
+    return [_with_backend(column, backends) for column in columns]
+
+
+def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> set[tuple[int, str]]:
+    """Return (row index, key) of the winners, among rows of the same data, size, operator and noise.
+
+    Values that look equal as shown win together; where there is nothing to compare with, nobody wins.
+    """
+    best = set()
+    for column in columns:
+        for group in _comparable(rows):
+            scores = {i: _score(column, rows[i].get(column.key)) for i in group}
+            valid = {i: score for i, score in scores.items() if score is not None}
+            if len(valid) < 2:
+                continue
+            winner = max(valid, key=lambda i: valid[i])
+            shown = format_value(column, rows[winner][column.key])
+            best |= {(i, column.key) for i in valid if format_value(column, rows[i][column.key]) == shown}
+    return best
+
+
+def format_value(column: Column, value: Any) -> str:
+    """Return the text of one cell; None and NaN are missing and become a dash."""
+    number = number_of(value)
+    if number is None:
+        return MISSING if value is None else str(value)
+    if math.isnan(number):
+        return MISSING
+    return str(value) if isinstance(value, int) and column.format.endswith("g") else format(number, column.format)
+
+
+def number_of(value: Any) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def _score(column: Column, value: Any) -> float | None:
+    number = number_of(value)
+    if column.best is None or number is None or math.isnan(number):
+        return None
+    if column.best == "one":
+        return -abs(math.log(number)) if number > 0 else -math.inf
+    return number if column.best == "max" else -number
+
+
+def _comparable(rows: Sequence[Mapping[str, Any]]) -> Iterable[list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(str([row.get(key) for key in SETTING]), []).append(index)
+    return groups.values()
+
+
+def _base(key: str) -> str:
+    """Return the key that describes ``key`` in COLUMNS: itself, or the longest that it is a variant of."""
+    known = [c.key for c in COLUMNS if key == c.key or (c.variants and key.startswith(c.key + "_"))]
+    return max(known, key=len, default=key)
+
+
+def _column(key: str) -> Column:
+    base = _base(key)
+    described = next((column for column in COLUMNS if column.key == base), None)
+    if described is None:
+        return Column(key, key.replace("_", " "))
+    if key == base:
+        return described
+    return replace(described, key=key, heading=f"{described.heading} ({key[len(base) + 1 :]})")
+
+
+def _with_backend(column: Column, backends: set[str]) -> Column:
+    if len(backends) != 1 or column.key not in _LPIPS_KEYS:
+        return column
+    (name,) = backends
+    return replace(column, heading=f"{column.heading} ({name})")
+
+
+def _console_cell(column: Column, row: Mapping[str, Any], is_best: bool) -> str:
+    text = format_value(column, row.get(column.key))
+    room = " " if column.best else ""  # keeps the decimal points of marked and unmarked values in line
+    return "".join(c if c.isprintable() else " " for c in text) + ("*" if is_best else room)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], flush_left: Sequence[bool]) -> str:
+    columns = zip(cells, widths, flush_left, strict=True)
+    return "  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns).rstrip()
+
+
+def markdown_line(cells: Iterable[str]) -> str:
+    """Return a line of a Markdown table; a bar would begin a new cell, and a new line end the table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,177 @@
+"""Files: results that are never half-written, and reading what may be damaged or a stranger's."""
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
+
+import torch
+
+MARKER = ".ud2m"
+"""Lies in every folder that `atomic_folder` made; only such folders are ever replaced."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+_REASONS = {
+    errno.ENOSPC: "no space is left on the device; free some or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "writing is not permitted there; choose another place or change the permissions",
+    errno.EPERM: "writing is not permitted there; choose another place or change the permissions",
+    errno.ENOENT: "its folder does not exist; create it or choose another place",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another place",
+    errno.EISDIR: "it is a folder, not a file; choose another name",
+}
+
+
+@contextmanager
+def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes ``path`` when the block succeeds and vanishes otherwise.
+
+    The work is done in a hidden sibling ``.NAME.XXXX.incomplete`` (same file system: the final rename is
+    atomic), so a killed process leaves at most a folder that says by its name that it is incomplete. Missing
+    parents are created.
+
+    Args:
+        path: the folder to be made; an empty one may exist.
+        overwrite: replace a folder that an earlier call made. Any other folder is left alone, since replacing
+            deletes what it holds. The old one stays in place until the new one is whole.
+
+    Raises:
+        FileExistsError: when ``path`` holds files and may not be replaced.
+        NotADirectoryError: when ``path`` is a file.
+        OSError: when the place cannot be written or the disk is full, with what to do.
+    """
+    target = Path(path).resolve()  # through a symbolic link, onto the real place
+    _check_free(target, overwrite)
+    work = _sibling(target, "incomplete")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+    except OSError as error:
+        raise _explained(error, target) from error
+    try:
+        yield work
+        (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
+        _check_free(target, overwrite)  # another process may have been faster
+        _move_into_place(work, target)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if _is_full(error):
+            raise _explained(error, target) from error
+        raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically: readers see the old file or the whole new one.
+
+    Raises:
+        OSError: when the place cannot be written or the disk is full, with what to do.
+    """
+    target = Path(path)
+    work = _sibling(target, "tmp")
+    try:
+        work.write_bytes(data)
+        work.replace(target)
+    except BaseException as error:
+        work.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _explained(error, target) from error
+        raise
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write strict JSON atomically.
+
+    Numbers of numpy and torch become plain numbers and paths become text. JSON has no NaN and no infinity:
+    both become ``null`` (a value that is missing), so that one undefined score does not cost the others.
+
+    Raises:
+        TypeError: when ``obj`` holds something that JSON cannot say.
+        OSError: as `write_bytes`.
+    """
+    text = json.dumps(_strict(obj), indent=2, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def _strict(obj: Any) -> Any:
+    if isinstance(obj, Mapping):
+        return {str(key): _strict(value) for key, value in obj.items()}
+    if isinstance(obj, Sequence) and not isinstance(obj, str | bytes):
+        return [_strict(value) for value in obj]
+    if isinstance(obj, Path):
+        return str(obj)
+    if hasattr(obj, "tolist"):  # arrays, tensors and their scalars
+        return _strict(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"the output {path} is a file; choose the name of a folder")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"the output folder {path} already holds files; choose another one, or replace it with overwrite=true"
+        )
+    if not (path / MARKER).is_file():
+        raise FileExistsError(
+            f"overwrite=true does not replace {path}: it holds files that this program did not write; "
+            "choose another folder or empty this one yourself"
+        )
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    old = _sibling(target, "old")
+    target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_full(error: BaseException) -> bool:
+    # torch and safetensors report a full disk as errors of their own, with the system's words in the text
+    return (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _explained(error: BaseException, path: Path) -> OSError:
+    code = errno.ENOSPC if _is_full(error) else getattr(error, "errno", None)
+    if code is None:
+        return OSError(f"cannot write {path}: {error}")
+    return OSError(code, f"cannot write {path}: {_REASONS.get(code, os.strerror(code))}")
+
+
+def read_tensors(source: Path | BinaryIO) -> Any:
+    """Return what a torch file holds, on the CPU; no code of the file is run (``weights_only``).
+
+    Raises:
+        ValueError: with the reason in one line, when it is truncated, or holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    # what torch raises depends on the first bytes: of some files the unpickler's own KeyError or AttributeError
+    except (RuntimeError, UnpicklingError, EOFError, OSError, LookupError, AttributeError, ValueError) as error:
+        raise ValueError(str(error).strip().split("\n")[0][:160] or type(error).__name__) from error

@@ -1,0 +1,33 @@
+"""What training minimises."""
+
+from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss, gradient_square
+from ud2m.losses.generator import GeneratorLoss, build_generator_loss
+from ud2m.losses.terms import (
+    L2,
+    EnergyScore,
+    FeatureDistance,
+    FeatureEnergyScore,
+    LossTerm,
+    MeanL2,
+    NonFiniteLossError,
+    Perceptual,
+    Prediction,
+)
+
+__all__ = [
+    "L2",
+    "Adversarial",
+    "Discriminator",
+    "DiscriminatorLoss",
+    "EnergyScore",
+    "FeatureDistance",
+    "FeatureEnergyScore",
+    "GeneratorLoss",
+    "LossTerm",
+    "MeanL2",
+    "NonFiniteLossError",
+    "Perceptual",
+    "Prediction",
+    "build_generator_loss",
+    "gradient_square",
+]

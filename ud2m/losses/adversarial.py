@@ -1,0 +1,161 @@
+"""The discriminator, its own loss, and the generator's term that is judged by it."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ud2m.losses.terms import LossTerm, Prediction, _check_weight, _finite, _full
+from ud2m.precision import full_precision
+
+
+class Discriminator(nn.Module):
+    """Map an image and its condition (y at image size) to a patch map of raw logits, D(x, condition).
+
+    A 3x3 stem of the first width, then one convolution per further width: 4x4 with stride 2 where the width
+    rises, 3x3 with stride 1 where it does not, so that ``(32, 64, 128, 256, 128, 64)``, the widths of the
+    UD2M authors' code, halves the image three times. No sigmoid: the loss takes logits (a second sigmoid
+    would keep it above 0.69). No batch norm: the gradient penalty is a statement about single samples. SiLU
+    is smooth, as the penalty differentiates twice.
+
+    Args:
+        channels: C of the images. condition_channels: those of the condition, C unless given.
+        widths: channels of the hidden layers.
+
+    Raises:
+        ValueError: when a number of channels or a width is below 1 or no width is given.
+    """
+
+    def __init__(
+        self, channels: int, widths: Sequence[int] = (32, 64, 128, 256), condition_channels: int | None = None
+    ):
+        super().__init__()
+        condition_channels = channels if condition_channels is None else condition_channels
+        if not widths or min(channels, condition_channels, *widths) < 1:
+            raise ValueError(
+                "the discriminator needs at least one width, and widths and channels of at least 1; "
+                f"got widths={list(widths)}, channels={channels}, condition_channels={condition_channels}"
+            )
+        self.channels, self.condition_channels = channels, condition_channels
+        self.min_size = 2 ** sum(after > before for before, after in pairwise(widths))
+        inputs = channels + condition_channels
+        layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1), nn.SiLU()]
+        for before, after in pairwise(widths):
+            kernel, stride = (4, 2) if after > before else (3, 1)
+            layers += [nn.Conv2d(before, after, kernel, stride, padding=1), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return logits [B, 1, h, w] (above 0: real) for images and conditions of one size, about [0, 1].
+
+        Raises:
+            ValueError: when channels or sizes do not fit, or the image is smaller than the total stride.
+        """
+        if (x.shape[1], condition.shape[1]) != (self.channels, self.condition_channels):
+            raise ValueError(
+                f"the discriminator takes {self.channels} channels of the image and "
+                f"{self.condition_channels} of the condition, got {x.shape[1]} and {condition.shape[1]}"
+            )
+        if x.shape[2:] != condition.shape[2:] or min(x.shape[2:]) < self.min_size:
+            raise ValueError(
+                f"image and condition must have one size of at least {self.min_size}x{self.min_size}, got "
+                f"{tuple(x.shape[2:])} and {tuple(condition.shape[2:])}; use larger crops or fewer widths"
+            )
+        # Centred inputs: without normalisation layers a mean of 0.5 would reach every layer.
+        return self.layers(2 * torch.cat([x, condition], dim=1) - 1)
+
+
+class Adversarial(LossTerm):
+    """Non-saturating logistic loss of the generator, softplus(-D(L, condition)) (Goodfellow et al., 2014).
+
+    D returns logits. Its parameters enter as constants: this term leaves no gradient in them.
+
+    Args:
+        discriminator: (images, condition) -> logits of any shape [N, ...].
+    """
+
+    discriminator: nn.Module
+
+    def __init__(self, discriminator: nn.Module):
+        super().__init__()
+        # Not registered: it belongs to the training module, whose optimiser and checkpoint must meet it once.
+        self.__dict__["discriminator"] = discriminator
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """Return the mean over samples, outputs and logits."""
+        constants = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        images = (prediction.flat_outputs, prediction.repeat(prediction.condition))
+        return softplus(-_full(torch.func.functional_call(self.discriminator, constants, images))).mean()
+
+
+class DiscriminatorLoss(nn.Module):
+    """Logistic loss of the discriminator with a zero-centred gradient penalty at interpolates.
+
+    softplus(-D(x0, y)) + softplus(D(L, y)) + w_gs |grad_x D(u x0 + (1 - u) L, y)|^2, u ~ U(0, 1) per sample.
+    D returns logits: the first two terms are log 4 for an undecided D and fall to 0 for a perfect one. The
+    outputs are detached. In the penalty D is averaged over its patches and the gradient's square is summed
+    over C, H, W; of the M exchangeable outputs only the first is interpolated: two derivatives cost.
+
+    Args:
+        gradient_penalty: w_gs >= 0; with 0 the penalty is not computed.
+    """
+
+    def __init__(self, gradient_penalty: float = 10.0):
+        super().__init__()
+        _check_weight("gradient_penalty", gradient_penalty)
+        self.gradient_penalty = float(gradient_penalty)
+
+    def forward(
+        self,
+        discriminator: Callable[[Tensor, Tensor], Tensor],
+        prediction: Prediction,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and its unweighted parts ``discriminator`` and ``gradient_penalty`` (detached).
+
+        Beside them ``accuracy/real`` and ``accuracy/generated``: shares of logits on the right side of 0.
+
+        Args:
+            discriminator: (images, condition) -> logits. prediction: the generator's, still with its graph.
+            generator: of u, one for all or one per sample.
+
+        Raises:
+            NonFiniteLossError: naming the part that is not finite.
+        """
+        real, fake = prediction.x0, prediction.flat_outputs.detach()
+        of_real = _full(discriminator(real, prediction.condition))
+        of_fake = _full(discriminator(fake, prediction.repeat(prediction.condition)))
+        values = {"discriminator": _finite("discriminator", softplus(-of_real).mean() + softplus(of_fake).mean())}
+        total = values["discriminator"]
+        if self.gradient_penalty > 0:
+            u = _uniform(real, generator)
+            mixed = torch.lerp(prediction.outputs[:, 0].detach(), real, u)
+            penalty = gradient_square(discriminator, mixed, prediction.condition).mean()
+            values["gradient_penalty"] = _finite("gradient_penalty", penalty)
+            total = total + self.gradient_penalty * penalty
+        right = {"real": of_real > 0, "generated": of_fake < 0}
+        accuracies = {f"accuracy/{kind}": share.float().mean() for kind, share in right.items()}
+        return total, {name: value.detach() for name, value in values.items()} | accuracies
+
+
+def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor, condition: Tensor) -> Tensor:
+    """Return |grad_x D(x, condition)|^2 per sample [B], D averaged over its logits; differentiable in D.
+
+    In full precision whatever the rest is in: this gradient is not scaled, and vanishes in float16.
+    """
+    x = x.detach().requires_grad_()
+    with full_precision(x.device):
+        logits = discriminator(x, condition).reshape(len(x), -1).mean(1)
+    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(1)
+
+
+def _uniform(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Return u ~ U(0, 1) as [B, 1, 1, 1], one number per sample of x."""
+    if generator is None or isinstance(generator, torch.Generator):
+        u = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+    else:
+        u = torch.cat([torch.rand(1, generator=g, device=x.device, dtype=x.dtype) for g in generator])
+    return u.view(-1, 1, 1, 1)

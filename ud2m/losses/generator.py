@@ -1,0 +1,89 @@
+"""The weighted sum of terms that trains the generator."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ud2m.losses.adversarial import Adversarial
+from ud2m.losses.terms import Features, LossTerm, Prediction, _check_weight, _finite
+
+Parts = Mapping[str, Callable[[], Any]]
+
+
+class GeneratorLoss(nn.Module):
+    """Weighted sum of named terms.
+
+    Args:
+        terms: name -> (weight, term). A term may be given as a function without arguments that makes it; it
+            is called only for a positive weight, and terms of weight 0 are dropped: they cost nothing.
+
+    Raises:
+        ValueError: when a weight is negative or not finite, or no weight is positive.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, LossTerm | Callable[[], nn.Module]]]):
+        super().__init__()
+        for name, (weight, _) in terms.items():
+            _check_weight(name, weight)
+        self.weights = {name: float(weight) for name, (weight, _) in terms.items() if weight > 0}
+        if not self.weights:
+            raise ValueError(f"no loss term has a positive weight; set one of {', '.join(terms) or '(no terms given)'}")
+        active = {name: terms[name][1] for name in self.weights}
+        self.terms = nn.ModuleDict({n: t if isinstance(t, nn.Module) else t() for n, t in active.items()})
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs M per sample that the active terms need."""
+        return max(term.num_outputs for term in self._active())
+
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """The discriminator that an active term is judged by, or None."""
+        return next((term.discriminator for term in self._active() if isinstance(term, Adversarial)), None)
+
+    def forward(self, prediction: Prediction) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum, and the unweighted values of the terms (detached) by name.
+
+        Raises:
+            ValueError: when the prediction holds fewer outputs than ``num_outputs``.
+            NonFiniteLossError: naming the first term that is not finite.
+        """
+        if prediction.outputs.shape[1] < self.num_outputs:
+            raise ValueError(f"the loss needs {self.num_outputs} outputs per sample, got {prediction.outputs.shape[1]}")
+        values = {name: _finite(name, term(prediction)) for name, term in self.terms.items()}
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        return total, {name: value.detach() for name, value in values.items()}
+
+    def _active(self) -> Iterator[LossTerm]:
+        return iter(self.terms.values())  # type: ignore[arg-type]  # typed as plain modules
+
+
+def build_generator_loss(
+    terms: Mapping[str, Mapping[str, Any]], features: Features, discriminator: Callable[[], nn.Module]
+) -> GeneratorLoss:
+    """Return the loss of a configuration (conf/loss): only terms of positive weight are made.
+
+    Args:
+        terms: name -> {``weight``: number, ``term``: partial of a ``LossTerm``}. A partial gets ``features``
+            and ``discriminator`` if it has an argument of that name, and so do partials among its arguments.
+        features: images -> list of feature maps.
+        discriminator: makes the discriminator; called at most once, when the first active term asks for it.
+
+    Raises:
+        ValueError: as ``GeneratorLoss``.
+    """
+    parts: Parts = {"features": lambda: features, "discriminator": cache(discriminator)}
+    return GeneratorLoss({n: (e["weight"], partial(_make, e["term"], parts)) for n, e in terms.items()})
+
+
+def _make(factory: Callable[..., nn.Module], parts: Parts) -> nn.Module:
+    """Call a factory with the parts that its signature names; partials among its arguments come first."""
+    bound = getattr(factory, "keywords", {})
+    nested = {name: _make(value, parts) for name, value in bound.items() if isinstance(value, partial)}
+    names = inspect.signature(factory).parameters
+    given = {name: part() for name, part in parts.items() if name in names and name not in bound}
+    return factory(**nested, **given)

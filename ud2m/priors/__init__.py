@@ -1,0 +1,1 @@
+"""Frozen pre-trained diffusion networks as denoisers."""

@@ -1,0 +1,340 @@
+"""A frozen pre-trained diffusion network, seen as a denoiser of noisy images in [0, 1], and its LoRA adapter."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ud2m.priors.adm import NETWORKS
+from ud2m.priors.schedule import VPSchedule, abar
+from ud2m.priors.store import (
+    ARCHITECTURES,
+    LABEL,
+    SCHEDULER_FILE,
+    UNET_FILE,
+    _inside,
+    _locate,
+    _read_json,
+    fingerprint,
+    load_unet,
+    shipped_folder,
+)
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What is adapted: LoRA of ``rank`` and scale ``alpha / rank`` on the layers whose name ends with a target.
+
+    ``output_conv`` trains a full copy of the output convolution too, as the authors' code does. ``rank = 0`` adapts
+    nothing (psi alone is trained).
+    """
+
+    rank: int = 5
+    alpha: float = 1.5
+    targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
+    output_conv: bool = True
+
+    def __post_init__(self):
+        if self.rank < 0 or self.alpha <= 0:
+            raise ValueError(f"LoRA needs rank >= 0 and alpha > 0, got rank={self.rank}, alpha={self.alpha}")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    def to_dict(self) -> dict:
+        """Return the plain values, for a JSON file."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+
+class Prior(nn.Module):
+    """Wrap a frozen ``UNet2DModel`` as ``denoiser(x_sigma, sigma) -> x0_hat`` (design: the only place that knows VP).
+
+    With abar = 1 / (1 + 4 sigma^2) the network is called on ``x_t = sqrt(abar) (2 x_sigma - 1)`` at the continuous time
+    ``t(sigma)``; for eps-prediction ``x0_hat = x_sigma - sigma eps`` (the scheduler's x0 formula, rescaled to [0, 1]).
+    Networks with 2C output channels also predict a variance, which is ignored.
+
+    Args:
+        unet: the network; its parameters are frozen here and it stays in eval mode for good (dropout off).
+        schedule: noise table the network was trained with.
+        prediction: what the network returns: ``epsilon``, ``sample`` (x0) or ``v_prediction``.
+        reference: folder or hub id that the weights came from, written into exports.
+        label: the class, of a class-conditional network; it is part of the fingerprint.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        schedule: VPSchedule,
+        prediction: str = "epsilon",
+        reference: str | None = None,
+        label: int | None = None,
+    ):
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"unknown prediction type {prediction!r}; allowed: {', '.join(PREDICTIONS)}")
+        channels, out = unet.config.in_channels, unet.config.out_channels
+        if out not in (channels, 2 * channels):
+            raise ValueError(f"the prior maps {channels} channels to {out}; allowed: {channels} or {2 * channels}")
+        _check_label(unet, label)
+        self.channels = channels
+        self.label = label
+        self.prediction = prediction
+        self.reference = reference
+        self.schedule = schedule
+        self.lora: LoraSpec | None = None
+        on_meta = any(parameter.is_meta for parameter in unet.parameters())
+        self.fingerprint = "" if on_meta else fingerprint(unet, schedule, prediction, label)
+        self.unet: nn.Module = unet.requires_grad_(False).eval()
+        self.in_bfloat16 = False
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path, label: int | None = None) -> "Prior":
+        """Load a shipped prior by name, a diffusers folder or a hub id.
+
+        It holds ``config.json``, safetensors weights and ``scheduler_config.json``. A class-conditional network takes
+        its class from ``label``, or from ``class_label`` in ``scheduler_config.json``.
+
+        Under ``torch.device("meta")`` the weights are not read and need not be there: a folder of ``ARCHITECTURES``, by
+        name, does too. Such a prior has shapes and no values.
+
+        Raises:
+            FileNotFoundError: when the folder, the hub repository or one of the files is missing.
+            ValueError: when the files are not those of a ``UNet2DModel``.
+        """
+        reference = str(reference)
+        on_meta = torch.get_default_device().type == "meta"
+        where = str((on_meta and _inside(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
+        scheduler = _read_json(_locate(where, SCHEDULER_FILE))
+        architecture = _read_json(_locate(where, UNET_FILE))
+        network = NETWORKS.get(str(architecture.get("_class_name")))
+        if network is None:
+            raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
+        unet = network.from_config(architecture) if on_meta else load_unet(network, where, reference)
+        with torch.device("cpu"):
+            schedule = VPSchedule.from_config(scheduler)
+        label = scheduler.get(LABEL) if label is None else label
+        return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference, label)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units.
+
+        Sides that are no multiples of the network's total stride are continued by reflection, and cut off again.
+        """
+        height, width = x_sigma.shape[-2:]
+        bottom, right = -height % self.stride, -width % self.stride
+        padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
+        with self._autocast(x_sigma):
+            x0_hat = denoise(self.unet, self.schedule, padded, sigma, self.prediction, self.label)
+        return x0_hat[..., :height, :width]
+
+    @property
+    def stride(self) -> int:
+        """Factor by which the network's coarsest features are smaller than the image."""
+        return 2 ** (len(self._base().config.block_out_channels) - 1)
+
+    def features(self, x: Tensor, sigma: float = 0.02) -> list[Tensor]:
+        """Return the encoder features of the *frozen* network at a low noise level, one [B, c, h, w] per resolution.
+
+        The last feature of every resolution, from fine to coarse; no noise is added to x [B, C, H, W] in [0, 1].
+        """
+        level = x.new_full((len(x),), sigma)
+        unet = self._base()
+        with self.adapter_disabled(), self._autocast(x), self._without_checkpoints():
+            emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
+            if self.label is not None:
+                emb = emb + unet.class_embedding(_labels(x, self.label))
+            h = unet.conv_in(abar(level).sqrt().view(-1, 1, 1, 1) * (2 * x - 1))
+            features = []
+            for block in unet.down_blocks:
+                h, states = block(hidden_states=h, temb=emb)
+                features.append(states[-2] if block.downsamplers is not None else states[-1])
+        return features
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError when the network cannot take images of this size."""
+        if min(height, width) < self.stride:
+            raise ValueError(f"the prior takes images of at least {self.stride} pixels a side, got {height}x{width}")
+
+    def add_lora(self, spec: LoraSpec) -> "Prior":
+        """Put trainable LoRA factors (peft) on the frozen network; with B = 0 the function is unchanged at first.
+
+        Raises:
+            ValueError: when there is an adapter already, or no layer has one of the target names.
+        """
+        if self.lora is not None:
+            raise ValueError("this prior has an adapter already; load it again to change the adapter")
+        if spec.rank == 0:
+            self.lora = spec
+            return self
+        config = peft.LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            target_modules=list(spec.targets),
+            modules_to_save=["conv_out"] if spec.output_conv else None,
+        )
+        try:
+            self.unet = peft.get_peft_model(self.unet, config).eval()
+        except ValueError as error:
+            raise ValueError(f"the prior has no layer to adapt whose name ends with one of {spec.targets}") from error
+        self.lora = spec
+        return self
+
+    def checkpoint_layers(self) -> "Prior":
+        """Keep the inputs of the network's residual blocks alone for a backward pass, and evaluate them again in it."""
+        self._base().enable_gradient_checkpointing()
+        return self
+
+    def store_frozen_in_bfloat16(self) -> "Prior":
+        """Keep the weights of frozen convolutions and linear layers in bfloat16; the network runs under autocast then.
+
+        Half the memory of the weights, on every call of the network. What is trained, normalisation layers and results
+        stay in float32, and so does the fingerprint. Exports are not touched: they refer to the prior as it was.
+        """
+        for layer in self._base().modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
+                layer.to(torch.bfloat16)
+        self.in_bfloat16 = True
+        return self
+
+    def use_channels_last(self) -> "Prior":
+        """Keep weights, and so activations, with channels side by side: what GPUs convolve fastest in low precision."""
+        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        return self
+
+    def compile_network(self, backend: str) -> "Prior":
+        """Compile the network with this backend of torch.compile on its first call, once for each shape and mode.
+
+        Raises:
+            ValueError: for a backend that torch does not have.
+        """
+        if backend not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"torch.compile has no backend {backend!r}; it has {known}")
+        self.unet.compile(backend=backend)
+        return self
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as peft does (``adapter_config.json``, ``adapter_model.safetensors``)."""
+        if isinstance(self.unet, peft.PeftModel):
+            self.unet.save_pretrained(str(folder))
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+            path = folder / "adapter_config.json"
+            config = _read_json(path)
+            # peft notes where the prior lay on this machine, and keeps a set: any order
+            config["base_model_name_or_path"] = self.reference
+            config["target_modules"] = sorted(config["target_modules"])
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
+        """Add an adapter with what ``save_adapter`` wrote; errors as of ``read_adapter``."""
+        return self.add_lora(spec).read_adapter(folder)
+
+    def read_adapter(self, folder: Path) -> "Prior":
+        """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
+
+        Raises:
+            ValueError: when it is not an adapter of this one's ``LoraSpec``. OSError, SafetensorError: when a file is
+                missing or damaged.
+        """
+        spec = self.lora
+        if isinstance(self.unet, peft.PeftModel) and spec is not None:
+            # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
+            stored = _read_json(Path(folder) / CONFIG_NAME)
+            state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            if (stored.get("r"), stored.get("lora_alpha")) != (spec.rank, spec.alpha):
+                raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {spec}")
+            expected = peft.get_peft_model_state_dict(self.unet)
+            if state.keys() != expected.keys() or any(state[k].shape != expected[k].shape for k in expected):
+                odd = sorted(state.keys() ^ expected.keys())
+                raise ValueError(f"the adapter in {folder} does not fit its config: unmatched tensors {odd[:4]}")
+            peft.set_peft_model_state_dict(self.unet, state)
+        return self
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Switch the adapter off inside the context: the denoiser is the frozen prior again, exactly."""
+        with self.unet.disable_adapter() if isinstance(self.unet, peft.PeftModel) else nullcontext():
+            yield
+
+    def merge_adapter(self) -> "Prior":
+        """Add the LoRA products into the weights, so that sampling costs what the bare network costs."""
+        if isinstance(self.unet, peft.PeftModel):
+            self.unet.merge_adapter()
+        return self
+
+    def train(self, mode: bool = True) -> "Prior":
+        """Keep the network in eval mode whatever the trainer asks for: dropout of a frozen prior stays off."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager:
+        return torch.autocast(x.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+
+    @contextmanager
+    def _without_checkpoints(self) -> Iterator[None]:
+        """Keep all activations inside the context: a second evaluation would come after it, with the adapter on."""
+        unet = self._base()
+        if not unet.is_gradient_checkpointing:
+            yield
+            return
+        unet.disable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            unet.enable_gradient_checkpointing()
+
+    def _base(self) -> UNet2DModel:
+        return self.unet.get_base_model() if isinstance(self.unet, peft.PeftModel) else self.unet
+
+
+def denoise(
+    unet: nn.Module,
+    schedule: VPSchedule,
+    x_sigma: Tensor,
+    sigma: Tensor,
+    prediction: str = "epsilon",
+    label: int | None = None,
+) -> Tensor:
+    """Return x0_hat [B, C, H, W] from a variance-preserving network, for x_sigma = x0 + sigma eps and sigma [B].
+
+    ``label`` is the class of all images, for a class-conditional network.
+    """
+    level = sigma.view(-1, 1, 1, 1)
+    signal = abar(level).sqrt()
+    x_t = signal * (2 * x_sigma - 1)
+    # The time stays a float tensor: diffusers cuts a Python float to an integer, which kills d/d sigma.
+    condition = {} if label is None else {"class_labels": _labels(x_t, label)}
+    output = unet(x_t, schedule.time(sigma), **condition).sample[:, : x_sigma.shape[1]].to(x_sigma.dtype)
+    if prediction == "epsilon":
+        return x_sigma - level * output
+    if prediction == "sample":
+        return (output + 1) / 2
+    return (signal * (x_t - 2 * level * output) + 1) / 2
+
+
+def _labels(x: Tensor, label: int) -> Tensor:
+    return torch.full((len(x),), label, device=x.device)
+
+
+def _check_label(unet: UNet2DModel, label: int | None) -> None:
+    """Raise ValueError when the network needs a class and has none, or has none to choose."""
+    classes = unet.config.num_class_embeds
+    if unet.config.class_embed_type is not None:
+        raise ValueError(f"a prior cannot have class_embed_type={unet.config.class_embed_type!r}; allowed: none")
+    if classes is None and label is not None:
+        raise ValueError(f"the prior is not class-conditional, but got the label {label}; leave it out")
+    if classes is not None and (type(label) is not int or not 0 <= label < classes):
+        raise ValueError(
+            f"the prior is class-conditional and needs a label from 0 to {classes - 1}, got {label!r}; "
+            f'pass label=..., or write "{LABEL}" into its {SCHEDULER_FILE}'
+        )

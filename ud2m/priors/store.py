@@ -1,0 +1,121 @@
+"""Where priors come from and go to: shipped folders, diffusers folders and the hub, and their fingerprints."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from ud2m.priors.adm import ADM_OPTIONS
+from ud2m.priors.schedule import VPSchedule
+
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+UNET_FILE = "config.json"
+
+
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+
+
+ARCHITECTURES = Path(__file__).parents[1] / "architectures"
+"""Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
+
+
+FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
+
+
+LABEL = "class_label"
+"""Key of the scheduler's file that names the fixed class of a class-conditional prior."""
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
+    return _inside(SHIPPED, name)
+
+
+def _inside(parent: Path, name: str) -> Path | None:
+    folder = parent / name
+    return folder if name and Path(name).name == name and folder.is_dir() else None
+
+
+def load_unet(network: type[UNet2DModel], where: str, reference: str | None = None) -> UNet2DModel:
+    """Return the network of a folder or hub id in float32; raises ValueError when its weights are not whole.
+
+    ``reference`` is its name in messages, where that is not ``where``.
+    """
+    reference = reference or where
+    try:
+        unet, loading = network.from_pretrained(
+            where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load the weights of {reference}: {error}") from error
+    # diffusers would go on with random weights where some are missing
+    odd = {kind: names for kind, names in loading.items() if names}
+    if odd:
+        raise ValueError(f"the weights of {reference} do not fit its {UNET_FILE}: {odd}")
+    return unet
+
+
+def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a prior folder that ``Prior.from_pretrained`` (and diffusers) loads: safetensors, config, noise table."""
+    # nn.Module's own cast: that of diffusers warns about modules to keep in float32, of which this class has none.
+    nn.Module.to(copy.deepcopy(unet), dtype).save_pretrained(str(folder), safe_serialization=True)
+    (Path(folder) / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n")
+
+
+def fingerprint(unet: UNet2DModel, schedule: VPSchedule, prediction: str = "epsilon", label: int | None = None) -> str:
+    """Return a SHA-256 of all that makes the denoiser: which prior this is.
+
+    Of the weights (name, shape, float32 values), of the noise table, of the prediction type, of those options of the
+    architecture that shapes cannot tell, and of the class.
+    """
+    options = {name: unet.config[name] for name in FINGERPRINTED}
+    # only where there are any: the fingerprints of all other priors stay what they were
+    options |= {name: unet.config[name] for name in ADM_OPTIONS if name in unet.config}
+    options |= {} if label is None else {LABEL: label}
+    digest = hashlib.sha256(json.dumps([prediction, options], sort_keys=True).encode())
+    return weights_fingerprint(unet.state_dict() | {"log_sigmas": schedule.log_sigmas}, digest)
+
+
+def weights_fingerprint(state: Mapping[str, Tensor], digest: Any = None) -> str:
+    """Return a SHA-256 of names, shapes and float32 values, after what ``digest`` (of hashlib) has seen already."""
+    digest = digest or hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _locate(reference: str, file: str) -> Path:
+    """Return the path of a file of the prior, in its folder or from the hub."""
+    folder = Path(reference)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"the prior folder {folder} has no {file}; is it a diffusers UNet2DModel folder?")
+        return folder / file
+    try:
+        return Path(hf_hub_download(reference, file))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"no prior at {reference!r}: it is neither an existing folder nor a hub repository "
+            f"that can be reached from here ({type(error).__name__})"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(content)[:80]}")
+    return content

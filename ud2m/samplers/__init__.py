@@ -1,0 +1,1 @@
+"""Samplers of p(x | y): ours, and those it is compared with."""

@@ -1,0 +1,113 @@
+"""The export folder of a trained sampler."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ud2m.priors.prior import LoraSpec, Prior
+from ud2m.priors.store import shipped_folder
+from ud2m.unfolded.network import UnfoldedNetwork
+
+CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
+
+
+FORMAT = 1
+
+
+PSI_MEANS = ("num_blocks", "rule", "conditioning")
+"""Parts of a network's description without which psi means nothing."""
+
+
+def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) -> None:
+    """Give a network, whose prior has an adapter, the trained parameters of a model: to train it further.
+
+    Args:
+        reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
+            a learned warm start goes on from the model's where that has the same weights, and else begins anew.
+
+    Raises:
+        FileNotFoundError: when nothing is there. ValueError: when it has another prior, adapter or kind of psi.
+    """
+    folder = _export_folder(str(reference))
+    content = _read_config(folder)
+    here = {
+        "prior": prior.fingerprint,
+        "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),
+        **{part: network.spec.get(part) for part in PSI_MEANS},
+    }
+    try:
+        there = {"prior": content["prior"]["fingerprint"], "lora": LoraSpec(**content["lora"]).to_dict()}
+        there |= {part: content["network"].get(part) for part in PSI_MEANS}
+        other = [part for part in here if here[part] != there[part]]
+        if other:
+            raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
+        prior.read_adapter(folder)
+        network.load_own_state(network.with_fitting_start(load_file(folder / PSI_FILE)))
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
+
+
+def _export_folder(reference: str) -> Path:
+    folder = shipped_folder(reference) or Path(reference)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(reference))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"no model at {reference!r}: it is no shipped model, no folder, and no hub repository that can be reached "
+            f"from here ({type(error).__name__})"
+        ) from error
+
+
+def _load_prior(folder: Path, reference: str | Path | None) -> Prior:
+    if reference is None:
+        raise ValueError(f"the export {folder} does not say where its prior is; give its folder with prior=...")
+    try:
+        return Prior.from_pretrained(reference)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the export {folder} needs its prior: {error}; say where it is with prior=..."
+        ) from error
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} is not an export: it has no readable {CONFIG_FILE}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error}); export the model again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an export of format {FORMAT}; got {str(content)[:80]}")
+    return content
+
+
+def _refer(folder: Path, reference: str) -> dict[str, Any]:
+    """Write into an export where its prior is; return the content of its config."""
+    content = json.loads((folder / CONFIG_FILE).read_text())
+    content["prior"]["reference"] = reference
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    adapter = folder / CONFIG_NAME
+    if adapter.is_file():
+        stored = json.loads(adapter.read_text()) | {"base_model_name_or_path": reference}
+        adapter.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    return content
+
+
+def _read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no list of scores; give the metrics.json of a run or of sample.py")
+    return rows

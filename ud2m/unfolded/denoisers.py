@@ -1,0 +1,118 @@
+"""Denoisers around a denoiser: in overlapping tiles, and in random orientations."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ud2m.random import Generators, rand
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+OVERLAP = 0.25
+"""Share of a tile's side that it has in common with the next one, at least."""
+
+
+def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
+    """Return a denoiser that calls another one on tiles of ``tile`` x ``tile`` pixels and blends them.
+
+    x0_hat = sum_t w_t denoiser(tile_t) / sum_t w_t, where w_t rises linearly from the edges of tile t to 1 over a
+    quarter of its side, which it shares with its neighbours: the result is continuous across every edge. Only the
+    network sees tiles; noise, prox and measurement are those of the whole picture.
+
+    Args:
+        denoiser: ``denoiser(x_sigma [B, C, H, W], sigma [B]) -> x0_hat``.
+        tile: side in pixels, at least 16; pictures that fit into one tile, or None, go to the denoiser as they are.
+
+    Raises:
+        ValueError: for another side.
+    """
+    if tile is None:
+        return denoiser
+    if not isinstance(tile, int) or tile < 16:
+        raise ValueError(f"tile (side in pixels) must be an integer of at least 16, got {tile!r}")
+
+    def denoise(x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        height, width = x_sigma.shape[2:]
+        if max(height, width) <= tile:
+            return denoiser(x_sigma, sigma)
+        rows, columns = tile_starts(height, tile), tile_starts(width, tile)
+        weight = torch.outer(ramp(min(tile, height)), ramp(min(tile, width))).to(x_sigma)
+        total, weights = torch.zeros_like(x_sigma), torch.zeros_like(x_sigma[:1, :1])
+        for top in rows:
+            for left in columns:
+                place = (..., slice(top, top + tile), slice(left, left + tile))
+                total[place] += weight * denoiser(x_sigma[place], sigma)
+                weights[place] += weight
+        return total / weights
+
+    return denoise
+
+
+def tile_starts(length: int, tile: int) -> list[int]:
+    """Return the first pixels of tiles that cover ``length`` pixels evenly, overlapping by a quarter or more."""
+    if length <= tile:
+        return [0]
+    step = tile - round(OVERLAP * tile)
+    count = -(-(length - tile) // step) + 1
+    return [round(k * (length - tile) / (count - 1)) for k in range(count)]
+
+
+def ramp(side: int) -> Tensor:
+    """Return weights of a tile's pixels along one axis: distance to the nearer edge over the overlap, at most 1."""
+    position = torch.arange(side, dtype=torch.float32) + 0.5
+    distance = torch.minimum(position, side - position)
+    return (distance / max(1, round(OVERLAP * side))).clamp(max=1)
+
+
+SYMMETRIES = (1, 2, 8)
+"""Numbers of orientations that can be chosen from: none, left-right flips, all of the square."""
+
+
+def check_symmetries(count: int) -> None:
+    """Raise ValueError unless ``count`` is one of ``SYMMETRIES``."""
+    if count not in SYMMETRIES or isinstance(count, bool):
+        raise ValueError(f"symmetries must be 1 (none), 2 (left-right flips) or 8 (those of the square), got {count!r}")
+
+
+def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser:
+    """Return T^-1 denoiser(T z, sigma) with another random symmetry T for every sample and call.
+
+    A network is not exactly equivariant to flips and quarter turns, though images and white noise are in distribution:
+    its errors under different T differ, and partly cancel over modules, steps and samples (Terris et al., "Equivariant
+    plug-and-play image reconstruction", CVPR 2024). It costs no evaluation. Differs from [UD2M],
+    which has no such thing.
+
+    Args:
+        denoiser: (z [B, C, H, W], sigma [B]) -> x0_hat.
+        count: 1, 2 or 8 orientations; of the 8, only the 4 that keep the shape are used where H and W differ.
+        generator: source of T.
+    """
+    if count == 1:
+        return denoiser
+
+    def turned(z: Tensor, sigma: Tensor) -> Tensor:
+        across, down, transposed = draw(z, count, generator)
+        x0_hat = denoiser(_flip(_flip(_transpose(z, transposed), down, -2), across, -1), sigma)
+        return _transpose(_flip(_flip(x0_hat, across, -1), down, -2), transposed)
+
+    return turned
+
+
+def draw(z: Tensor, count: int, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bool [B, 1, 1, 1]: which samples of z are flipped across, flipped down, and transposed before that."""
+    coins = (rand((len(z), 3), generator, z.device) < 0.5).view(-1, 3, 1, 1, 1)
+    return coins[:, 0], coins[:, 1] & (count == 8), coins[:, 2] & (count == 8)
+
+
+def _flip(x: Tensor, wanted: Tensor, axis: int) -> Tensor:
+    return torch.where(wanted, x.flip(axis), x)
+
+
+def _transpose(x: Tensor, wanted: Tensor) -> Tensor:
+    return torch.where(wanted, x.transpose(-1, -2), x) if _is_square(x) else x
+
+
+def _is_square(x: Tensor) -> bool:
+    return x.shape[-1] == x.shape[-2]
