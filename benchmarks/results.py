@@ -39,7 +39,7 @@ COST_FORMATS = {
     "seconds per call": ".2f",
     "seconds per step": ".2f",
 }
-LEFT_OUT = ("peak_memory", "ssim_mean", "lpips_mean_alex", "diversity_lpips_alex", "residual_p")
+LEFT_OUT = ("peak_memory", "ssim_mean", "lpips_mean", "diversity_lpips", "residual_p")
 """Columns of evaluations that the document leaves out; the stored files have them."""
 NOT_MEASURED = "Not measured yet."
 MARKED = re.compile(

@@ -197,11 +197,11 @@ rivals_on() {
     methods+=",\"ud2m label=UD2M target.model=$model\""
     methods+=",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_$operator/export\""
     evaluate "rivals_$operator" operators="[$operator]" num_samples=4 tune_images=4 unsupported=skip \
-        metrics='[psnr,ssim,lpips_alex,frechet_alex,r,residual]' methods="[$methods]" datasets='["photos test_limit=260"]' reference=UD2M
+        metrics='[psnr,ssim,lpips,frechet_alex,r,residual]' methods="[$methods]" datasets='["photos test_limit=260"]' reference=UD2M
     [ "$operator" != jpeg ] || return 0
     evaluate "rivals_dps_$operator" operators="[$operator]" num_samples=1 tune_images=4 tune_samples=1 \
         methods="[latino,pnp_flow,dps,\"ud2m label=UD2M target.model=$model\"]" datasets='["photos test_limit=29"]' \
-        metrics='[psnr,ssim,lpips_alex,residual]' reference=UD2M
+        metrics='[psnr,ssim,lpips,residual]' reference=UD2M
 }
 
 rivals() {
@@ -213,7 +213,7 @@ rivals() {
     done
     collect rivals "${folders[@]}" --command "bash benchmarks/run_results.sh rivals"
     collect rivals_dps "${slow[@]}" --command "bash benchmarks/run_results.sh rivals"
-    evaluate rivals_samples operators='[super_resolution]' num_samples=16 tune_images=4 metrics='[psnr,lpips_alex,r]' \
+    evaluate rivals_samples operators='[super_resolution]' num_samples=16 tune_images=4 metrics='[psnr,lpips,r]' \
         methods="[latino,\"ud2m label=UD2M\",\"ud2m label=UD2M,_warm-start_network target.model=$RUNS/start_super_resolution/export\"]" \
         datasets='["photos test_limit=260"]' reference=LATINO
     collect rivals_samples results/rivals_samples --command "bash benchmarks/run_results.sh rivals"
@@ -240,7 +240,7 @@ few_K2|ours,_K_=_2,_N_=_2
 MODELS
     methods+="\"ud2m label=ours,_K_=_3,_N_=_1 target.model=$RUNS/demo_$operator/export target.num_steps=1\","
     methods+='"ud2m label=shipped,_K_=_3,_N_=_1 target.num_steps=1"'
-    evaluate "few_steps_$operator" operators="[$operator]" methods="[$methods]" metrics='[psnr,lpips_alex,r,residual]' \
+    evaluate "few_steps_$operator" operators="[$operator]" methods="[$methods]" metrics='[psnr,lpips,r,residual]' \
         datasets='["photos test_limit=57"]' reference="'paper, K = 3, N = 3'"
 }
 
@@ -298,7 +298,7 @@ VARIANTS
     for steps in 1 2 4 8; do
         methods+="\"ud2m label=N_=_$steps,_eta_=_1.0 target.num_steps=$steps\","
     done
-    evaluate sampling operators='[gaussian_blur]' methods="[${methods%,}]" metrics='[psnr,lpips_alex,r,residual]' \
+    evaluate sampling operators='[gaussian_blur]' methods="[${methods%,}]" metrics='[psnr,lpips,r,residual]' \
         datasets='["photos test_limit=57"]' reference="'N = 3, eta = 1.0'"
     collect sampling results/sampling --command "bash benchmarks/run_results.sh ablations"
 }

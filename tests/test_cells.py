@@ -1,6 +1,7 @@
 """Cells of an evaluation, and what a method uses."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, re
 from ud2m.physics import GaussianBlur, Inpainting
 from ud2m.physics.problem import Problem
 from ud2m.samplers.latino import PseudoInverse
-from ud2m.samplers.ud2m import PosteriorSampler
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 SETTINGS = {"method": {"num_steps": 3}, "seed": 0}
 
@@ -23,24 +24,17 @@ def images(count=5):
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-class Counted:
-    """The tiny model, with its network to be counted."""
-
-    def __init__(self, num_blocks=3):
-        prior = adapted(tiny_prior())
-        self.sampler = PosteriorSampler(tiny_network(prior, num_blocks), prior)
-        self.networks = [self.sampler.network.denoiser]
-
-    def __call__(self, y, physics, sigma_y, num_samples, *, generator):
-        return self.sampler(y, physics, sigma_y, num_samples, num_steps=2, chunk_size=4, generator=generator)
+def tiny_sampler(num_blocks):
+    prior = adapted(tiny_prior())
+    return PosteriorSampler(tiny_network(prior, num_blocks), prior, SamplerConfig(num_steps=2, chunk_size=4))
 
 
 def test_evaluations_are_counted_and_not_believed():
-    method = Counted(num_blocks=3)
+    method = tiny_sampler(num_blocks=3)
     row = measure(method, Problem(GaussianBlur(), 0.05), images().split([3, 2]), [], 2).row
     assert (row["nfe"], row["images"], row["samples"]) == (6, 5, 2)
     # a network that is called once more than it says is found out
-    block = method.sampler.network.blocks[0]
+    block = method.network.blocks[0]
     forward = block.forward
     block.forward = lambda x, *rest: forward(method.networks[0](x, torch.full((len(x),), 0.1)), *rest)
     assert measure(method, Problem(GaussianBlur(), 0.05), images().split([3, 2]), [], 2).row["nfe"] == 8
@@ -71,23 +65,25 @@ def test_peak_memory_sees_a_tensor_that_is_gone():
     assert peak_memory() - before < 100
 
 
-def test_a_stopwatch_adds_up(monkeypatch):
-    clock = iter([1.0, 3.0, 10.0, 10.5])
-    monkeypatch.setattr("ud2m.evaluation.usage.time.perf_counter", lambda: next(clock))
-    watch = Stopwatch()
+def test_a_stopwatch_adds_up_and_waits_for_the_device(monkeypatch):
+    waited = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    watch, begin = Stopwatch("cuda"), time.perf_counter()
     for _ in range(2):
         with watch:
-            pass
-    assert watch.seconds == 2.5
+            time.sleep(0.05)
+        time.sleep(0.05)
+    assert 0.1 <= watch.seconds <= time.perf_counter() - begin - 0.1
+    assert waited == 4 * [torch.device("cuda")]  # before and after each
 
 
 def test_every_method_sees_the_same_observations_and_the_shown_pictures_are_kept():
     seen = []
 
     class Spy(PseudoInverse):
-        def __call__(self, y, physics, sigma_y, num_samples, **options):
-            seen.append((y, physics.mask))
-            return super().__call__(y, physics, sigma_y, num_samples)
+        def draw(self, observation, streams):
+            seen.append((observation.y, observation.physics.mask))
+            return super().draw(observation, streams)
 
     problem, x0 = Problem(Inpainting(), 0.05), images()
     done = []

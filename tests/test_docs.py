@@ -514,7 +514,7 @@ def test_collecting_takes_all_rows_or_the_last_one_under_a_label(tmp_path):
 
 def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
     common = {"data": "photos", "size": "32x32", "sigma_y": 0.01, "images": 5, "samples": 2, "seed": 0, "nfe": 9}
-    common |= {"lpips_alex": 0.1, "lpips_alex_backend": "alex 1", "peak_memory": 77.0}
+    common |= {"lpips": 0.1, "lpips_backend": "alex 1", "peak_memory": 77.0}
     rows = [
         {"method": name, "operator": operator, "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1} | common
         for operator in ("blur", "jpeg")
@@ -531,7 +531,7 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
     text = results.render_section(results.SECTIONS[0], content)
     assert "| blur | b | 9 | **31.00 [30.00, 32.00]** | 0.100 |" in text.replace("**0.100**", "0.100")
     assert (
-        "lpips_alex: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets"
+        "lpips: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets"
         in text
     )
     assert "77" not in text

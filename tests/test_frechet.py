@@ -5,16 +5,18 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from ud2m.evaluation.features import FrechetDistance
-from ud2m.evaluation.measure import Evaluation
-from ud2m.physics import Denoising
-from ud2m.physics.problem import Problem
+from ud2m.evaluation.scores import Draws, build_score
+from ud2m.physics import Denoising, Problem
 
 
 @pytest.fixture
 def alex(shared, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
-    return FrechetDistance("alex")
+    return build_score("frechet_alex")
+
+
+def draws(samples, x0):
+    return Draws(x0, Problem(Denoising(), 0.01).observe(x0), 0.01, samples)
 
 
 def pictures(count, seed):
@@ -26,15 +28,16 @@ def pictures(count, seed):
 @pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")  # dead features: the root stays exact enough
 def test_equals_the_formula_with_another_matrix_root(alex):
     x0, other = pictures(300, 0), pictures(600, 1).view(300, 2, 3, 32, 32) ** 2
-    alex.add(other[:150], x0[:150])
-    alex.add(other[150:], x0[150:])
+    alex.add(draws(other[:150], x0[:150]))
+    alex.add(draws(other[150:], x0[150:]))
     one = alex.features(x0).double().numpy()
     two = alex.features(other.flatten(0, 1)).double().numpy()
     assert one.shape == (300, 256)
     root = sqrtm(np.cov(one.T) @ np.cov(two.T)).real
     expected = ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(np.cov(one.T) + np.cov(two.T) - 2 * root)
-    assert alex.value() == pytest.approx(expected, rel=1e-3)
-    assert alex.name.startswith("alex, lpips")
+    found = alex.numbers()
+    assert found["frechet_alex"] == pytest.approx(expected, rel=1e-3)
+    assert found["frechet_alex_backend"].startswith("alex, lpips")
 
 
 def test_features_are_those_of_torchvision(alex, shared):
@@ -52,21 +55,8 @@ def test_features_are_those_of_torchvision(alex, shared):
 
 def test_the_same_set_has_distance_zero_and_few_images_are_refused(alex):
     x0 = pictures(300, 0)
-    with pytest.raises(ValueError, match="more references than that, got 256"):
-        alex.check(256)
-    alex.add(x0[:20].unsqueeze(1), x0[:20])
-    with pytest.raises(ValueError, match="got 20"):
-        alex.value()
-    alex.add(x0[20:].unsqueeze(1), x0[20:])
-    assert abs(alex.value()) < 1e-3
-
-
-def test_an_evaluation_reports_it_with_its_features(alex):
-    def truth(y, physics, sigma_y, num_samples, **options):
-        return y.unsqueeze(1).expand(-1, num_samples, -1, -1, -1)
-
-    evaluation = Evaluation(truth, Problem(Denoising(), 0.01, noise=0.0), 2, frechet=alex)
-    evaluation.add(pictures(260, 0))
-    row = evaluation.row()
-    assert abs(row["frechet"]) < 1e-3
-    assert row["frechet_backend"] == alex.name
+    with pytest.raises(ValueError, match="needs at least 257 images, got 256"):
+        alex.check(256, 1, (3, 32, 32))
+    alex.add(draws(x0[:20].unsqueeze(1), x0[:20]))
+    alex.add(draws(x0[20:].unsqueeze(1), x0[20:]))
+    assert abs(alex.numbers()["frechet_alex"]) < 1e-3

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, available_lpips
-from ud2m.evaluation.metrics import calibration_ratio, psnr, ssim
+from ud2m.evaluation.metrics import calibration_ratio, psnr, spread_and_error, ssim
 
 
 @pytest.fixture
@@ -88,20 +88,20 @@ def test_calibration_ratio_of_a_gaussian_posterior(count, scale, generator):
     reference = (mean + std * torch.randn(mean.shape, generator=generator)).squeeze(1)
     samples = mean + scale * std * torch.randn(4, count, 3, 100, 100, generator=generator)
     expected = scale * ((1 + 1 / count) / (1 + scale**2 / count)) ** 0.5
-    assert calibration_ratio(samples, reference).item() == pytest.approx(expected, rel=0.015)
+    assert calibration_ratio(*spread_and_error(samples, reference)) == pytest.approx(expected, rel=0.015)
 
 
 def test_halved_spread_is_seen(generator):
     reference = torch.randn(2, 3, 64, 64, generator=generator)
     samples = 0.5 * torch.randn(2, 32, 3, 64, 64, generator=generator)
-    assert calibration_ratio(samples, reference).item() == pytest.approx(0.5, abs=0.02)
+    assert calibration_ratio(*spread_and_error(samples, reference)) == pytest.approx(0.5, abs=0.02)
 
 
 def test_calibration_needs_two_samples():
     with pytest.raises(ValueError, match="S >= 2"):
-        calibration_ratio(torch.rand(1, 1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+        spread_and_error(torch.rand(1, 1, 3, 8, 8), torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="got"):
-        calibration_ratio(torch.rand(1, 2, 3, 8, 8), torch.rand(1, 1, 8, 8))
+        spread_and_error(torch.rand(1, 2, 3, 8, 8), torch.rand(1, 1, 8, 8))
 
 
 def test_squeeze_equals_the_values_printed_by_torchmetrics(cache):

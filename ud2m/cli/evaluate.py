@@ -1,83 +1,36 @@
-"""Methods x operators x data sets: what ``python -m ud2m.evaluate`` runs."""
+"""Methods x operators x data sets: what ``ud2m evaluate`` runs."""
 
-import copy
-import inspect
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ud2m.cli.errors import user_facing
+from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
+from ud2m.evaluation.comparison import Images, Job, Tuning, flattened, measure_jobs
 from ud2m.evaluation.differences import with_differences
-from ud2m.evaluation.features import BACKBONES
-from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score, check_scores
-from ud2m.evaluation.table import format_table
+from ud2m.evaluation.table import format_table, selecting
 from ud2m.files import write_bytes, write_json
-from ud2m.physics.problem import Problem
+from ud2m.physics import Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, latex, markdown, render, visible
-from ud2m.samplers.base import check_count
+from ud2m.samplers.base import Sampler, check_count
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
-PLACE = "{physics}"
 LABEL = "label="
-TUNED = {"psnr_mean": "psnr", "psnr": "psnr", "ssim_mean": "ssim", "ssim": "ssim", "energy": "energy"}
-TUNED |= {f"lpips_{net}": f"lpips_{net}" for net in BACKBONES}
-"""Numbers that a setting can be chosen by, and the metric that they are of."""
-LOWER_IS_BETTER = ("energy", "lpips_")
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of one data set. names: of the test images; validation: batches on which settings are chosen."""
-
-    label: str
-    test: Sequence[Tensor]
-    validation: Sequence[Tensor]
-    names: Sequence[str]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.test[0].shape[1:]
-        return channels, height, width
-
-    @property
-    def count(self) -> int:
-        """Number of test images."""
-        return sum(len(x0) for x0 in self.test)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell to be measured: what determines it, and how to make its method, with what is written beside it."""
-
-    label: str
-    operator: str
-    images: Images
-    problem: Problem
-    method: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    num_samples: int
-    candidates: Sequence[Mapping[str, Any]]
-    build: Callable[[Mapping[str, Any]], Any]
 
 
 @user_facing
@@ -91,9 +44,6 @@ def main(config: DictConfig) -> None:
     print(f"report: {evaluation.folder / 'report.html'}")
 
 
-command = hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(main)
-
-
 class EvaluationRun:
     """The objects of one evaluation. Everything that can be refused is refused when it is made.
 
@@ -105,19 +55,8 @@ class EvaluationRun:
     def __init__(self, config: DictConfig):
         self.config = config
         self.folder = Path(config.results) / config.name
-        self.store = CellStore(self.folder / "cells")
         self.metrics = list(config.metrics)
-        for name in ("num_samples", "tune_images", "tune_samples"):
-            check_count(name, config[name])
-        if config.unsupported not in ("error", "skip"):
-            raise ValueError(f"unsupported must be error or skip, got {config.unsupported!r}")
-        if config.tune_by not in TUNED:
-            raise ValueError(f"tune_by must be one of {', '.join(TUNED)}, got {config.tune_by!r}")
-        for name in ("methods", "operators", "datasets", "metrics"):
-            if not config[name] or len(set(config[name])) < len(config[name]):
-                raise ValueError(f"{name} must name at least one, and none twice, got {list(config[name])}")
-        for name in self.metrics:
-            build_score(name)
+        self._check_config()
         self.prior = cache(self._prior)
         self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
@@ -125,6 +64,22 @@ class EvaluationRun:
             raise ValueError("no method takes any of the operators; choose other ones")
         if config.reference is not None:
             self._check_reference()
+
+    def _check_config(self) -> None:
+        config = self.config
+        for name in ("num_samples", "tune_images", "tune_samples"):
+            check_count(name, config[name])
+        if config.unsupported not in ("error", "skip"):
+            raise ValueError(f"unsupported must be error or skip, got {config.unsupported!r}")
+        try:
+            selecting(config.tune_by)
+        except ValueError as error:
+            raise ValueError(f"tune_by: {error}") from error
+        for name in ("methods", "operators", "datasets", "metrics"):
+            if not config[name] or len(set(config[name])) < len(config[name]):
+                raise ValueError(f"{name} must name at least one, and none twice, got {list(config[name])}")
+        for name in self.metrics:
+            build_score(name)
 
     def _check_reference(self) -> None:
         reference, labels = self.config.reference, dict.fromkeys(job.label for job in self.jobs)
@@ -137,8 +92,6 @@ class EvaluationRun:
                     f"the reference {reference} cannot take {job.operator}; leave this operator out, or take another "
                     "reference"
                 )
-
-    # --- what is to be done --------------------------------------------------------------------------------------
 
     def _prior(self) -> nn.Module:
         return Prior.from_pretrained(self.config.prior).to(self.config.device)
@@ -168,10 +121,8 @@ class EvaluationRun:
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
         operator = instantiate(physics["operator"], _convert_="all")
-        problem = Problem(operator, physics["sigma_y"], self.config.seed, physics.get("noise"))
-        if not problem.sigma_y > 0:
-            raise ValueError(f"{entry}: sigma_y must be positive, got {problem.sigma_y}; noise=0 makes exact data")
         try:
+            problem = Problem(operator, physics["sigma_y"], self.config.seed, physics.get("noise"))
             operator.check(images.shape)
         except ValueError as error:
             raise ValueError(f"{entry} on {images.label}: {error}") from error
@@ -186,140 +137,72 @@ class EvaluationRun:
         problem: Problem,
         images: Images,
     ) -> Job | None:
-        config = self.config
-        target = method["target"]
-        num_samples = method.get("samples", config.num_samples)
-        metrics = [m for m in self.metrics if num_samples > 1 or "samples" not in method or not several(m)]
+        config, target = self.config, method["target"]
+        sampler = self._build(target)
+        self._check_channels(name, sampler, images)
+        observation = problem.observe(images.test[0][:1])
+        try:
+            sampler.check(observation.physics)
+        except ValueError as error:
+            if config.unsupported == "error":
+                raise ValueError(f"{error}; leave out {entry}, or unsupported=skip") from error
+            tqdm.write(f"skipped: {error}")
+            return None
+        num_samples = config.num_samples if sampler.draws else 1
+        metrics = [m for m in self.metrics if sampler.draws or build_score(m).least == 1]
         self.check_scores(tuple(metrics), images.count, num_samples, images.shape)
-        built = self._build(target)
-        for network in getattr(built, "networks", ()):
+        tuning = self._tuning(target, method)
+        settings = {
+            "method": target,
+            "model": sampler.fingerprint,
+            "prior": getattr(self.prior(), "fingerprint", None) if shares_prior(target) else None,
+            "operator": physics,
+            "first_observation": images_digest([observation.y]),
+            "images": images_digest(images.test),
+            "seed": config.seed,
+            "num_samples": num_samples,
+            "metrics": metrics,
+            "shown": images.shown(config.show),
+            "device": str(torch.device(config.device).type),
+            "versions": {name: version(name) for name in ("ud2m", "deepinv")},
+        }
+        if tuning is not None:
+            settings["tuned"] = vars(tuning) | {"images": images_digest(images.validation)}
+        return Job(label(name, method["label"]), entry, images, problem, target, settings, self._build, tuning)
+
+    def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
+        for network in sampler.networks:
             channels = getattr(network, "channels", images.shape[0])
             if channels != images.shape[0]:
                 raise ValueError(
                     f"{name}: its prior draws images with {channels} channels, {images.label} has {images.shape[0]}; "
                     "choose other datasets, another prior or model"
                 )
-        y, operator = problem.observe(images.test[0][:1])
-        try:
-            if hasattr(built, "check"):
-                built.check(operator)
-        except ValueError as error:
-            if config.unsupported == "error":
-                raise ValueError(f"{error}; leave out {entry}, or unsupported=skip") from error
-            tqdm.write(f"skipped: {error}")
+
+    def _tuning(self, target: Mapping[str, Any], method: Mapping[str, Any]) -> Tuning | None:
+        if not self.config.tune or not method.get("tune"):
             return None
-        candidates = list(combinations(target, method["tune"])) if config.tune and method.get("tune") else []
-        settings = {
-            "method": target,
-            "model": getattr(built, "fingerprint", None),
-            "prior": getattr(self.prior(), "fingerprint", None) if "prior" in _arguments(target) else None,
-            "operator": physics,
-            "first_observation": images_digest([y]),
-            "images": images_digest(images.test),
-            "seed": config.seed,
-            "num_samples": num_samples,
-            "metrics": metrics,
-            "shown": self._shown(images),
-            "device": str(torch.device(config.device).type),
-            "versions": {name: version(name) for name in ("ud2m", "deepinv")},
-        }
-        if candidates:
-            settings["tuned"] = {
-                "candidates": candidates,
-                "by": config.tune_by,
-                "num_samples": config.tune_samples,
-                "images": images_digest(images.validation),
-            }
-        return Job(
-            label(name, method["label"]), entry, images, problem, target, settings, num_samples, candidates, self._build
-        )
+        return Tuning(list(combinations(target, method["tune"])), self.config.tune_by, self.config.tune_samples)
 
-    def _shown(self, images: Images) -> list[int]:
-        count = min(self.config.show, images.count)
-        return [k * images.count // count for k in range(count)]
-
-    def _build(self, target: Mapping[str, Any]) -> Any:
-        """Return the method; it gets the prior and the device where it has such an argument."""
-        extra: dict[str, Any] = {}
-        arguments = _arguments(target)
-        if "prior" in arguments:
-            extra["prior"] = self.prior()
-        if "device" in arguments:
-            extra["device"] = self.config.device
-        return instantiate(dict(target), _convert_="all", _partial_=True)(**extra)
-
-    # --- doing it ------------------------------------------------------------------------------------------------
+    def _build(self, target: Mapping[str, Any]) -> Sampler:
+        return build_sampler(target, self.prior(), self.config.device)
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""
-        found = [self.store.load(job.settings) for job in self.jobs]
-        waiting = sum(self._work(job) for job, result in zip(self.jobs, found, strict=True) if result is None)
-        done = sum(result is not None for result in found)
-        if done:
-            print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
-        results = []
-        with tqdm(total=waiting, unit="sample", smoothing=0.05, disable=not waiting) as bar:
-            for job, result in zip(self.jobs, found, strict=True):
-                results.append(result or self._measured(job, bar))
-        rows = [self._row(job, result) for job, result in zip(self.jobs, results, strict=True)]
+        store = CellStore(self.folder / "cells")
+        waiting = [job for job in self.jobs if store.load(job.settings) is None]
+        if len(waiting) < len(self.jobs):
+            print(f"{len(self.jobs) - len(waiting)} of {len(self.jobs)} cells are there already", flush=True)
+        work = sum(job.work for job in waiting)
+        with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work) as bar:
+            results = measure_jobs(
+                self.jobs, store, lambda job: bar.set_description(f"{job.label}, {job.operator}"), bar.update
+            )
+        rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)
         self._write(rows, results)
         return rows
-
-    def _work(self, job: Job) -> int:
-        tuning = len(job.candidates) * sum(len(x0) for x0 in job.images.validation) * self.config.tune_samples
-        return tuning + job.images.count * job.num_samples
-
-    def _measured(self, job: Job, bar: tqdm) -> Result:
-        bar.set_description(f"{job.label}, {job.operator}")
-        target = self._tuned(job, bar) if job.candidates else job.method
-        scores = [build_score(name) for name in job.settings["metrics"]]
-        result = measure(
-            job.build(target),
-            job.problem,
-            job.images.test,
-            scores,
-            job.num_samples,
-            job.settings["shown"],
-            lambda images: bar.update(images * job.num_samples),
-        )
-        if job.candidates:
-            result = Result(
-                dict(result.row) | {"setting": difference(target, job.candidates)}, result.curves, result.pictures
-            )
-        self.store.save(job.settings, result)
-        return result
-
-    def _tuned(self, job: Job, bar: tqdm) -> Mapping[str, Any]:
-        """Return the setting that is best on the validation images."""
-        by, samples = self.config.tune_by, self.config.tune_samples
-        values = []
-        for target in job.candidates:
-            score = build_score(TUNED[by])
-            row = measure(
-                job.build(target),
-                job.problem,
-                job.images.validation,
-                [score],
-                samples,
-                advance=lambda images: bar.update(images * samples),
-            ).row
-            values.append(-row[by] if by.startswith(LOWER_IS_BETTER) else row[by])
-        finite = [value if value == value else float("-inf") for value in values]
-        return job.candidates[finite.index(max(finite))]
-
-    def _row(self, job: Job, result: Result) -> dict[str, Any]:
-        height, width = job.images.shape[1:]
-        setting = {
-            "method": job.label,
-            "data": job.images.label,
-            "size": f"{height}x{width}",
-            "operator": job.operator,
-            "sigma_y": job.problem.sigma_y,
-            "seed": self.config.seed,
-        }
-        return setting | dict(result.row)
 
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:
         config = OmegaConf.to_container(self.config, resolve=True)
@@ -357,51 +240,6 @@ def part(group: str, entry: str) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def filled(value: Any, physics: str) -> Any:
-    """Return a configuration with ``{physics}`` replaced in all its texts."""
-    if isinstance(value, Mapping):
-        return {key: filled(item, physics) for key, item in value.items()}
-    return value.replace(PLACE, physics) if isinstance(value, str) else value
-
-
-def combinations(target: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the configuration with every combination of the values of dotted keys.
-
-    Raises:
-        ValueError: for a key that the configuration does not have.
-    """
-    for values in itertools.product(*grid.values()):
-        changed = copy.deepcopy(dict(target))
-        for key, value in zip(grid, values, strict=True):
-            *path, last = key.split(".")
-            node = changed
-            for step in path:
-                node = node.get(step, {})
-            if last not in node:
-                raise ValueError(f"tune names {key!r}, which the method does not have; it has {', '.join(node)}")
-            node[last] = value
-        yield changed
-
-
-def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
-    """Return the values of a configuration that differ among the candidates, in words."""
-    flat = [flattened(candidate) for candidate in candidates]
-    chosen = flattened(target)
-    return ", ".join(
-        f"{key.removeprefix('setting.')} = {chosen[key]}"
-        for key in chosen
-        if len({str(other[key]) for other in flat}) > 1
-    )
-
-
-def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= flattened(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return found
-
-
 def label(entry: str, default: str) -> str:
     """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
     words = entry.split()[1:]
@@ -410,13 +248,3 @@ def label(entry: str, default: str) -> str:
             return word.removeprefix(LABEL).replace("_", " ")
     words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
     return f"{default} ({', '.join(words)})" if words else default
-
-
-def several(metric: str) -> bool:
-    """Return whether a metric is of several samples, and left out for a method that draws nothing."""
-    return metric in ("diversity", "energy", "r", "coverage", "sbc")
-
-
-def _arguments(target: Mapping[str, Any]) -> Sequence[str]:
-    function = hydra.utils.get_object(target["_target_"])
-    return tuple(inspect.signature(function).parameters)

@@ -1,11 +1,9 @@
 """Draw samples, write pictures, numbers and the report: what ``sample.py`` runs."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -13,41 +11,32 @@ from tqdm import tqdm
 
 import ud2m.physics
 from ud2m.cli.errors import user_facing
+from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
-from ud2m.evaluation.comparison import compare, sampler_row
-from ud2m.evaluation.measure import Distance, lpips_if_available, takes
-from ud2m.evaluation.metrics import psnr, ssim
-from ud2m.evaluation.table import format_table
+from ud2m.evaluation.comparison import best_settings, difference
+from ud2m.evaluation.measure import Measurement
+from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
+from ud2m.evaluation.table import column_of, format_table, without_bounds
 from ud2m.files import atomic_folder, write_json
-from ud2m.images import PixelFormat, list_images, pixel_format, read_image, write_image
-from ud2m.losses.terms import FeatureDistance
-from ud2m.physics import DataTerm, OperatorFamily, estimate_sigma_y, measured, misfit, residual, select_samples
-from ud2m.physics.problem import Problem
+from ud2m.images import list_images, pixel_format, read_image
+from ud2m.losses import FeatureDistance
+from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y
 from ud2m.priors.prior import Prior
+from ud2m.reports.pictures import Case, sample_case
 from ud2m.reports.samples import Entry, Report, Section, write_report
+from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 
 AUTO = "auto"
 OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile")
-"""Keys that a call of the sampler takes as they are."""
+"""Keys that are options of the sampler."""
+METRICS = ("psnr", "ssim")
+"""Besides LPIPS, the distance of the prior's features and the residual."""
+COUNTS = ("images", "samples", "peak_memory")
+"""Numbers of a measurement that the table leaves out."""
 
-
-@dataclass(frozen=True)
-class Case:
-    """One observation to draw samples for.
-
-    Args:
-        y: [1, ...]. physics: its operator. sigma_y: its noise level. x0: the clean image [1, C, H, W] if known.
-        pixels: of the file that it comes from, and of those that are made of it.
-    """
-
-    name: str
-    y: Tensor
-    physics: DataTerm
-    sigma_y: float
-    x0: Tensor | None
-    pixels: PixelFormat | None = None
+Rows = list[dict[str, Any]]
 
 
 @user_facing
@@ -56,37 +45,39 @@ def main(config: DictConfig) -> None:
     quiet_libraries()
     output = Path(config.output)
     with atomic_folder(output, overwrite=config.overwrite) as folder:
-        rows = Job(config).run(folder)
+        rows = SamplingRun(config).run(folder)
     print(format_table(rows))
     print(f"report: {output / 'report.html'}")
 
 
-class Job:
-    """The objects of one sampling job."""
+class SamplingRun:
+    """The objects of one sampling job.
+
+    Args:
+        config: of conf/sample.yaml.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings that do not fit together, and missing models.
+    """
 
     def __init__(self, config: DictConfig):
         self.config = config
-        self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device)
+        options = {key: config[key] for key in OPTIONS}
+        self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device, **options)
         trained = self.sampler.config.info.get("physics", {})
         chosen = given_operator(config)
         self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
-        self.sigma_y = default if config.sigma_y in (None, AUTO) else config.sigma_y
-        if isinstance(self.sigma_y, str) or not self.sigma_y > 0:
-            raise ValueError(
-                f"sigma_y must be a positive noise level, images lie in [0, 1], or {AUTO}; got {self.sigma_y}"
-            )
-        if config.sigma_y == AUTO and not (config.input is not None and config.degraded):
-            raise ValueError(
-                f"sigma_y={AUTO} estimates the noise of your own observation: give input=... degraded=true"
-            )
         noise = chosen.get("noise") if chosen else trained.get("noise")
-        self.problem = Problem(self.operator, self.sigma_y, config.seed, noise)
+        self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
-        self.options = {key: config[key] for key in OPTIONS}
-        self.distances = distances(self.prior, config.lpips)
 
-    def run(self, folder: Path) -> list[dict[str, Any]]:
+    @property
+    def name(self) -> str:
+        """What the sampler is called in tables."""
+        return f"UD2M (K={self.sampler.network.num_blocks}, N={self.sampler.config.num_steps})"
+
+    def run(self, folder: Path) -> Rows:
         """Fill the output folder and return the rows of ``metrics.json``."""
         rows, sections = self.own_files(folder) if self.config.input is not None else self.test_images(folder)
         write_json(folder / "metrics.json", rows)
@@ -97,43 +88,47 @@ class Job:
 
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
-        steps = self.config.num_steps or self.sampler.config.num_steps
-        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.sigma_y:g}"
+        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.problem.sigma_y:g}"
         return (
             f"UD2M posterior samples: {self.config.model}",
-            f"{self.config.num_samples} samples per observation, {self.sampler.nfe(steps)} network evaluations each "
-            f"(K = {self.sampler.network.num_blocks} modules, N = {steps} steps); operator "
+            f"{self.config.num_samples} samples per observation, {self.sampler.nfe()} network evaluations each "
+            f"(K = {self.sampler.network.num_blocks} modules, N = {self.sampler.config.num_steps} steps); operator "
             f"{type(self.operator).__name__}, sigma_y {noise} for images in [0, 1]. Bright places of the "
             "standard deviation are those that the observation does not determine.",
         )
 
+    def scores(self, num_samples: int, shape: Sequence[int], known: bool = True) -> list[Score]:
+        """Return fresh scores for images (C, H, W): the residual always, the others where the images are known."""
+        residual = build_score("residual")
+        if not known:
+            return [residual]
+        lpips = [] if self.config.lpips is None else [lpips_metric(self.config.lpips)]
+        features = distance_score("prior_features", FeatureDistance(self.prior.features))
+        return [*fitting_scores([*METRICS, *lpips, "r"], num_samples, shape), features, residual]
+
     # --- the user's files ----------------------------------------------------------------------------------------
 
-    def own_files(self, folder: Path) -> tuple[list[dict[str, Any]], list[Section]]:
+    def own_files(self, folder: Path) -> tuple[Rows, list[Section]]:
         """Sample for the files of ``input``; one row of averages over them."""
         cases = list(self.file_cases())
         names = [case.name for case in cases]
         if len(set(names)) < len(names):
             raise ValueError(f"two input files share a name ({names}); rename one, since results are named after them")
         targets = [folder / case.name if len(cases) > 1 else folder for case in cases]
-        results = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
-        numbers = [entry.numbers for entry in results]
+        entries = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
+        numbers = [entry.numbers for entry in entries]
         row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
-        name = self.headline()[0].split(":")[0]
-        row = {"method": name, "nfe": self.sampler.nfe(self.config.num_steps)} | row
-        return [row], [Section("Images", "", results)]
+        return [{"method": self.name, "nfe": self.sampler.nfe()} | row], [Section("Images", "", entries)]
 
     def file_cases(self) -> Iterator[Case]:
         """Yield what each input file asks for."""
         for index, path in enumerate(list_images(self.config.input)):
             try:
                 if self.config.degraded:
-                    y, physics = self.observed(path)
-                    yield Case(path.stem, y, physics, self.noise_level(y, physics), None, pixel_format(path))
+                    observation = self.observed(path)
+                    yield Case(path.stem, observation, self.problem.true_noise, None, pixel_format(path))
                 else:
-                    image = self.clean(path)
-                    y, physics = self.problem.observe(image, index)
-                    yield Case(path.stem, y, physics, self.sigma_y, image, pixel_format(path))
+                    yield self.case(path.stem, self.clean(path), index, path)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 
@@ -146,23 +141,21 @@ class Job:
             return image[..., :height, :width]
         return image
 
-    def observed(self, path: Path) -> tuple[Tensor, DataTerm]:
-        """Return an observation [1, ...] that was made elsewhere, and its operator."""
+    def observed(self, path: Path) -> Observation:
+        """Return an observation of one image that was made elsewhere."""
         known = self.operator.read_observation(path, self.prior.channels, self.config.device)
-        if known is not None:
-            return known
-        y = self.picture(path, self.operator.y_channels(self.prior.channels))
-        return y, self.known_operator(y)
+        if known is None:
+            y = self.picture(path, self.operator.y_channels(self.prior.channels))
+            known = y, self.known_operator(y)
+        y, physics = known
+        auto = self.config.sigma_y == AUTO
+        return Observation.of(y, physics, estimate_sigma_y(physics, y) if auto else self.problem.sigma_y)
 
     def picture(self, path: Path, channels: int) -> Tensor:
         """Return a file as an image [1, channels, H, W]."""
         return read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
 
-    def noise_level(self, y: Tensor, physics: DataTerm) -> float:
-        """Return the given or estimated noise level of an observation y [1, C, h, w] that was made elsewhere."""
-        return estimate_sigma_y(physics, y).item() if self.config.sigma_y == AUTO else self.sigma_y
-
-    def known_operator(self, y: Tensor) -> DataTerm:
+    def known_operator(self, y: Tensor) -> Any:
         """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
         if self.operator.random:
             raise ValueError(
@@ -173,27 +166,67 @@ class Job:
 
     # --- test images ---------------------------------------------------------------------------------------------
 
-    def test_images(self, folder: Path) -> tuple[list[dict[str, Any]], list[Section]]:
+    def test_images(self, folder: Path) -> tuple[Rows, list[Section]]:
         """Score all test images of the data set (with the other methods if asked) and show some of them."""
         data: ImageDataModule = instantiate(self.config.data, _convert_="all")
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
-        batches = [x0.to(self.config.device) for x0 in data.test_dataloader()]
-        count = self.config.num_samples
-        if self.config.compare:
-            validation = [x0.to(self.config.device) for x0 in data.val_dataloader()]
-            rows = compare(
-                self.sampler, self.prior, self.problem, validation, batches, count, self.distances, **self.options
+        test = [x0.to(self.config.device) for x0 in data.test_dataloader()]
+        others = self.others(data, test) if self.config.compare else []
+        return [*others, self.row(self.name, self.sampler, test)], self.shown_test_images(data, folder)
+
+    def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> Rows:
+        """Return a row for each of ``methods``, and for each number by which its setting is chosen."""
+        validation = [x0.to(self.config.device) for x0 in data.val_dataloader()]
+        rows = []
+        for page in plain(self.config)["methods"].values():
+            for label, target, extra in self.settings(page, validation):
+                rows.append(self.row(label, self.build(target), test) | extra)
+        return rows
+
+    def settings(self, page: Mapping[str, Any], validation: Sequence[Tensor]) -> Iterator[tuple[str, Any, dict]]:
+        """Yield label, target and what is written beside the row of the best settings of a method."""
+        if not page.get("tune"):
+            yield page["label"], page["target"], {}
+            return
+        candidates = list(combinations(page["target"], page["tune"]))
+        lpips = None if self.config.lpips is None else lpips_metric(self.config.lpips)
+        by = ["psnr_mean", *([lpips] if lpips and fitting_scores([lpips], 1, validation[0].shape[1:]) else [])]
+        work = len(candidates) * sum(len(x0) for x0 in validation) * self.config.tune_samples
+        with tqdm(total=work, desc=f"{page['label']}: searching its best setting", unit="sample") as bar:
+            best = best_settings(
+                candidates,
+                self.build,
+                self.problem,
+                validation,
+                by,
+                self.config.tune_samples,
+                bar.update,
+                self.config.device,
             )
-        else:
-            rows = [sampler_row(self.sampler, self.problem, batches, count, self.distances, **self.options)]
-        return rows, self.shown_test_images(data, folder)
+        for key, target in best.items():
+            words = column_of(key).heading.split(" of ")[0]
+            yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}
+
+    def build(self, target: Mapping[str, Any]) -> Sampler:
+        """Return the sampler of a page of conf/method."""
+        return build_sampler(target, self.prior, self.config.device)
+
+    def row(self, name: str, sampler: Sampler, test: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the row of a sampler on the test images."""
+        count = self.config.num_samples if sampler.draws else 1
+        scores = self.scores(count, test[0].shape[1:])
+        measurement = Measurement(sampler, self.problem, scores, count, self.config.device)
+        for x0 in tqdm(test, desc=name, unit="batch"):
+            measurement.add(x0)
+        numbers = {k: v for k, v in without_bounds(measurement.row()).items() if k not in COUNTS}
+        return {"method": name, "nfe": numbers.pop("nfe")} | numbers
 
     def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
         """Return the sections of the report: evenly spaced test images, and one larger image."""
         images = data.evaluation_set("test")
         picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
-        shown = [self.case(images.names[i], images[i], i) for i in picked]
+        shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
         entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
         sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
         if self.config.crop is not None:
@@ -204,56 +237,38 @@ class Job:
         """Sample for one test image of side ``crop``, larger than what the model was trained on."""
         settings = {**self.config.data, "tile_size": self.config.crop, "test_limit": 1}
         images = instantiate(settings, _convert_="all").evaluation_set("test")
-        case = self.case(f"{images.names[0]}-{self.config.crop}", images[0], 0)
+        case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
         text = "The network was trained on small crops and is used at this size without change."
         title = f"A larger picture: {self.config.crop}x{self.config.crop}"
         return Section(title, text, [self.sample(case, folder / case.name)])
 
-    def case(self, name: str, image: Tensor, index: int) -> Case:
-        """Observe a clean image [C, H, W], as scoring did."""
-        x0 = image.unsqueeze(0).to(self.config.device)
-        return Case(name, *self.problem.observe(x0, index), self.sigma_y, x0)
-
     # --- one observation -----------------------------------------------------------------------------------------
 
+    def case(self, name: str, image: Tensor, index: int, path: Path | None = None) -> Case:
+        """Observe a clean image [1, C, H, W], as scoring does."""
+        x0 = image.to(self.config.device)
+        pixels = None if path is None else pixel_format(path)
+        return Case(name, self.problem.observe(x0, index), self.problem.true_noise, x0, pixels)
+
     def sample(self, case: Case, folder: Path) -> Entry:
-        """Draw samples for one observation, write its pictures into ``folder`` and return its part of the report."""
-        generator = torch.Generator(case.y.device).manual_seed(self.config.seed)
-        try:
-            samples = self.sampler(
-                case.y, case.physics, case.sigma_y, self.config.num_samples, generator=generator, **self.options
-            )[0]
-        except ValueError as error:
-            raise ValueError(f"{case.name}: {error}") from error
-        mean = samples.mean(0)
-        std = samples.std(0) if len(samples) > 1 else None
-        numbers = {k: v.mean().item() for k, v in self.numbers(case, samples).items()}
-        write_pictures(folder, case.y[0], samples, mean, std, case.pixels)
-        mask = measured(case.physics, case.y)
-        holes = None if bool((mask == 1).all()) else mask.expand_as(case.y)[0].amax(0) > 0
-        reference = None if case.x0 is None else case.x0[0]
-        note = misfit(case.physics, numbers["residual"])
-        if note:
-            tqdm.write(f"{case.name}: {note}")
-        return Entry(case.name, reference, case.y[0], samples, mean, std, numbers, note=note, measured=holes)
-
-    def numbers(self, case: Case, samples: Tensor) -> dict[str, Tensor]:
-        """Return the scores of samples [S, C, H, W]: the data residual always, the others where x0 is known."""
-        y = case.y.expand(len(samples), *case.y.shape[1:])
-        physics = select_samples(case.physics, torch.zeros(len(samples), dtype=torch.int64))
-        values = {"residual": residual(physics, samples, y, case.sigma_y)}
-        if case.x0 is None:
-            return values | {"sigma_y": torch.tensor(case.sigma_y)}
-        x0 = case.x0.expand_as(samples)
-        scores = {"psnr_mean": psnr(samples.mean(0, keepdim=True), case.x0), "psnr": psnr(samples, x0)}
-        distances = {name: d(samples, x0) for name, d in self.distances.items() if takes(d, x0)}
-        return scores | {"ssim": ssim(samples, x0)} | distances | values
+        """Draw samples for one observation and write its pictures."""
+        count = self.config.num_samples
+        scores = self.scores(count, case.observation.image_shape, case.x0 is not None)
+        return sample_case(self.sampler, case, count, self.config.seed, scores, folder)
 
 
-def distances(prior: Prior, lpips_net: str | None) -> dict[str, Distance]:
-    """Return LPIPS where it is wanted and its weights are at hand, and always the distance of the prior's features."""
-    lpips = {} if lpips_net is None else lpips_if_available(lpips_net)
-    return lpips | {"prior_features": FeatureDistance(prior.features)}
+def given_noise_level(config: DictConfig, default: float) -> float:
+    """Return the noise level of ``sigma_y=...``, or the default.
+
+    Raises:
+        ValueError: for something else than a positive number, and for ``auto`` where there is nothing to estimate.
+    """
+    if config.sigma_y == AUTO and not (config.input is not None and config.degraded):
+        raise ValueError(f"sigma_y={AUTO} estimates the noise of your own observation: give input=... degraded=true")
+    sigma_y = default if config.sigma_y in (None, AUTO) else config.sigma_y
+    if not isinstance(sigma_y, int | float) or not sigma_y > 0:
+        raise ValueError(f"sigma_y must be a positive noise level, images lie in [0, 1], or {AUTO}; got {sigma_y}")
+    return sigma_y
 
 
 def given_operator(config: DictConfig) -> DictConfig | None:
@@ -293,19 +308,3 @@ def _parts(value: Any) -> Any:
     if isinstance(value, list):
         return [_parts(part) for part in value]
     return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
-
-
-def write_pictures(
-    folder: Path, y: Tensor, samples: Tensor, mean: Tensor, std: Tensor | None, pixels: PixelFormat | None
-) -> None:
-    """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation).
-
-    All but the last have the depth and the colour profile of the file that they were made of.
-    """
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_image(y, folder / "observation.png", pixels)
-    for k, sample in enumerate(samples):
-        write_image(sample, folder / "samples" / f"{k:03d}.png", pixels)
-    write_image(mean, folder / "mean.png", pixels)
-    deviation = torch.zeros_like(mean) if std is None else std
-    write_image(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")

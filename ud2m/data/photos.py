@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
-from ud2m.data.module import ImageDataModule, NamedImages, Split
 from ud2m.data.image_store import MemoryImages
+from ud2m.data.module import ImageDataModule, NamedImages, Split
 
 
 @dataclass(frozen=True)

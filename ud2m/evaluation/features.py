@@ -12,7 +12,6 @@ import lpips
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image.dists import DISTSNetwork
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ud2m.evaluation.metrics import check_shapes
 from ud2m.files import read_tensors
@@ -294,51 +293,3 @@ def _fidelity_version() -> str:
         return version("torch-fidelity")
     except PackageNotFoundError as error:
         raise ValueError("features of Inception need torch-fidelity: pip install 'ud2m[fid]'") from error
-
-
-class FrechetDistance:
-    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) between the features of samples and of references.
-
-    The formula of FID (Heusel et al., 2017; torchmetrics' code) with the features of an LPIPS backbone in place
-    of Inception's, so that its numbers compare with each other and with no published FID. Like FID it is biased upwards
-    where images are few; the bias is the same for all methods that are judged on the same images.
-
-    Args:
-        net: ``alex`` (256 features), ``vgg`` or ``squeeze`` (512). weights: as for ``LPIPSDistance``.
-
-    Raises:
-        FileNotFoundError: when the weights of the backbone can be neither found nor downloaded.
-    """
-
-    def __init__(self, net: str = "alex", weights: str | Path | None = None):
-        self.features = BackboneFeatures(net, weights)
-        self.metric = FrechetInceptionDistance(self.features, normalize=True)
-        self.count = 0
-
-    @property
-    def name(self) -> str:
-        """What to write beside a value."""
-        return self.features.name
-
-    def check(self, count: int) -> None:
-        """Raise ValueError unless ``count`` references determine a covariance: more of them than features."""
-        if count <= self.features.num_features:
-            raise ValueError(
-                f"a Fréchet distance in {self.features.num_features} features needs more references than that, got "
-                f"{count}; take more images or smaller pieces"
-            )
-
-    def add(self, samples: Tensor, x0: Tensor) -> None:
-        """Take samples [B, S, C, H, W] and their references [B, C, H, W]."""
-        self.count += len(x0)
-        self.metric.update(samples.flatten(0, 1), real=False)
-        self.metric.update(x0, real=True)
-
-    def value(self) -> float:
-        """Return the distance.
-
-        Raises:
-            ValueError: as ``check``.
-        """
-        self.check(self.count)
-        return self.metric.compute().item()

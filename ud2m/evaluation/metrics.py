@@ -33,16 +33,14 @@ def ssim(x: Tensor, reference: Tensor) -> Tensor:
     return torch.as_tensor(values).reshape(len(x))
 
 
-def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
-    """Return the scalar r = sqrt((1 + 1/S) mean(V) / mean((m - reference)^2)), 1 for a calibrated sampler.
+def spread_and_error(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (1 + 1/S) mean V and mean (m - reference)^2 per image [B], for ``calibration_ratio``.
 
-    m and V are the mean and the unbiased variance of the S samples per pixel; both averages run over all
-    pixels, channels and images. If reference and samples are S + 1 independent draws of the posterior,
-    E(m - reference)^2 = (1 + 1/S) Var: the factor allows for the error that m has because S is finite.
-    r < 1: too little spread.
+    m and V are the mean and the unbiased variance of the S samples per pixel, averaged over pixels and channels.
 
     Args:
-        samples: [B, S, C, H, W], S >= 2. reference: [B, C, H, W].
+        samples: [B, S, C, H, W], S >= 2.
+        reference: [B, C, H, W].
 
     Raises:
         ValueError: when the shapes do not fit or S < 2.
@@ -51,10 +49,21 @@ def calibration_ratio(samples: Tensor, reference: Tensor) -> Tensor:
         raise ValueError(f"calibration needs samples [B, S, C, H, W] with S >= 2, got shape {tuple(samples.shape)}")
     mean, count = samples.mean(1), samples.shape[1]
     check_shapes(mean, reference)
-    return ((1 + 1 / count) * samples.var(1).mean() / (mean - reference).square().mean()).sqrt()
+    variance = (1 + 1 / count) * samples.var(1).flatten(1).mean(1)
+    return variance, (mean - reference).square().flatten(1).mean(1)
+
+
+def calibration_ratio(variance: Tensor, error: Tensor) -> float:
+    """Return r = sqrt(mean variance / mean error) over images [B], 1 for a calibrated sampler; < 1: too little spread.
+
+    Of ``spread_and_error``: if reference and samples are S + 1 independent draws of the posterior, E(m - reference)^2 =
+    (1 + 1/S) Var; the factor allows for the error that m has because S is finite.
+    """
+    return (variance.mean() / error.mean()).sqrt().item()
 
 
 def check_shapes(x: Tensor, reference: Tensor) -> None:
+    """Raise ValueError unless both are batches of images of one shape."""
     if x.ndim != 4 or x.shape != reference.shape:
         raise ValueError(
             f"image and reference must both be [B, C, H, W], got {list(x.shape)} and {list(reference.shape)}"

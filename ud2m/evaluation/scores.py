@@ -34,10 +34,12 @@ from ud2m.evaluation.features import (
     build_features,
     check_weights,
 )
-from ud2m.evaluation.metrics import SSIM_WINDOW, psnr, ssim
-from ud2m.physics import DataTerm, measured, residual
+from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, spread_and_error, ssim
+from ud2m.physics import Observation, measured, residual
 
 Numbers = dict[str, Any]
+DEFAULT_NET = "alex"
+"""Backbone of the metric ``lpips``, the one that the field reports; others stand in the name."""
 
 
 LEVELS = (0.5, 0.8, 0.9)
@@ -64,17 +66,19 @@ RESAMPLED_WIDE = 20
 """The same with thousands of numbers per image, where each costs seconds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draws:
-    """One batch: clean images x0 [B, C, H, W], observations y of ``physics`` at ``sigma_y``, samples [B, S, C, H, W].
+    """One batch: clean images, their observations, and samples.
 
-    ``noise`` is the level that y really has.
+    Attributes:
+        x0: clean images [B, C, H, W].
+        observation: of them.
+        noise: level that y really has, image units.
+        samples: [B, S, C, H, W].
     """
 
     x0: Tensor
-    y: Tensor
-    physics: DataTerm
-    sigma_y: float
+    observation: Observation
     noise: float
     samples: Tensor
 
@@ -84,9 +88,17 @@ class Draws:
 
 
 class Score(ABC):
-    """Gathers one or more numbers of a method; ``modules`` are the networks that it judges with."""
+    """Gathers one or more numbers of a sampler.
+
+    Attributes:
+        modules: the networks that it judges with.
+        smallest: side of images, in pixels, below which there is no number.
+        least: samples of each observation that are needed.
+    """
 
     modules: tuple[nn.Module, ...] = ()
+    smallest: int = 1
+    least: int = 1
 
     def to(self, device: torch.device | str) -> "Score":
         """Move the networks to where the images are."""
@@ -94,8 +106,18 @@ class Score(ABC):
             module.to(device)
         return self
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:  # noqa: B027 - no demands
-        """Raise ValueError where so many images (C, H, W), with so many samples each, give no sensible number."""
+    def fits(self, samples: int, size: Sequence[int]) -> bool:
+        """Return whether so many samples of each image (C, H, W) give a number at all."""
+        return min(size[1:]) >= self.smallest and samples >= self.least
+
+    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+        """Raise ValueError where so many images, with so many samples each, give no number with an interval."""
+        if min(size[1:]) < self.smallest:
+            raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[1]}x{size[2]}")
+        if samples < self.least:
+            raise ValueError(f"it needs num_samples of at least {self.least}, got {samples}")
+        if images < 2:
+            raise ValueError(f"its interval needs at least 2 images, got {images}")
 
     @abstractmethod
     def add(self, draws: Draws) -> None:
@@ -115,28 +137,23 @@ class PerImage(Score):
 
     Args:
         values: Draws -> {name: [B]}.
-        smallest: side of images below which there are none. backend: written beside them, by the name of the key.
-        least: samples per observation that are needed.
+        smallest: see ``Score``.
+        least: see ``Score``.
+        backend: written beside the numbers, by the name of the key.
+        modules: see ``Score``.
     """
 
     def __init__(
         self,
         values: Callable[[Draws], Mapping[str, Tensor]],
         smallest: int = 1,
-        backend: Mapping[str, str] | None = None,
         least: int = 1,
+        backend: Mapping[str, str] | None = None,
+        modules: Sequence[nn.Module] = (),
     ):
-        self.values, self.smallest, self.backend, self.least = values, smallest, dict(backend or {}), least
+        self.values, self.smallest, self.least, self.backend = values, smallest, least, dict(backend or {})
+        self.modules = tuple(modules)
         self.gathered: dict[str, list[Tensor]] = {}
-
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
-        """Raise ValueError for images that are too small, a single image, or too few samples."""
-        if min(size[1:]) < self.smallest:
-            raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[1]}x{size[2]}")
-        if images < 2:
-            raise ValueError(f"its interval needs at least 2 images, got {images}")
-        if samples < self.least:
-            raise ValueError(f"it needs num_samples of at least {self.least}, got {samples}")
 
     def add(self, draws: Draws) -> None:
         """Take one batch."""
@@ -180,41 +197,41 @@ def _energy(draws: Draws) -> dict[str, Tensor]:
 
 def _residual(draws: Draws) -> dict[str, Tensor]:
     def fit(sample: Tensor, _: Tensor) -> Tensor:
-        return residual(draws.physics, sample, draws.y, draws.sigma_y)
+        return residual(physics, sample, y, sigma_y)
 
+    y, physics, sigma_y = draws.observation.y, draws.observation.physics, draws.observation.sigma_y
     found = {"residual": draws.each(fit)}
-    # the law is known where the noise is Gaussian and has the level that methods were told
-    if isinstance(draws.physics, LinearPhysics) and draws.noise == draws.sigma_y:
-        count = measured(draws.physics, draws.y).expand_as(draws.y).flatten(1).sum(1)
+    # the law is known where the noise is Gaussian and has the level that samplers were told
+    if isinstance(physics, LinearPhysics) and bool((sigma_y == draws.noise).all()):
+        count = measured(physics, y).expand_as(y).flatten(1).sum(1)
         found["residual_p"] = draws.each(lambda sample, _: residual_p_value(fit(sample, _), count))
     return found
 
 
 class Ratio(Score):
-    """r = sqrt((1 + 1/S) mean variance / mean |mean - x0|^2), ``metrics.calibration_ratio`` over all images."""
+    """r over all images together (``metrics.calibration_ratio``)."""
+
+    least = 2
 
     def __init__(self) -> None:
         self.variance: list[Tensor] = []
         self.error: list[Tensor] = []
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
-        """Raise ValueError for a single sample or image."""
-        if samples < 2 or images < 2:
-            raise ValueError(f"it needs at least 2 samples of each of at least 2 images, got {samples} and {images}")
-
     def add(self, draws: Draws) -> None:
         """Take one batch."""
-        count = draws.samples.shape[1]
-        self.variance.append((1 + 1 / count) * draws.samples.double().var(1).flatten(1).mean(1).cpu())
-        self.error.append((draws.samples.mean(1) - draws.x0).double().square().flatten(1).mean(1).cpu())
+        variance, error = spread_and_error(draws.samples.double(), draws.x0.double())
+        self.variance.append(variance.cpu())
+        self.error.append(error.cpu())
 
     def numbers(self) -> Numbers:
-        """Return r."""
+        """Return r; None where all means are exact."""
         variance, error = torch.cat(self.variance), torch.cat(self.error)
+        if not error.sum() > 0:
+            return {"r": None}
         picks = torch.randint(len(error), (2000, len(error)), generator=_seeded())
         ratios = (variance[picks].mean(1) / error[picks].mean(1)).sqrt()
         low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return {"r": (variance.mean() / error.mean()).sqrt().item(), "r_low": low, "r_high": high}
+        return {"r": calibration_ratio(variance, error), "r_low": low, "r_high": high}
 
 
 class Coverage(Score):
@@ -224,6 +241,8 @@ class Coverage(Score):
     ...; a level of ``LEVELS`` is reported under the nearest of these, with it beside. ``calibration_error`` is the mean
     distance of the curve from the diagonal.
     """
+
+    least = 13
 
     def __init__(self) -> None:
         self.gathered: list[Tensor] = []
@@ -276,6 +295,8 @@ class Ranks(Score):
     The numbers are the mean of the image and ``directions`` products with fixed white noise. ``sbc_p`` is the smallest
     of the tests' p-values times their number (Bonferroni), at most 1: small for a sampler that is not calibrated.
     """
+
+    least = 2
 
     def __init__(self, directions: int = 3):
         self.directions = directions
@@ -410,7 +431,7 @@ class ConditionalW2(Score):
 
     def add(self, draws: Draws) -> None:
         """Take one batch."""
-        three = (draws.x0, draws.samples[:, 0], draws.y)
+        three = (draws.x0, draws.samples[:, 0], draws.observation.y)
         truth, drawn, seen = (part.flatten(1).double().cpu() for part in three)
         self.parts.append((truth, drawn, seen))
 
@@ -433,23 +454,22 @@ class ConditionalW2(Score):
 
 def cast_picture(draws: Draws) -> Tensor:
     """Return what is conditioned on as pictures [B, C, H, W]: A^dagger y, clamped."""
-    return draws.physics.A_dagger(draws.y).clamp(0, 1)
+    return draws.observation.physics.A_dagger(draws.observation.y).clamp(0, 1)
 
 
 def lpips_score(net: str) -> PerImage:
     """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
     distance = LPIPSDistance(net)
+    suffix = "" if net == DEFAULT_NET else f"_{net}"
 
     def values(draws: Draws) -> dict[str, Tensor]:
-        found = {f"lpips_mean_{net}": distance(draws.samples.mean(1), draws.x0), f"lpips_{net}": draws.each(distance)}
+        found = distances(f"lpips{suffix}", f"lpips_mean{suffix}", distance, draws)
         if draws.samples.shape[1] > 1:
             pairs = zip(draws.samples.unbind(1)[:-1], draws.samples.unbind(1)[1:], strict=True)
-            found[f"diversity_lpips_{net}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
+            found[f"diversity_lpips{suffix}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
         return found
 
-    score = PerImage(values, distance.smallest, {f"lpips_{net}_backend": distance.name})
-    score.modules = (distance,)
-    return score
+    return PerImage(values, distance.smallest, backend={f"lpips{suffix}_backend": distance.name}, modules=[distance])
 
 
 def dists_score() -> PerImage:
@@ -457,16 +477,30 @@ def dists_score() -> PerImage:
     distance = DISTSDistance()
 
     def values(draws: Draws) -> dict[str, Tensor]:
-        return {"dists_mean": distance(draws.samples.mean(1), draws.x0), "dists": draws.each(distance)}
+        return distances("dists", "dists_mean", distance, draws)
 
-    score = PerImage(values, distance.smallest, {"dists_backend": distance.name})
-    score.modules = (distance,)
-    return score
+    return PerImage(values, distance.smallest, backend={"dists_backend": distance.name}, modules=[distance])
+
+
+def distance_score(name: str, distance: Callable[[Tensor, Tensor], Tensor]) -> PerImage:
+    """Return a score of single samples by a distance (samples, references) -> [B], as one of a prior's features."""
+    modules = [distance] if isinstance(distance, nn.Module) else []
+    return PerImage(lambda draws: {name: draws.each(distance)}, modules=modules)
+
+
+def distances(single: str, mean: str, distance: nn.Module, draws: Draws) -> dict[str, Tensor]:
+    """Return a distance of single samples, and of their mean, under these names."""
+    return {mean: distance(draws.samples.mean(1), draws.x0), single: draws.each(distance)}
+
+
+def lpips_metric(net: str) -> str:
+    """Return the name of the metric with a backbone: ``lpips`` is that of AlexNet."""
+    return "lpips" if net == DEFAULT_NET else f"lpips_{net}"
 
 
 SCORES: dict[str, Callable[[], Score]] = {
     "psnr": lambda: PerImage(_psnr),
-    "ssim": lambda: PerImage(_ssim, SSIM_WINDOW),
+    "ssim": lambda: PerImage(_ssim, smallest=SSIM_WINDOW),
     "residual": lambda: PerImage(_residual),
     "diversity": lambda: PerImage(_diversity, least=2),
     "energy": lambda: PerImage(_energy, least=2),
@@ -475,11 +509,13 @@ SCORES: dict[str, Callable[[], Score]] = {
     "sbc": Ranks,
     "cw2": ConditionalW2,
     "dists": dists_score,
-    **{f"lpips_{net}": lambda net=net: lpips_score(net) for net in BACKBONES},  # type: ignore[misc]
+    **{lpips_metric(net): lambda net=net: lpips_score(net) for net in BACKBONES},  # type: ignore[misc]
 }
 
 
 SETS = ("frechet", "kid", "cfid")
+NETWORK_OF = {"dists": "vgg"} | {lpips_metric(net): net for net in BACKBONES}
+"""Network whose weights a metric needs."""
 
 
 def build_score(name: str) -> Score:
@@ -497,13 +533,31 @@ def build_score(name: str) -> Score:
             f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the networks "
             f"{', '.join(NETS)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
-    net = "vgg" if name == "dists" else net
-    if net in NETS:
+    needed = net if is_set else NETWORK_OF.get(name)
+    if needed is not None:
         try:
-            check_weights(net)
+            check_weights(needed)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
     return FeatureDistances(net, kind, int(side or 0)) if is_set else SCORES[name]()
+
+
+def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> list[Score]:
+    """Return fresh scores for so many samples of images (C, H, W), without those that these do not allow.
+
+    Left out too are those whose weights are not in the torch cache.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    found = []
+    for name in names:
+        try:
+            score = build_score(name)
+        except FileNotFoundError:
+            continue
+        found += [score] if score.fits(samples, size) else []
+    return found
 
 
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:

@@ -9,14 +9,25 @@ from typing import Any
 from torch import Tensor
 
 MISSING = "–"
+BOUNDS = ("_low", "_high")
+"""Ends of the names of the bounds of an interval."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one key of the rows is shown.
+    """All that is known of one number, or of another key of the rows: the one record of it.
 
-    ``best`` says which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
-    A column with ``variants`` also describes keys with a suffix (``lpips_alex``).
+    Attributes:
+        key: name in ``metrics.json``.
+        heading: of its column.
+        meaning: in words.
+        format: of its values.
+        best: which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
+        variants: whether it also describes keys with a suffix (``lpips_vgg``).
+        of: metric that computes it (``ud2m.evaluation.scores``), where that has another name; a suffix goes along.
+        selects: whether checkpoints and settings may be chosen by it.
+        plotted: whether it is plotted against cost.
+        summary: whether short tables, of a sweep or a model card, show it.
     """
 
     key: str
@@ -25,6 +36,19 @@ class Column:
     format: str = ".4g"
     best: str | None = None
     variants: bool = False
+    of: str | None = None
+    selects: bool = False
+    plotted: bool = False
+    summary: bool = False
+
+    def quality(self, value: Any) -> float | None:
+        """Return a number that is higher for better values; None where there is no value, or no contest."""
+        number = number_of(value)
+        if self.best is None or number is None or math.isnan(number):
+            return None
+        if self.best == "one":
+            return -abs(math.log(number)) if number > 0 else -math.inf
+        return number if self.best == "max" else -number
 
 
 COLUMNS = (
@@ -34,10 +58,39 @@ COLUMNS = (
     Column("operator", "Operator"),
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),
-    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1; higher is better", ".2f", "max"),
-    Column("psnr", "PSNR [dB]", "of single samples, peak 1; higher is better", ".2f", "max"),
-    Column("ssim_mean", "SSIM of mean", "structural similarity of the mean; 1 is equal", ".3f", "max"),
-    Column("ssim", "SSIM", "structural similarity of single samples; 1 is equal", ".3f", "max"),
+    Column(
+        "psnr_mean",
+        "PSNR of mean [dB]",
+        "of the samples' mean, peak 1; higher is better",
+        ".2f",
+        "max",
+        of="psnr",
+        selects=True,
+        plotted=True,
+        summary=True,
+    ),
+    Column(
+        "psnr",
+        "PSNR [dB]",
+        "of single samples, peak 1; higher is better",
+        ".2f",
+        "max",
+        selects=True,
+        plotted=True,
+        summary=True,
+    ),
+    Column(
+        "ssim_mean",
+        "SSIM of mean",
+        "structural similarity of the mean; 1 is equal",
+        ".3f",
+        "max",
+        of="ssim",
+        selects=True,
+    ),
+    Column(
+        "ssim", "SSIM", "structural similarity of single samples; 1 is equal", ".3f", "max", selects=True, plotted=True
+    ),
     Column(
         "lpips_mean",
         "LPIPS of mean",
@@ -45,6 +98,8 @@ COLUMNS = (
         ".3f",
         "min",
         variants=True,
+        of="lpips",
+        selects=True,
     ),
     Column(
         "lpips",
@@ -53,10 +108,28 @@ COLUMNS = (
         ".3f",
         "min",
         variants=True,
+        selects=True,
+        plotted=True,
+        summary=True,
     ),
     Column("lpips_backend", "LPIPS network"),
-    Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean; lower is better", ".3f", "min"),
-    Column("dists", "DISTS", "structure and texture distance of single samples; lower is better", ".3f", "min"),
+    Column(
+        "dists_mean",
+        "DISTS of mean",
+        "structure and texture distance of the mean; lower is better",
+        ".3f",
+        "min",
+        of="dists",
+        selects=True,
+    ),
+    Column(
+        "dists",
+        "DISTS",
+        "structure and texture distance of single samples; lower is better",
+        ".3f",
+        "min",
+        selects=True,
+    ),
     Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
     Column(
         "frechet",
@@ -65,13 +138,38 @@ COLUMNS = (
         ".3f",
         "min",
         variants=True,
+        plotted=True,
     ),
     Column("frechet_backend", "Fréchet features"),
-    Column("kid", "Kernel distance", "between both sets, unbiased (KID); lower is better", ".4g", "min", variants=True),
-    Column("cfid", "CFID", "Fréchet distance given the observation; lower is better", ".3f", "min", variants=True),
+    Column(
+        "kid",
+        "Kernel distance",
+        "between both sets, unbiased (KID); lower is better",
+        ".4g",
+        "min",
+        variants=True,
+        plotted=True,
+    ),
+    Column(
+        "cfid",
+        "CFID",
+        "Fréchet distance given the observation; lower is better",
+        ".3f",
+        "min",
+        variants=True,
+        plotted=True,
+    ),
     Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
     Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
-    Column("energy", "Energy score", "proper score of the samples together, per pixel; lower is better", ".4f", "min"),
+    Column(
+        "energy",
+        "Energy score",
+        "proper score of the samples together, per pixel; lower is better",
+        ".4f",
+        "min",
+        selects=True,
+        plotted=True,
+    ),
     Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
     Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),
     Column("coverage_50", "Coverage 50 %", "share of true pixels in intervals of about 50 %", ".3f"),
@@ -79,7 +177,7 @@ COLUMNS = (
     Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
     Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
     Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
-    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
+    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one", summary=True),
     Column(
         "residual",
         "Residual",
@@ -131,8 +229,37 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     if len(backends) == 1:
         keys.remove(_LPIPS_BACKEND)
     rank = {column.key: index for index, column in enumerate(COLUMNS)}
-    columns = sorted((_column(key) for key in keys), key=lambda c: rank.get(_base(c.key), len(rank)))
+    columns = sorted((column_of(key) for key in keys), key=lambda c: rank.get(_base(c.key), len(rank)))
     return [_with_backend(column, backends) for column in columns]
+
+
+def selecting(key: str, also: Sequence[str] = ()) -> Column:
+    """Return the record of a number that checkpoints or settings are chosen by.
+
+    Args:
+        key: its name.
+        also: further names that are allowed here.
+
+    Raises:
+        ValueError: for a number that they cannot be chosen by.
+    """
+    column = column_of(key)
+    if not column.selects:
+        names = [column.key for column in COLUMNS if column.selects]
+        raise ValueError(f"{key!r} is no number to choose by; take one of {', '.join((*also, *names))}")
+    return column
+
+
+def metric_of(key: str) -> str:
+    """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_mean_vgg``."""
+    base = _base(key)
+    described = next((column for column in COLUMNS if column.key == base), None)
+    return key if described is None or described.of is None else described.of + key.removeprefix(base)
+
+
+def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the bounds of its intervals."""
+    return {key: value for key, value in row.items() if not key.endswith(BOUNDS)}
 
 
 def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> set[tuple[int, str]]:
@@ -143,7 +270,7 @@ def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> 
     best = set()
     for column in columns:
         for group in _comparable(rows):
-            scores = {i: _score(column, rows[i].get(column.key)) for i in group}
+            scores = {i: column.quality(rows[i].get(column.key)) for i in group}
             valid = {i: score for i, score in scores.items() if score is not None}
             if len(valid) < 2:
                 continue
@@ -164,18 +291,10 @@ def format_value(column: Column, value: Any) -> str:
 
 
 def number_of(value: Any) -> float | None:
+    """Return a number, or a tensor of one, as a float; None for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
-
-
-def _score(column: Column, value: Any) -> float | None:
-    number = number_of(value)
-    if column.best is None or number is None or math.isnan(number):
-        return None
-    if column.best == "one":
-        return -abs(math.log(number)) if number > 0 else -math.inf
-    return number if column.best == "max" else -number
 
 
 def _comparable(rows: Sequence[Mapping[str, Any]]) -> Iterable[list[int]]:
@@ -191,7 +310,8 @@ def _base(key: str) -> str:
     return max(known, key=len, default=key)
 
 
-def _column(key: str) -> Column:
+def column_of(key: str) -> Column:
+    """Return the record of a key: that of ``COLUMNS``, with its suffix in the heading, or a plain one."""
     base = _base(key)
     described = next((column for column in COLUMNS if column.key == base), None)
     if described is None:

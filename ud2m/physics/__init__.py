@@ -20,6 +20,7 @@ from ud2m.physics.measurement import (
     residual,
 )
 from ud2m.physics.mixture import BlurMixture, Mixture
+from ud2m.physics.problem import Observation, Problem
 from ud2m.physics.rows import at_least_float32, per_sample, select_samples
 from ud2m.physics.separable import Separable
 from ud2m.physics.super_resolution import SuperResolution
@@ -47,8 +48,10 @@ __all__ = [
     "MissingStrokes",
     "Mixture",
     "MotionBlur",
+    "Observation",
     "OperatorFamily",
     "PixelMask",
+    "Problem",
     "RandomGaussianBlur",
     "Separable",
     "SuperResolution",

@@ -1,11 +1,56 @@
-"""What is observed, and how: an operator family with its noise level."""
+"""What is given, y with its operator and noise level, and the problem that it was drawn from."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ud2m.physics import DataTerm, OperatorFamily, observe
+from ud2m.physics.data_term import DataTerm
+from ud2m.physics.family import OperatorFamily
+from ud2m.physics.measurement import image_shape, observe
+from ud2m.physics.rows import select_samples
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Observations y = A x0 + sigma_y w of a batch, all that is known of x0.
+
+    Attributes:
+        y: [B, ...], image units.
+        physics: the operator A of this batch.
+        sigma_y: noise levels [B], image units.
+    """
+
+    y: Tensor
+    physics: DataTerm
+    sigma_y: Tensor
+
+    @classmethod
+    def of(cls, y: Tensor, physics: DataTerm, sigma_y: float | Tensor) -> "Observation":
+        """Return the observation for a noise level that is one number, or [B].
+
+        Raises:
+            ValueError: unless all levels are positive and finite, and one or as many as observations.
+        """
+        levels = torch.as_tensor(sigma_y, device=y.device, dtype=y.dtype).reshape(-1)
+        if len(levels) not in (1, len(y)) or not (levels > 0).all() or not levels.isfinite().all():
+            raise ValueError(
+                f"sigma_y must be a positive noise level in image units (images lie in [0, 1]), one number or one per "
+                f"observation ({len(y)}); got {levels.tolist()}"
+            )
+        return cls(y, physics, levels.expand(len(y)))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x0."""
+        return image_shape(self.physics, self.y)
+
+    def rows(self, index: Tensor) -> "Observation":
+        """Return the observations ``index`` (int64, may repeat)."""
+        return Observation(self.y[index], select_samples(self.physics, index), self.sigma_y[index])
 
 
 @dataclass(frozen=True)
@@ -13,25 +58,56 @@ class Problem:
     """An operator family with its noise level; image i always gets the operator and the noise of stream (seed, i).
 
     Args:
-        sigma_y: noise level that methods are told, > 0.
-        noise: the one that observations have, where it is another, as 0 in noise-free protocols. None: ``sigma_y``.
+        operator: draws the operators.
+        sigma_y: noise level that samplers are told, image units, > 0.
+        seed: of operators and noise.
+        noise: the level that observations have, where it is another, as 0 in noise-free protocols. None: ``sigma_y``.
+        sigma_y_range: lowest and highest level of training, log-uniform per sample. None: always ``sigma_y``.
+
+    Raises:
+        ValueError: for levels that are not positive.
     """
 
     operator: OperatorFamily
     sigma_y: float
     seed: int = 0
     noise: float | None = None
+    sigma_y_range: tuple[float, float] | None = None
 
-    def observe(self, x0: Tensor, first: int = 0) -> tuple[Tensor, DataTerm]:
-        """Return y and the operator for images x0 [B, C, H, W], which are numbers ``first``... of their set."""
+    def __post_init__(self) -> None:
+        if not isinstance(self.sigma_y, int | float) or not self.sigma_y > 0:
+            raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
+        low, high = self.levels
+        if not 0 < low <= high:
+            raise ValueError(f"sigma_y_range must hold two positive noise levels that rise, got {[low, high]}")
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Lowest and highest noise level of training."""
+        low, high = self.sigma_y_range or (self.sigma_y, self.sigma_y)
+        return float(low), float(high)
+
+    @property
+    def true_noise(self) -> float:
+        """The noise level that observations at ``sigma_y`` have."""
+        return self.sigma_y if self.noise is None else self.noise
+
+    def observe(self, x0: Tensor, first: int = 0) -> Observation:
+        """Return observations of images x0 [B, C, H, W], which are numbers ``first``... of their set."""
         streams = [torch.Generator(x0.device).manual_seed(1_000_003 * self.seed + first + i) for i in range(len(x0))]
+        return self.draw(x0, x0.new_full((len(x0),), float(self.sigma_y)), streams)
+
+    def draw(self, x0: Tensor, sigma_y: Tensor, streams: list[torch.Generator]) -> Observation:
+        """Draw an operator and noise for each image x0 [B, C, H, W], whose sampler is told sigma_y [B]."""
         physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
-        return observe(physics, x0, self.sigma_y if self.noise is None else self.noise, streams), physics
+        return Observation(
+            observe(physics, x0, sigma_y if self.noise is None else self.noise, streams), physics, sigma_y
+        )
 
     def sampling_generator(self, first: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return the source of a method's own randomness for a batch that begins with image ``first``.
+        """Return the source of a sampler's own randomness for a batch that begins with image ``first``.
 
-        It is far from the streams of ``observe``: else a method could draw the very noise that it has to remove (of a
+        It is far from the streams of ``observe``: else a sampler could draw the very noise that it has to remove (of a
         seed, generators on CPUs read 32 bits).
         """
         return torch.Generator(device).manual_seed(2**31 + 1_000_003 * self.seed + first)

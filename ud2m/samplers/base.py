@@ -1,43 +1,104 @@
-"""What all samplers share: their checks, and independent random streams for the samples."""
+"""What all samplers share: the call, its checks, and an independent random stream for every sample."""
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ud2m.physics import DataTerm, select_samples
+from ud2m.physics import DataTerm, Observation
 
 
-def draw_in_chunks(
-    draw: Callable[[Tensor, Any, Tensor, list[torch.Generator]], Tensor],
-    y: Tensor,
-    physics: DataTerm,
-    sigma_y: Tensor,
-    num_samples: int,
-    chunk_size: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...], of at most ``chunk_size`` rows at once.
+class Sampler(ABC):
+    """Draws samples of p(x | y) for batches of observations. A new one writes ``draw``, and ``check`` where it must.
 
     Args:
-        draw: (y, physics, sigma_y, streams) -> one image per row. Each sample has a stream of its own, so that it does
-            not depend on the chunks.
-        sigma_y: [B]. generator: seeds the streams; on any device.
+        networks: modules whose evaluations are counted; none for a method that evaluates none.
+        chunk_size: images that the networks see at once; bounds the memory.
+
+    Raises:
+        ValueError: for a chunk size that is no count.
     """
-    seeds = torch.randint(2**62, (len(y) * num_samples,), generator=generator, device=_device(generator)).tolist()
-    rows = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
-    samples = [
-        draw(
-            y[chunk],
-            select_samples(physics, chunk),
-            sigma_y[chunk],
-            [torch.Generator(y.device).manual_seed(seed) for seed in part],
-        )
-        for chunk, part in zip(rows.split(chunk_size), _split(seeds, chunk_size), strict=True)
-    ]
-    return torch.cat(samples).clamp(0, 1).unflatten(0, (len(y), num_samples))
+
+    draws = True
+    """Whether samples of one observation differ."""
+    mixes_observations = True
+    """Whether rows of several observations may be drawn in one batch."""
+
+    fingerprint: str | None = None
+    """Which weights it draws with, for records of results."""
+
+    def __init__(self, networks: Sequence[nn.Module] = (), chunk_size: int = 64):
+        check_count("chunk_size", chunk_size)
+        self.networks, self.chunk_size = tuple(networks), chunk_size
+
+    def check(self, physics: DataTerm) -> None:  # noqa: B027 - by default every operator is taken
+        """Raise ValueError where the operator cannot be taken, with those that can be."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        y: Tensor,
+        physics: DataTerm,
+        sigma_y: float | Tensor,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
+
+        Args:
+            y: observations, image units.
+            physics: their operator, linear unless the sampler says otherwise.
+            sigma_y: their noise level, one number or [B].
+            num_samples: S, samples per observation.
+            generator: source of randomness, on any device; each sample draws from a stream of its own.
+
+        Raises:
+            ValueError: as ``check``, and for numbers out of range.
+        """
+        return self.sample(Observation.of(y, physics, sigma_y), num_samples, generator)
+
+    def sample(
+        self,
+        observation: Observation,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return samples [B, S, C, H, W] in [0, 1] of an observation."""
+        check_count("num_samples", num_samples)
+        self.check(observation.physics)
+        seeds = seeds_from(generator, len(observation) * num_samples)
+        rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
+        samples = [
+            self.draw(observation.rows(chunk), [torch.Generator(rows.device).manual_seed(seed) for seed in part])
+            for chunk, part in self._chunks(rows, seeds, num_samples, self.images_at_once(observation))
+        ]
+        return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
+
+    @abstractmethod
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one image [C, H, W] for each row of the observation, from that row's stream: [rows, C, H, W]."""
+
+    def images_at_once(self, observation: Observation) -> int:
+        """Return how many images the networks see at once."""
+        return self.chunk_size
+
+    def _chunks(
+        self, rows: Tensor, seeds: list[int], num_samples: int, size: int
+    ) -> Iterable[tuple[Tensor, list[int]]]:
+        groups = [rows] if self.mixes_observations else rows.split(num_samples)
+        first = 0
+        for chunk in (chunk for group in groups for chunk in group.split(size)):
+            yield chunk, seeds[first : first + len(chunk)]
+            first += len(chunk)
+
+
+def seeds_from(generator: torch.Generator | None, count: int) -> list[int]:
+    """Return seeds of independent streams."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**62, (count,), generator=generator, device=device).tolist()
 
 
 def check_count(name: str, value: Any) -> None:
@@ -50,22 +111,3 @@ def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless a number is positive and finite."""
     if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def noise_levels(sigma_y: float | Tensor, y: Tensor) -> Tensor:
-    """Return sigma_y as a float tensor [B] for observations y; raises ValueError unless all are positive and finite."""
-    levels = torch.as_tensor(sigma_y, device=y.device, dtype=y.dtype).reshape(-1)
-    if len(levels) not in (1, len(y)) or not (levels > 0).all() or not levels.isfinite().all():
-        raise ValueError(
-            f"sigma_y must be a positive noise level in image units (images lie in [0, 1]), one number or one per "
-            f"observation ({len(y)}); got {levels.tolist()}"
-        )
-    return levels.expand(len(y))
-
-
-def _split(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _device(generator: torch.Generator | None) -> torch.device | str:
-    return "cpu" if generator is None else generator.device

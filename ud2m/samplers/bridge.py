@@ -7,18 +7,18 @@ using data consistency for inverse problems", NeurIPS 2023.
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from ud2m.files import atomic_folder
-from ud2m.physics import DataTerm, image_shape
+from ud2m.physics import DataTerm, Observation
 from ud2m.physics.rows import per_sample
 from ud2m.priors.store import SCHEDULER_FILE, load_unet, save_prior, weights_fingerprint
 from ud2m.random import randn_like
-from ud2m.samplers.base import check_count, draw_in_chunks, noise_levels
+from ud2m.samplers.base import Sampler, check_count
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
 KIND = "Bridge"
@@ -72,7 +72,9 @@ class Bridge(nn.Module):
     Differs from [I2SB], whose degraded end is y, or y brought to image size: here it is the warm start made from y.
 
     Args:
-        unet: as of a prior; the first C of its output channels are used. schedule: of the noise. start: see above.
+        unet: as of a prior; the first C of its output channels are used.
+        schedule: of the noise.
+        start: see above.
     """
 
     def __init__(self, unet: UNet2DModel, schedule: BridgeSchedule, start: SmoothingStart):
@@ -88,9 +90,9 @@ class Bridge(nn.Module):
         """Return eps [B, C, H, W] for x_t [B, C, H, W] in image units and times t [B]."""
         return self.unet(2 * x_t - 1, LAST_TIME * t).sample[:, : x_t.shape[1]].to(x_t.dtype)
 
-    def degraded(self, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
-        """Return x1 [B, C, H, W], the end at t = 1, for observations y and noise levels [B]."""
-        return start_from_y(self.start, image_shape(physics, y), y, physics, sigma_y)
+    def degraded(self, observation: Observation) -> Tensor:
+        """Return x1 [B, C, H, W], the end at t = 1."""
+        return start_from_y(self.start, observation)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the estimate of the clean image [B, C, H, W]."""
@@ -127,13 +129,15 @@ class Bridge(nn.Module):
         )
 
 
-class BridgeSampler:
+class BridgeSampler(Sampler):
     """Ancestral sampling along a bridge, from t = 1 to 0 in equal steps [I2SB, algorithm 2].
 
     With ``consistency`` c > 0 each estimate is first moved towards the data, x0_hat + c A^T (y - A x0_hat) [CDDB].
 
     Args:
-        bridge: the network. num_steps: N, and network evaluations. consistency: c >= 0.
+        bridge: the network.
+        num_steps: N, and network evaluations.
+        consistency: c >= 0.
         chunk_size: images that the network sees at once.
 
     Raises:
@@ -141,35 +145,37 @@ class BridgeSampler:
     """
 
     def __init__(self, bridge: Bridge, num_steps: int = 9, consistency: float = 0.0, chunk_size: int = 64):
+        super().__init__([bridge], chunk_size)
         check_count("num_steps", num_steps)
-        check_count("chunk_size", chunk_size)
         if not consistency >= 0:
             raise ValueError(f"consistency must not be negative, got {consistency}")
-        self.bridge, self.num_steps, self.consistency, self.chunk_size = bridge, num_steps, consistency, chunk_size
-        self.networks = [bridge]
+        self.bridge, self.num_steps, self.consistency = bridge, num_steps, consistency
+
+    @classmethod
+    def from_pretrained(cls, model: str, device: torch.device | str = "cpu", **options: Any) -> "BridgeSampler":
+        """Return the sampler of a bridge in a folder, the export of a run with ``training=bridge``.
+
+        Args:
+            model: the folder.
+            device: where it computes.
+            options: of ``BridgeSampler``.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``Bridge.load``.
+        """
+        sampler = cls(Bridge.load(model).to(device).eval(), **options)
+        sampler.fingerprint = weights_fingerprint(sampler.bridge.state_dict())
+        return sampler
 
     def check(self, physics: DataTerm) -> None:
         """Raise ValueError for an operator that has no adjoint, which data consistency needs."""
         if self.consistency and not hasattr(physics, "A_adjoint"):
             raise ValueError(f"CDDB needs a linear operator, {type(physics).__name__} is none; take i2sb")
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        y: Tensor,
-        physics: DataTerm,
-        sigma_y: float | Tensor = 0.01,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...]."""
-        self.check(physics)
-        return draw_in_chunks(self.draw, y, physics, noise_levels(sigma_y, y), num_samples, self.chunk_size, generator)
-
-    def draw(self, y: Tensor, physics: Any, sigma_y: Tensor, streams: list[torch.Generator]) -> Tensor:
-        """Return one sample for each observation."""
-        x = self.bridge.degraded(y, physics, sigma_y)
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        y, physics = observation.y, cast(Any, observation.physics)
+        x = self.bridge.degraded(observation)
         times = torch.linspace(1, 0, self.num_steps + 1, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, len(x))
         for t, earlier in itertools.pairwise(times):
             x0_hat = self.bridge.x0_hat(x, t)
@@ -178,26 +184,3 @@ class BridgeSampler:
             share, deviation = (per_sample(value, x) for value in self.bridge.schedule.step(t, earlier))
             x = (1 - share) * x0_hat + share * x + deviation * randn_like(x, streams)
         return x
-
-
-class TrainedBridge(BridgeSampler):
-    """A bridge from a folder, for an evaluation.
-
-    Args:
-        model: the export of a run with ``training=bridge``. device: where it computes. The others: as of
-            ``BridgeSampler``.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``Bridge.load``.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        num_steps: int = 9,
-        consistency: float = 0.0,
-        chunk_size: int = 64,
-        device: torch.device | str = "cpu",
-    ):
-        super().__init__(Bridge.load(model).to(device).eval(), num_steps, consistency, chunk_size)
-        self.fingerprint = weights_fingerprint(self.bridge.state_dict())

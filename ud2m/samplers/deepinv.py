@@ -1,6 +1,6 @@
 """Published samplers with the same prior as ours: DDRM, DiffPIR and DPS of deepinv, PnP-Flow, long Langevin runs."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
@@ -13,10 +13,10 @@ from deepinv.optim.data_fidelity import L2
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor, nn
 
-from ud2m.physics import DataTerm, Separable, select_samples
+from ud2m.physics import DataTerm, Observation, Separable
 from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.priors.schedule import VPSchedule
-from ud2m.samplers.base import check_count, noise_levels
+from ud2m.samplers.base import Sampler, check_count
 
 DDPM_TABLE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
@@ -33,29 +33,25 @@ class DeepinvDenoiser(deepinv.models.Denoiser):
         return self.denoiser(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(len(x)))
 
 
-class Rival(ABC):
-    """A sampler with a frozen prior. Observations are taken one after the other, all their samples as one batch.
+class PriorSampler(Sampler):
+    """A published sampler with a frozen prior: all samples of one observation are one batch.
 
     Args:
-        prior: ``denoiser(x_sigma, sigma) -> x0_hat``. chunk_size: samples that the network sees at once.
+        prior: ``denoiser(x_sigma, sigma) -> x0_hat``.
+        chunk_size: samples that the network sees at once.
     """
 
     takes = "every linear operator"
     """The operators that it takes, in words."""
+    mixes_observations = False  # deepinv's samplers know one noise level and one operator
 
     def __init__(self, prior: nn.Module, chunk_size: int = 64):
-        check_count("chunk_size", chunk_size)
-        self.prior, self.chunk_size = prior, chunk_size
-        self.networks = [prior]
+        super().__init__([prior], chunk_size)
         self.denoiser = DeepinvDenoiser(prior)
 
     def supports(self, physics: DataTerm) -> bool:
         """Return whether it can take the operator."""
         return isinstance(physics, LinearPhysics)
-
-    @abstractmethod
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
-        """Return one sample for each y [S, ...], which are copies of one observation; noise is torch's global one."""
 
     def check(self, physics: DataTerm) -> None:
         """Raise ValueError where the operator cannot be taken, with those that can be."""
@@ -64,45 +60,30 @@ class Rival(ABC):
                 f"{type(self).__name__} cannot take the operator {type(physics).__name__}; it takes {self.takes}"
             )
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        y: Tensor,
-        physics: DataTerm,
-        sigma_y: float | Tensor = 0.01,
-        num_samples: int = 1,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...].
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row; the rows are copies of one observation."""
+        y, one = observation.y, observation.rows(torch.tensor([0]))
+        with torch.random.fork_rng(devices=[] if y.device.type == "cpu" else [y.device]):
+            torch.manual_seed(streams[0].initial_seed())
+            return self.run(y.clone(), one.physics, float(one.sigma_y)).to(y.dtype)
 
-        Raises:
-            ValueError: as ``check``, and for a noise level that is not positive.
-        """
-        self.check(physics)
-        levels = noise_levels(sigma_y, y).tolist()
-        samples = []
-        for i, level in enumerate(levels):
-            one = select_samples(physics, torch.tensor([i]))
-            drawn = []
-            for count in _chunks(num_samples, self.chunk_size):
-                with torch.random.fork_rng(devices=[] if y.device.type == "cpu" else [y.device]):
-                    torch.manual_seed(_seed(generator))
-                    drawn.append(self.draw(y[i : i + 1].expand(count, *y.shape[1:]).clone(), one, level))
-            samples.append(torch.cat(drawn))
-        return torch.stack(samples).to(y.dtype).clamp(0, 1)
+    @abstractmethod
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+        """Return one sample for each y [S, ...], copies of one observation; noise is torch's global one."""
 
 
-class Ddrm(Rival):
+class Ddrm(PriorSampler):
     """DDRM (Kawar et al., NeurIPS 2022) of deepinv.
 
     Differs from deepinv: it halves the variance of all noise, which is right for the complex coefficients of a blur and
     wrong for real ones; those are handed to it divided by sqrt(2), so that the noise has the variance of the paper.
 
     Args:
-        prior, chunk_size: as for ``Rival``.
+        prior: as for ``PriorSampler``.
+        chunk_size: as for ``PriorSampler``.
         num_steps: levels, and network evaluations.
-        eta, etab: shares of fresh noise, and of y, in the paper's notation.
+        eta: share of fresh noise, in the paper's notation.
+        etab: share of y, in the paper's notation.
         power: exponent of the levels sigma(t_k), t_k = (T - 1) (1 - k / (num_steps - 1))^power of the DDPM table; 1 is
             the paper's uniform grid.
     """
@@ -134,7 +115,7 @@ class Ddrm(Rival):
         """Return whether there is a decomposition."""
         return isinstance(physics, DecomposablePhysics | Separable | CircularDownsampling)
 
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
         parts = decomposition(physics)
         scale = 1.0 if parts.is_complex else 2**0.5
@@ -236,13 +217,15 @@ def hartley(image: Tensor) -> Tensor:
     return spectrum.real - spectrum.imag
 
 
-class DiffPir(Rival):
+class DiffPir(PriorSampler):
     """DiffPIR (Zhu et al., CVPR workshops 2023) of deepinv, whose noise table is DDPM's.
 
     Args:
-        prior, chunk_size: as for ``Rival``.
+        prior: as for ``PriorSampler``.
+        chunk_size: as for ``PriorSampler``.
         num_steps: network evaluations.
-        zeta: share of fresh noise. lambda_: weight of the prior's term.
+        zeta: share of fresh noise.
+        lambda_: weight of the prior's term.
     """
 
     def __init__(
@@ -254,7 +237,7 @@ class DiffPir(Rival):
             raise ValueError(f"DiffPIR needs zeta in [0, 1] and a positive lambda_, got {zeta} and {lambda_}")
         self.num_steps, self.zeta, self.lambda_ = num_steps, zeta, lambda_
 
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
         sampler = deepinv.sampling.DiffPIR(
             self.denoiser,
@@ -268,11 +251,12 @@ class DiffPir(Rival):
         return sampler(y, physics)
 
 
-class Dps(Rival):
+class Dps(PriorSampler):
     """DPS (Chung et al., ICLR 2023) of deepinv. Each step also differentiates the network.
 
     Args:
-        prior, chunk_size: as for ``Rival``.
+        prior: as for ``PriorSampler``.
+        chunk_size: as for ``PriorSampler``.
         num_steps: of the solver; the paper takes 1000.
         weight: step size zeta' of the gradient of the residual norm.
     """
@@ -283,13 +267,13 @@ class Dps(Rival):
             raise ValueError(f"DPS needs num_steps of at least 2 and a positive weight, got {num_steps!r} and {weight}")
         self.num_steps, self.weight = num_steps, weight
 
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
         sampler = deepinv.sampling.DPS(self.denoiser, num_steps=self.num_steps, weight=self.weight, device=y.device)
         return sampler(y, physics)
 
 
-class PnpFlow(Rival):
+class PnpFlow(PriorSampler):
     """PnP-Flow (Martin et al., ICLR 2025), a flow matching method, with the flow that our denoiser implies.
 
     At time t = n / N of the straight path t x + (1 - t) eps between noise and images in [-1, 1], the flow's denoiser
@@ -298,9 +282,11 @@ class PnpFlow(Rival):
     step it samples; its authors average over five.
 
     Args:
-        prior, chunk_size: as for ``Rival``.
+        prior: as for ``PriorSampler``.
+        chunk_size: as for ``PriorSampler``.
         num_steps: N - 1, network evaluations.
-        alpha: how fast the gradient steps shrink. weight: w, in (0, 2).
+        alpha: how fast the gradient steps shrink.
+        weight: w, in (0, 2).
     """
 
     def __init__(
@@ -312,7 +298,7 @@ class PnpFlow(Rival):
             raise ValueError(f"PnP-Flow needs alpha of at least 0 and a weight in (0, 2), got {alpha} and {weight}")
         self.num_steps, self.alpha, self.weight = num_steps, alpha, weight
 
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
         x = physics.A_adjoint(y)
         norm = float(physics.compute_norm(torch.randn_like(x[:1]), verbose=False))
@@ -325,7 +311,7 @@ class PnpFlow(Rival):
         return x
 
 
-class Langevin(Rival):
+class Langevin(PriorSampler):
     """A long run of unadjusted Langevin with the score of the denoiser (PnP-ULA, Laumont et al., SIAM J. Imaging 2022).
 
     x <- x + h (A^T (y - A x) / sigma_y^2 + (denoiser(x, sigma) - x) / sigma^2) + sqrt(2 h) eps, from A^T y. With the
@@ -333,7 +319,8 @@ class Langevin(Rival):
     or acceptance are not used.
 
     Args:
-        prior, chunk_size: as for ``Rival``.
+        prior: as for ``PriorSampler``.
+        chunk_size: as for ``PriorSampler``.
         num_steps: length of each chain, and network evaluations.
         sigma: level of the denoiser, image units.
         step: h as a share of the largest stable one, 2 / (g / sigma_y^2 + 1 / sigma^2), g the norm of A^T A; in (0, 1).
@@ -348,7 +335,7 @@ class Langevin(Rival):
             raise ValueError(f"Langevin needs a positive sigma and a step in (0, 1), got {sigma} and {step}")
         self.num_steps, self.sigma, self.step = num_steps, sigma, step
 
-    def draw(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
+    def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return the end of one chain for each y [S, ...]."""
         x = physics.A_adjoint(y)
         norm = float(physics.compute_norm(torch.randn_like(x[:1]), verbose=False))
@@ -358,12 +345,3 @@ class Langevin(Rival):
             score = score + (self.denoiser(x, self.sigma) - x) / self.sigma**2
             x = x + h * score + (2 * h) ** 0.5 * torch.randn_like(x)
         return x
-
-
-def _chunks(count: int, size: int) -> list[int]:
-    return [min(size, count - first) for first in range(0, count, size)]
-
-
-def _seed(generator: torch.Generator | None) -> int:
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**31, (), generator=generator, device=device))

@@ -9,20 +9,83 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ud2m.files import atomic_folder
 from ud2m.priors.prior import LoraSpec, Prior
 from ud2m.priors.store import shipped_folder
-from ud2m.unfolded.network import UnfoldedNetwork
+from ud2m.samplers.config import SamplerConfig
+from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
 CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
-
-
 FORMAT = 1
-
-
 PSI_MEANS = ("num_blocks", "rule", "conditioning")
 """Parts of a network's description without which psi means nothing."""
+
+
+def write_export(
+    folder: str | Path, network: UnfoldedNetwork, prior: Prior, config: SamplerConfig, overwrite: bool = False
+) -> None:
+    """Write ``config.json``, the adapter (peft), the other trained parameters (safetensors), the prior by reference.
+
+    Args:
+        folder: to be made, whole or not at all.
+        network: whose description and parameters are written.
+        prior: whose adapter, reference and fingerprint are written.
+        config: of sampling.
+        overwrite: replace an export that is there.
+
+    Raises:
+        OSError: when the place cannot be written, or is taken.
+    """
+    content = {
+        "format": FORMAT,
+        "network": network.spec,
+        "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),
+        "prior": {"reference": prior.reference, "fingerprint": prior.fingerprint},
+        "sampler": config.stored(),
+    }
+    with atomic_folder(folder, overwrite=overwrite) as partial:
+        prior.save_adapter(partial)
+        save_file({k: v.detach().cpu().contiguous() for k, v in network.own_state().items()}, partial / PSI_FILE)
+        (partial / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def read_export(reference: str, prior: str | Path | None = None) -> tuple[UnfoldedNetwork, Prior, SamplerConfig]:
+    """Return the frozen network of an export, its prior with the adapter merged, and its configuration.
+
+    Args:
+        reference: name of a shipped model, export folder or hub id.
+        prior: where the prior is, when it moved since the export.
+
+    Raises:
+        FileNotFoundError: when nothing is there. ValueError: when the export is damaged or made for another prior.
+    """
+    folder = _export_folder(reference)
+    content = _read_config(folder)
+    try:
+        lora = LoraSpec(**content["lora"])
+        config = SamplerConfig(**content["sampler"])
+        where, expected = content["prior"]["reference"], content["prior"]["fingerprint"]
+        spec = content["network"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not a complete export: {error}; export the model again") from error
+    base = _load_prior(folder, prior or where)
+    if base.fingerprint != expected:
+        raise ValueError(
+            f"the export {folder} was trained on a prior with fingerprint {expected[:12]}, but "
+            f"{base.reference} has {base.fingerprint[:12]}; pass the folder of the right prior"
+        )
+    try:
+        base.load_adapter(folder, lora)
+        network = build_network(base, spec)
+        network.load_own_state(load_file(folder / PSI_FILE))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"the export {folder} is damaged or incomplete ({error}); export the model again") from error
+    base.merge_adapter()
+    return network.requires_grad_(False).eval(), base, config
 
 
 def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) -> None:
@@ -91,7 +154,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def _refer(folder: Path, reference: str) -> dict[str, Any]:
+def refer_to_prior(folder: Path, reference: str) -> dict[str, Any]:
     """Write into an export where its prior is; return the content of its config."""
     content = json.loads((folder / CONFIG_FILE).read_text())
     content["prior"]["reference"] = reference
@@ -103,7 +166,8 @@ def _refer(folder: Path, reference: str) -> dict[str, Any]:
     return content
 
 
-def _read_metrics(path: Path) -> list[Mapping[str, Any]]:
+def read_metrics(path: Path) -> list[Mapping[str, Any]]:
+    """Return the rows of a ``metrics.json``; raises ValueError when it holds none."""
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:

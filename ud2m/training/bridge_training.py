@@ -8,9 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ud2m.evaluation.measure import Evaluation, lpips_if_available
 from ud2m.losses.terms import NonFiniteLossError
-from ud2m.physics import OperatorFamily, observe
+from ud2m.physics import OperatorFamily
 from ud2m.physics.problem import Problem
 from ud2m.precision import full_precision
 from ud2m.priors.prior import Prior
@@ -18,6 +17,7 @@ from ud2m.random import rand, randn_like
 from ud2m.samplers.bridge import Bridge, BridgeSampler, BridgeSchedule
 from ud2m.training.ema import Ema
 from ud2m.training.steps import SteppedModule, StepSettings
+from ud2m.training.validation import Validation
 from ud2m.unfolded.warm_start import SmoothingStart
 
 FIRST_TIME = 1e-3
@@ -62,24 +62,23 @@ class BridgeModule(SteppedModule):
         clip: float = 1.0,
     ):
         super().__init__(StepSettings(warmup=warmup, accumulate=accumulate, clip=clip, ema_decay=ema_decay), seed)
-        if not lr > 0 or not sigma_y > 0:
-            raise ValueError(f"lr and sigma_y must be positive, got {lr} and {sigma_y}")
+        if not lr > 0:
+            raise ValueError(f"lr must be positive, got {lr}")
         unet: Any = Prior.from_pretrained(prior).unet
         schedule = BridgeSchedule(beta_min, beta_max)
         self.bridge = Bridge(unet.requires_grad_(True), schedule, SmoothingStart(scales, deviation))
-        self.operator, self.sigma_y, self.lr = operator, float(sigma_y), lr
+        self.lr = lr
+        self.problem = Problem(operator, float(sigma_y), seed)
         self.sampler = BridgeSampler(self.bridge, num_steps)
-        self.problem, self.num_samples = Problem(operator, self.sigma_y, seed), validation["num_samples"]
-        self.distances = lpips_if_available(validation["lpips"]) if validation["lpips"] else {}
+        self.validation = Validation(self.sampler, self.problem, **validation)
         self.ema = Ema(self.bridge.parameters(), ema_decay)
 
     def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of clean images x0 [B, C, H, W]."""
         schedule = self.bridge.schedule
         with full_precision(self.device), torch.no_grad():
-            physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
-            sigma_y = x0.new_full((len(x0),), self.sigma_y)
-            x1 = self.bridge.degraded(observe(physics, x0, sigma_y, streams), physics, sigma_y)
+            sigma_y = x0.new_full((len(x0),), self.problem.sigma_y)
+            x1 = self.bridge.degraded(self.problem.draw(x0, sigma_y, streams))
             t = rand((len(x0), 1), streams, self.device)[:, 0].to(x0).clamp(min=FIRST_TIME)
             share, deviation = (value.view(-1, 1, 1, 1) for value in schedule.marginal(t))
             x_t = (1 - share) * x0 + share * x1 + deviation * randn_like(x0, streams)
@@ -95,17 +94,16 @@ class BridgeModule(SteppedModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start a score of the sampler."""
-        self.evaluation = Evaluation(self.sampler, self.problem, self.num_samples, self.distances)
+        self.validation.begin()
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
         """Draw samples for clean images x0 with the averaged weights, and score them."""
         with self.scoring():
-            self.evaluation.add(x0)
+            self.validation.add(x0)
 
     def on_validation_epoch_end(self) -> None:
         """Log the sampler's scores."""
-        row = self.evaluation.row()
-        self.log_scores(row, row["psnr_mean"])
+        self.log_scores(*self.validation.result())
 
     def evaluate(self, data: L.LightningDataModule) -> list[dict[str, Any]]:
         """Return one row with the scores of these parameters on the validation images."""

@@ -9,30 +9,27 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ud2m.evaluation.measure import Evaluation, lpips_if_available
 from ud2m.losses.adversarial import DiscriminatorLoss
 from ud2m.losses.generator import GeneratorLoss
 from ud2m.losses.terms import Prediction
-from ud2m.physics import DataTerm, OperatorFamily, observe, select_samples
-from ud2m.physics.problem import Problem
+from ud2m.physics import Observation, OperatorFamily, Problem
 from ud2m.precision import full_precision
 from ud2m.priors.prior import LoraSpec, Prior
 from ud2m.random import rand, randn_like
 from ud2m.samplers import export
-from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.samplers.config import SamplerConfig
+from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training.ema import Ema
 from ud2m.training.levels import Levels
 from ud2m.training.pictures import contact_sheet, log_images
 from ud2m.training.steps import SteppedModule, StepSettings
+from ud2m.training.validation import Validation
 from ud2m.unfolded.ddim import check_eta
 from ud2m.unfolded.network import build_network
 from ud2m.unfolded.warm_start import start_from_y
 
 CHECKPOINTING = ("none", "modules", "all")
 """What is evaluated again in the backward pass: nothing, LATINO modules (but the last), also residual blocks."""
-
-METRICS = ("psnr", "psnr_mean", "ssim", "-lpips")
-"""Scores of the sampler that can select a checkpoint; the minus says that lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +89,7 @@ class DistillationModule(SteppedModule):
         discriminator_loss: the loss of D.
         optimizer: keyword arguments of ``OptimizerSettings``.
         sampling: N (``num_steps``), ``grid_power`` and ``eta`` of the sampler that validates and is exported.
-        validation: ``num_samples`` per image, ``lpips`` (backbone, or None to do without), and ``metric`` (one of
-            ``METRICS``), the score of the sampler that selects the best checkpoint.
+        validation: keyword arguments of ``Validation``: what is measured, and what selects the best checkpoint.
         info: plain values that the export keeps, such as the configuration of the operator.
         checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients. kept_modules: the
             last LATINO modules, which it leaves out; at least one, whose turn in the backward pass comes at once.
@@ -139,22 +135,17 @@ class DistillationModule(SteppedModule):
     ):
         settings = OptimizerSettings.from_mapping(optimizer)
         super().__init__(settings, seed)
-        if not sigma_y > 0:
-            raise ValueError(f"sigma_y must be a positive noise level in image units, got {sigma_y}")
-        low, high = sigma_y_range or (sigma_y, sigma_y)
-        if not 0 < low <= high:
-            raise ValueError(f"sigma_y_range must hold two positive noise levels that rise, got {[low, high]}")
+        bounds = None if sigma_y_range is None else (float(sigma_y_range[0]), float(sigma_y_range[1]))
+        self.problem = Problem(operator, sigma_y, seed, noise, bounds)
         check_eta(sampling["eta"])
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
-        if kept_modules < 1:
-            raise ValueError(f"kept_modules must be at least 1, got {kept_modules}")
         self.optimizer_settings = settings
         self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
-        self.network = build_network(self.prior, network)
+        kept = None if checkpointing == "none" else kept_modules
+        self.network = build_network(self.prior, network, kept)
         if start_from is not None:
             export.start_from(self.network, self.prior, start_from)
-        self.network.kept_modules = None if checkpointing == "none" else kept_modules
         if checkpointing == "all":
             self.prior.checkpoint_layers()
         if frozen_bfloat16:
@@ -163,33 +154,16 @@ class DistillationModule(SteppedModule):
             self.prior.use_channels_last()
         if compile is not None:
             self.prior.compile_network(compile)
-        self.operator, self.sigma_y, self.levels = operator, float(sigma_y), levels
-        self.sigma_y_range = (float(low), float(high))
+        self.levels = levels
         self.loss = loss(
             features=self.prior.features, discriminator=lambda: discriminator(channels=self.prior.channels)
         )
         self.discriminator = self.loss.discriminator
         self.discriminator_loss = discriminator_loss
         self.ema = Ema(self.generator_parameters(), settings.ema_decay)
-        config = SamplerConfig(**sampling, sigma_y=self.sigma_y, info=dict(info or {}))
+        config = SamplerConfig(**sampling, sigma_y=float(sigma_y), info=dict(info or {}))
         self.sampler = PosteriorSampler(self.network, self.prior, config)
-        self.noise = noise
-        self.problem = Problem(operator, self.sigma_y, seed, noise)
-        self.distances = lpips_if_available(validation["lpips"]) if validation["lpips"] else {}
-        self.num_samples, self.metric = validation["num_samples"], validation["metric"]
-        self.check_validation()
-
-    def check_validation(self) -> None:
-        """Raise ValueError now for what would stop the first validation."""
-        if self.num_samples < 1:
-            raise ValueError(f"validation.num_samples must be at least 1, got {self.num_samples}")
-        if self.metric not in METRICS:
-            raise ValueError(f"validation.metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        if self.metric == "-lpips" and not self.distances:
-            raise ValueError(
-                "validation.metric=-lpips needs validation.lpips and the weights of that backbone in the torch cache "
-                "(TORCH_HOME); put them there or select by psnr"
-            )
+        self.validation = Validation(self.sampler, self.problem, **validation)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return psi and the adapter (and a learned warm start), each once."""
@@ -241,37 +215,33 @@ class DistillationModule(SteppedModule):
         self.prior.check_size(x0.shape[2], x0.shape[3])
         batch, outputs = len(x0), self.loss.num_outputs
         with full_precision(self.device):  # the networks alone see less than float32
-            physics = self.operator.draw(batch, (x0.shape[1], x0.shape[2], x0.shape[3]), streams, self.device)
-            sigma_y = self.draw_sigma_y(batch, streams).to(x0)
-            y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
+            observation = self.problem.draw(x0, self.draw_sigma_y(batch, streams).to(x0), streams)
             sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
             x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
-        start = self.network.warm_start(x_sigma, sigma, y, physics, sigma_y)
+        start = self.network.warm_start(x_sigma, sigma, observation)
         rows = torch.arange(batch, device=self.device).repeat_interleave(outputs)
         samples = self.network(
             x_sigma[rows],
             sigma[rows],
-            y[rows],
-            select_samples(physics, rows),
-            sigma_y[rows],
+            observation.rows(rows),
             [generator for generator in streams for _ in range(outputs)],
             start=start[rows],
         )
         # Differs from the paper, where D sees A^dagger y: for a blur that is mostly amplified noise.
-        condition = x0 if self.discriminator is None else self.condition(y, physics, sigma_y, x0)
+        condition = x0 if self.discriminator is None else self.condition(observation)
         return Prediction(x0, samples.unflatten(0, (batch, outputs)), sigma, condition)
 
     def draw_sigma_y(self, batch: int, streams: list[torch.Generator]) -> Tensor:
         """Return noise levels of observations [B], image units."""
-        low, high = self.sigma_y_range
+        low, high = self.problem.levels
         if low == high:
             return torch.full((batch,), low)
         return low * (high / low) ** rand((batch, 1), streams)[:, 0]
 
     @torch.no_grad()
-    def condition(self, y: Tensor, physics: DataTerm, sigma_y: Tensor, x0: Tensor) -> Tensor:
+    def condition(self, observation: Observation) -> Tensor:
         """Return the warm start from y alone [B, C, H, W], which brings y to image size for the discriminator."""
-        return start_from_y(self.network.warm_start, tuple(x0.shape[1:]), y, physics, sigma_y)
+        return start_from_y(self.network.warm_start, observation)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
@@ -295,24 +265,22 @@ class DistillationModule(SteppedModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start a score of the sampler itself."""
-        self.evaluation = Evaluation(self.sampler, self.problem, self.num_samples, self.distances)
+        self.validation.begin()
 
     def validation_step(self, x0: Tensor, batch_idx: int) -> None:
         """Draw samples for clean images x0 with the averaged parameters, score them and show the first ones."""
         with self.scoring():
-            y, samples = self.evaluation.add(x0)
+            draws = self.validation.add(x0)
         if batch_idx == 0 and self.trainer.is_global_zero:
-            sheet = contact_sheet(x0[:4], y[:4], samples[:4])
+            sheet = contact_sheet(x0[:4], draws.observation.y[:4], draws.samples[:4])
             folder = Path(self.trainer.default_root_dir) / "images"
             log_images(self.loggers, folder, {"validation": sheet}, self.steps_done)
 
     def on_validation_epoch_end(self) -> None:
         """Log the sampler's scores, the selecting one as ``val/score``, and psi."""
-        row = self.evaluation.row()
-        value = row[self.metric.lstrip("-")]
         with self.ema.applied():
             self.log_dict({f"psi/{k}": v for k, v in self.network.psi().items()})
-        self.log_scores(row, -value if self.metric.startswith("-") else value)
+        self.log_scores(*self.validation.result())
 
     # --- results -------------------------------------------------------------------------------------------------
 

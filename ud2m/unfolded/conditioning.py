@@ -5,34 +5,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ud2m.physics import DataTerm, kept_gain, mean_gain
+from ud2m.physics import Observation, kept_gain, mean_gain
 from ud2m.precision import full_precision
 
 TYPICAL_SIGMA_Y = 0.02
 """Noise level of y, image units, at which the feature ``noise`` is 0."""
 
 
-def noise(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+def noise(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(sigma_y / 0.02) [B]."""
-    return (sigma_y / TYPICAL_SIGMA_Y).log()
+    return (observation.sigma_y / TYPICAL_SIGMA_Y).log()
 
 
-def gain(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+def gain(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(tr(A^T A) / n) [B], how much the operator keeps of an image: 0 for A = I, log 0.3 for 70 % missing."""
-    return mean_gain(physics, x_sigma).clamp_min(1e-6).log()
+    return mean_gain(observation.physics, x_sigma).clamp_min(1e-6).log()
 
 
-def strength(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+def strength(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(tr((A^T A)^2) / tr(A^T A)) [B], how strongly what is kept is seen: 0 for masks, log 1/2 for blurs."""
-    return kept_gain(physics, x_sigma).clamp_min(1e-6).log()
+    return kept_gain(observation.physics, x_sigma).clamp_min(1e-6).log()
 
 
-def level(x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+def level(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(sigma / (1 + sigma)) [B], the noise level of x_sigma against the range of an image."""
     return (sigma / (1 + sigma)).log()
 
 
-FEATURES: dict[str, Callable[[Tensor, Tensor, DataTerm, Tensor], Tensor]] = {
+FEATURES: dict[str, Callable[[Tensor, Tensor, Observation], Tensor]] = {
     "noise": noise,
     "gain": gain,
     "strength": strength,
@@ -40,9 +40,9 @@ FEATURES: dict[str, Callable[[Tensor, Tensor, DataTerm, Tensor], Tensor]] = {
 }
 
 
-def describe(names: tuple[str, ...], x_sigma: Tensor, sigma: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+def feature_values(names: tuple[str, ...], x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return the named features of each sample, [B, F]; no gradient passes."""
     if not names:
         return sigma.new_zeros(len(sigma), 0)
     with torch.no_grad(), full_precision(sigma.device):
-        return torch.stack([FEATURES[name](x_sigma, sigma, physics, sigma_y).to(sigma) for name in names], 1)
+        return torch.stack([FEATURES[name](x_sigma, sigma, observation).to(sigma) for name in names], 1)

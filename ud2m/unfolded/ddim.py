@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ud2m.physics import DataTerm
+from ud2m.physics import Observation
 from ud2m.random import Generators, randn_like
 
 FRESH = "fresh"
@@ -42,21 +42,17 @@ def check_eta(eta: float | str) -> None:
 
 def sample_posterior(
     network: Callable[..., Tensor],
-    y: Tensor,
-    physics: DataTerm,
-    sigma_y: Tensor,
+    observation: Observation,
     levels: Tensor,
-    image_shape: tuple[int, int, int],
     eta: float | str = 1.0,
     generator: Generators = None,
 ) -> Tensor:
     """Return one posterior sample per row of y: x ~ N(0, levels[0]^2), then x0_hat = L(x, level, y) and a DDIM step.
 
     Args:
-        network: L(x_sigma, sigma, y, physics, sigma_y, generator) -> x0_hat.
-        y: observations [B, ...]; sigma_y: their noise levels [B].
+        network: L(x_sigma, sigma, observation, generator) -> x0_hat.
+        observation: of B images.
         levels: noise levels to visit [N], falling, image units (``VPSchedule.grid``).
-        image_shape: (C, H, W) of the unknown.
         eta: stochasticity of the steps, see ``step_deviation``.
         generator: source of all randomness.
 
@@ -66,12 +62,13 @@ def sample_posterior(
     check_eta(eta)
     if levels.ndim != 1 or len(levels) < 1 or not (levels > 0).all() or not (levels[:-1] > levels[1:]).all():
         raise ValueError(f"levels must be positive and strictly falling, got {levels.tolist()}")
-    levels = levels.to(y.device, sigma_y.dtype)
-    zeros = torch.zeros(len(y), *image_shape, device=y.device, dtype=sigma_y.dtype)
+    like, batch = observation.sigma_y, len(observation)
+    levels = levels.to(like)
+    zeros = torch.zeros(batch, *observation.image_shape, device=like.device, dtype=like.dtype)
     x = levels[0] * randn_like(zeros, generator)
     x0_hat = zeros
     for n, level in enumerate(levels):
-        x0_hat = network(x, level.expand(len(y)), y, physics, sigma_y, generator)
+        x0_hat = network(x, level.expand(batch), observation, generator)
         if n + 1 < len(levels):
             x = ddim_step(x, x0_hat, level, levels[n + 1], eta, generator)
     return x0_hat

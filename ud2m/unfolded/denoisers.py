@@ -14,6 +14,12 @@ OVERLAP = 0.25
 """Share of a tile's side that it has in common with the next one, at least."""
 
 
+def check_tile(tile: int | None) -> None:
+    """Raise ValueError unless ``tile`` is None or a side that tiles can have."""
+    if tile is not None and (not isinstance(tile, int) or tile < 16):
+        raise ValueError(f"tile (side in pixels) must be an integer of at least 16, got {tile!r}")
+
+
 def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
     """Return a denoiser that calls another one on tiles of ``tile`` x ``tile`` pixels and blends them.
 
@@ -28,10 +34,9 @@ def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
     Raises:
         ValueError: for another side.
     """
+    check_tile(tile)
     if tile is None:
         return denoiser
-    if not isinstance(tile, int) or tile < 16:
-        raise ValueError(f"tile (side in pixels) must be an integer of at least 16, got {tile!r}")
 
     def denoise(x_sigma: Tensor, sigma: Tensor) -> Tensor:
         height, width = x_sigma.shape[2:]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ud2m.physics import DataTerm
+from ud2m.physics import Observation
 from ud2m.random import Generators, randn_like
-from ud2m.unfolded.conditioning import FEATURES, describe
-from ud2m.unfolded.denoisers import Denoiser, symmetric, tiled
+from ud2m.unfolded.conditioning import FEATURES, feature_values
+from ud2m.unfolded.denoisers import Denoiser
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.rules import RULES, Rule
 from ud2m.unfolded.warm_start import WARM_STARTS, Start
@@ -48,13 +48,12 @@ class LearnedProx(nn.Module):
         x: Tensor,
         x_sigma: Tensor,
         sigma: Tensor,
-        y: Tensor,
-        physics: DataTerm,
-        sigma_y: Tensor,
+        observation: Observation,
         initial_delta: Tensor,
         features: Tensor,
     ) -> Tensor:
         """Return u [B, C, H, W] near x; ``initial_delta`` is the rule's, [B]."""
+        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
         delta = initial_delta * self.factor("delta", features)
         return joint_prox(physics, y, x_sigma, x, sigma, delta, self.factor("lam", features), sigma_y)
 
@@ -72,16 +71,14 @@ class LatinoModule(LearnedProx):
         x: Tensor,
         x_sigma: Tensor,
         sigma: Tensor,
-        y: Tensor,
-        physics: DataTerm,
-        sigma_y: Tensor,
+        observation: Observation,
         initial: tuple[Tensor, Tensor],
         features: Tensor,
         denoiser: Denoiser,
         eps: Tensor,
     ) -> Tensor:
         """Return x^(k) [B, C, H, W] from x = x^(k-1); ``initial`` is the rule's (delta_k, tau_k), each [B]."""
-        u = self.prox(x, x_sigma, sigma, y, physics, sigma_y, initial[0], features)
+        u = self.prox(x, x_sigma, sigma, observation, initial[0], features)
         tau = initial[1] * self.factor("tau", features)
         return denoiser(u + tau.view(-1, 1, 1, 1) * eps, tau)
 
@@ -100,12 +97,24 @@ class UnfoldedNetwork(nn.Module):
         conditioning: names of the features that psi depends on, from ``ud2m.unfolded.conditioning.FEATURES``. Differs from
             [UD2M], where psi is one number each: that suits one operator and one noise level.
 
-    With ``kept_modules`` set, so many modules, the last ones, keep their activations for the backward pass; the others
-    keep their inputs and are evaluated again in it: memory hardly grows with K. The gradients are the same.
+        kept_modules: so many modules, the last ones, keep their activations for the backward pass; the others keep
+            their inputs and are evaluated again in it: memory hardly grows with K, and the gradients are the same.
+            None: all keep them.
+        spec: plain description of this network, for exports (``build_network``).
+
+    Raises:
+        ValueError: for unknown features, and numbers below 1.
     """
 
     def __init__(
-        self, denoiser: nn.Module, num_blocks: int, rule: Rule, warm_start: Start, conditioning: Sequence[str] = ()
+        self,
+        denoiser: nn.Module,
+        num_blocks: int,
+        rule: Rule,
+        warm_start: Start,
+        conditioning: Sequence[str] = (),
+        kept_modules: int | None = None,
+        spec: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         unknown = [name for name in conditioning if name not in FEATURES]
@@ -113,15 +122,15 @@ class UnfoldedNetwork(nn.Module):
             raise ValueError(f"psi cannot be conditioned on {unknown}; choose from {', '.join(FEATURES)}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks (K) must be at least 1, got {num_blocks}")
-        self.spec: dict[str, Any] = {}
+        if kept_modules is not None and kept_modules < 1:
+            raise ValueError(f"kept_modules must be at least 1, got {kept_modules}")
+        self.spec, self.kept_modules = dict(spec or {}), kept_modules
         self.denoiser = denoiser
         self.conditioning = tuple(conditioning)
         self.blocks = nn.ModuleList(LatinoModule(len(conditioning)) for _ in range(num_blocks))
-        one = torch.ones(1)
-        self.closing = None if rule.closing(one, one) is None else LearnedProx(len(conditioning))
+        self.closing = LearnedProx(len(conditioning)) if rule.closes else None
         self.rule = rule
         self.warm_start = warm_start
-        self.kept_modules: int | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -137,42 +146,42 @@ class UnfoldedNetwork(nn.Module):
         self,
         x_sigma: Tensor,
         sigma: Tensor,
-        y: Tensor,
-        physics: DataTerm,
-        sigma_y: Tensor,
+        observation: Observation,
         generator: Generators = None,
-        tile: int | None = None,
         start: Tensor | None = None,
-        symmetries: int = 1,
+        denoiser: Denoiser | None = None,
         step_scale: float = 1.0,
     ) -> Tensor:
         """Return one draw of x0_hat [B, C, H, W] for x_sigma = x0 + sigma eps and y = A x0 + sigma_y w.
 
-        ``sigma`` and ``sigma_y`` are [B] in image units; the inner noise comes from ``generator``. The denoiser sees at
-        most ``tile`` x ``tile`` pixels at once (``ud2m.unfolded.denoisers``); None: the whole picture. ``start`` is x^(0), for
-        callers that share one among several draws; ``symmetries``: see ``ud2m.unfolded.denoisers.symmetric``.
-        ``step_scale`` multiplies the modules' delta_k (not that of the closing prox): above 1 each keeps less of the
-        last network's output and the draws differ more.
+        Args:
+            x_sigma: [B, C, H, W].
+            sigma: its noise levels [B], image units.
+            observation: y with its operator and noise level.
+            generator: source of the inner noise.
+            start: x^(0), for callers that share one among several draws.
+            denoiser: in place of the network's own, as one that sees tiles or random orientations of images
+                (``ud2m.unfolded.denoisers``). Its modules are never evaluated again, as it may draw random numbers.
+            step_scale: factor on the modules' delta_k (not on that of the closing prox): above 1 each keeps less of the
+                last network's output and the draws differ more.
         """
-        denoiser = symmetric(tiled(self.denoiser, tile), symmetries, generator)
-        features = describe(self.conditioning, x_sigma, sigma, physics, sigma_y)
-        x = self.warm_start(x_sigma, sigma, y, physics, sigma_y) if start is None else start
+        features = feature_values(self.conditioning, x_sigma, sigma, observation)
+        x = self.warm_start(x_sigma, sigma, observation) if start is None else start
         for k, block in enumerate(self.blocks):
-            delta, tau = self.rule(k, self.num_blocks, sigma, sigma_y)
+            delta, tau = self.rule(k, self.num_blocks, sigma, observation.sigma_y)
             eps = randn_like(x_sigma, generator)  # here: a module that is evaluated a second time must meet it again
-            inputs = (x, x_sigma, sigma, y, physics, sigma_y, (step_scale * delta, tau), features, denoiser, eps)
-            x = checkpoint(block, *inputs, **REPLAY) if self._is_replayed(k, symmetries) else block(*inputs)
-        closing = self.rule.closing(sigma, sigma_y)
-        if self.closing is None or closing is None:
+            initial = (step_scale * delta, tau)
+            inputs = (x, x_sigma, sigma, observation, initial, features, denoiser or self.denoiser, eps)
+            replayed = denoiser is None and self._is_replayed(k)
+            x = checkpoint(block, *inputs, **REPLAY) if replayed else block(*inputs)
+        if self.closing is None:
             return x
-        return self.closing.prox(x, x_sigma, sigma, y, physics, sigma_y, closing, features)
+        closing = self.rule.closing(sigma, observation.sigma_y)
+        return self.closing.prox(x, x_sigma, sigma, observation, closing, features)
 
-    def _is_replayed(self, k: int, symmetries: int) -> bool:
-        """Return whether module k is evaluated again in the backward pass.
-
-        Random orientations are drawn inside of a module, and would be others in the second evaluation.
-        """
-        if self.kept_modules is None or symmetries > 1 or not torch.is_grad_enabled():
+    def _is_replayed(self, k: int) -> bool:
+        """Return whether module k is evaluated again in the backward pass."""
+        if self.kept_modules is None or not torch.is_grad_enabled():
             return False
         return k < self.num_blocks - self.kept_modules
 
@@ -214,13 +223,14 @@ def _of_start(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k.startswith("warm_start.")}
 
 
-def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwork:
+def build_network(denoiser: nn.Module, spec: Mapping[str, Any], kept_modules: int | None = None) -> UnfoldedNetwork:
     """Build a network from plain values, which an export stores: names instead of code.
 
     Args:
         denoiser: see ``UnfoldedNetwork``.
         spec: ``{"num_blocks": K, "rule": {"name": ..., **options}, "warm_start": {"name": ..., **options}}`` with names
             from ``RULES`` and ``WARM_STARTS``, and ``"conditioning": [...]`` where psi depends on features.
+        kept_modules: see ``UnfoldedNetwork``.
 
     Raises:
         ValueError: for an unknown name or option.
@@ -231,12 +241,10 @@ def build_network(denoiser: nn.Module, spec: Mapping[str, Any]) -> UnfoldedNetwo
         raise ValueError(f"num_blocks (K) must be an integer, got {spec['num_blocks']!r}")
     rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
     conditioning = list(spec.get("conditioning") or [])
-    network = UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start, conditioning)
     start = {"name": spec["warm_start"]["name"]} | warm_start.stored_options(dict(spec["warm_start"]))
-    network.spec = {"num_blocks": spec["num_blocks"], "rule": dict(spec["rule"]), "warm_start": start}
-    if conditioning:
-        network.spec["conditioning"] = conditioning
-    return network
+    stored = {"num_blocks": spec["num_blocks"], "rule": dict(spec["rule"]), "warm_start": start}
+    stored |= {"conditioning": conditioning} if conditioning else {}
+    return UnfoldedNetwork(denoiser, spec["num_blocks"], rule, warm_start, conditioning, kept_modules, stored)
 
 
 def _build(kind: str, registry: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:

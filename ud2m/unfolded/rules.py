@@ -14,8 +14,11 @@ class Rule(Protocol):
         """Return the step size delta_k (a variance) and the inner noise level tau_k, each [B]."""
         ...
 
-    def closing(self, sigma: Tensor, sigma_y: Tensor) -> Tensor | None:
-        """Return the step size [B] of a prox after the last module, or None to end with the network."""
+    closes: bool
+    """Whether a prox follows the last module."""
+
+    def closing(self, sigma: Tensor, sigma_y: Tensor) -> Tensor:
+        """Return the step size [B] of that prox."""
         ...
 
 
@@ -27,13 +30,16 @@ def rho(sigma: Tensor, sigma_y: Tensor) -> Tensor:
 class PaperRule:
     """tau_k = delta_k^(1/2) = rho for every module, the authors' choice [UD2M, section 4]."""
 
+    closes = False
+
     def __call__(self, k: int, num_blocks: int, sigma: Tensor, sigma_y: Tensor) -> tuple[Tensor, Tensor]:
         """Return (rho^2, rho)."""
         level = rho(sigma, sigma_y)
         return level**2, level
 
-    def closing(self, sigma: Tensor, sigma_y: Tensor) -> None:
-        """Return None: the last network's output is the result."""
+    def closing(self, sigma: Tensor, sigma_y: Tensor) -> Tensor:
+        """Raise NotImplementedError: the last network's output is the result."""
+        raise NotImplementedError("the paper's rule has no closing step")
 
 
 class AnnealedRule:
@@ -43,7 +49,18 @@ class AnnealedRule:
     that it can change nothing; here early modules see coarse noise and late ones fine noise. K = 1 takes the geometric
     mean of both ends. A last prox with deviation ``closing`` times the lowest level returns to the data what the last
     network lost of it.
+
+    Args:
+        tau_max: largest tau_1, image units.
+        floor: tau_K in units of rho.
+        width: delta_k^(1/2) in units of tau_k.
+        closing: deviation of the last prox in units of tau_K.
+
+    Raises:
+        ValueError: for values that are not positive.
     """
+
+    closes = True
 
     def __init__(self, tau_max: float = 0.4, floor: float = 3.0, width: float = 1.0, closing: float = 0.3):
         if min(tau_max, floor, width, closing) <= 0:

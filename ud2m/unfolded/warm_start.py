@@ -13,7 +13,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor, nn
 
 from ud2m.files import read_tensors
-from ud2m.physics import DataTerm, Denoising
+from ud2m.physics import Denoising, Observation
 from ud2m.precision import full_precision
 from ud2m.priors.store import weights_fingerprint
 from ud2m.unfolded.prox import joint_prox
@@ -32,7 +32,7 @@ class Start(nn.Module):
     evaluations: int = 0
     frozen: bool = False
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]; arguments as for ``UnfoldedNetwork``."""
         raise NotImplementedError
 
@@ -44,10 +44,10 @@ class Start(nn.Module):
 class PinvStart(Start):
     """x^(0) = A^dagger y, the authors' start without a network; amplifies noise and leaves holes black."""
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
-        with full_precision(y.device):
-            return physics.A_dagger(y)
+        with full_precision(x_sigma.device):
+            return observation.physics.A_dagger(observation.y)
 
 
 class SmoothingStart(Start):
@@ -71,10 +71,11 @@ class SmoothingStart(Start):
             raise ValueError(f"scales must be >= 1 and deviation > 0, got {list(scales)} and {deviation}")
         self.scales, self.deviation = tuple(scales), deviation
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
         delta = torch.full_like(sigma, self.deviation**2)
         lam = torch.ones_like(sigma)
+        physics, y, sigma_y = observation.physics, observation.y, observation.sigma_y
         back_to_data = partial(joint_prox, physics, y, x_sigma, sigma=sigma, delta=delta, lam=lam, sigma_y=sigma_y)
         x = back_to_data(torch.full_like(x_sigma, 0.5))
         *coarse, last = self.scales
@@ -91,10 +92,11 @@ def smooth(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
 
 
-def start_from_y(start: Start, image_shape: tuple[int, ...], y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
-    """Return a warm start [B, C, H, W] from y alone: x_sigma is grey and says nothing; ``image_shape`` is (C, H, W)."""
-    grey = torch.full((len(y), *image_shape), 0.5, dtype=sigma_y.dtype, device=y.device)
-    return start(grey, torch.full_like(sigma_y, NOTHING_KNOWN), y, physics, sigma_y)
+def start_from_y(start: Start, observation: Observation) -> Tensor:
+    """Return a warm start [B, C, H, W] from y alone: x_sigma is grey and says nothing."""
+    sigma_y = observation.sigma_y
+    grey = torch.full((len(observation), *observation.image_shape), 0.5, dtype=sigma_y.dtype, device=sigma_y.device)
+    return start(grey, torch.full_like(sigma_y, NOTHING_KNOWN), observation)
 
 
 class NetworkStart(Start):
@@ -128,10 +130,10 @@ class NetworkStart(Start):
         self.network = DRUNet(channels, channels, nc=list(widths), nb=num_blocks, pretrained=None)
         nn.init.zeros_(self.network.m_tail.weight)
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
-        s = self.smoothing(x_sigma, sigma, y, physics, sigma_y)
-        return s + self.network(s, sigma_y.to(s.dtype))
+        s = self.smoothing(x_sigma, sigma, observation)
+        return s + self.network(s, observation.sigma_y.to(s.dtype))
 
 
 class RamStart(Start):
@@ -173,12 +175,13 @@ class RamStart(Start):
                 f"{str(self.fingerprint)[:12]}; put the right weights there"
             )
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, y: Tensor, physics: DataTerm, sigma_y: Tensor) -> Tensor:
+    def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
+        y, physics = observation.y, observation.physics
         if not isinstance(physics, LinearPhysics):
             y = physics.A_dagger(y)
             physics = Denoising().draw(len(y), (y.shape[1], y.shape[2], y.shape[3]), device=y.device)
-        noise = sigma_y.to(y.dtype)
+        noise = observation.sigma_y.to(y.dtype)
         return self.network(y, physics, sigma=noise, gain=torch.zeros_like(noise))  # gain: of Poisson noise
 
     def stored_options(self, options: dict[str, Any]) -> dict[str, Any]:

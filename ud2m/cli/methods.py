@@ -1,0 +1,60 @@
+"""The pages of conf/method: samplers by name, with the settings to choose from."""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from ud2m.samplers.base import Sampler
+
+PLACE = "{physics}"
+
+
+def build_sampler(target: Mapping[str, Any], prior: nn.Module, device: torch.device | str) -> Sampler:
+    """Return the sampler of a page's ``target``; it gets the prior and the device where it has such an argument."""
+    extra: dict[str, Any] = {"prior": prior} if shares_prior(target) else {}
+    if "device" in _arguments(target):
+        extra["device"] = device
+    return instantiate(dict(target), _convert_="all", _partial_=True)(**extra)
+
+
+def shares_prior(target: Mapping[str, Any]) -> bool:
+    """Return whether a target takes a prior as a network; trained models bring theirs, and may take its name."""
+    argument = _arguments(target).get("prior")
+    return argument is not None and argument.annotation is nn.Module
+
+
+def _arguments(target: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(hydra.utils.get_object(target["_target_"])).parameters
+
+
+def filled(value: Any, physics: str) -> Any:
+    """Return a page with ``{physics}``, the name of the operator's page, replaced in all its texts."""
+    if isinstance(value, Mapping):
+        return {key: filled(item, physics) for key, item in value.items()}
+    return value.replace(PLACE, physics) if isinstance(value, str) else value
+
+
+def combinations(target: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the target with every combination of the values of dotted keys.
+
+    Raises:
+        ValueError: for a key that the target does not have.
+    """
+    for values in itertools.product(*grid.values()):
+        changed = copy.deepcopy(dict(target))
+        for key, value in zip(grid, values, strict=True):
+            *path, last = key.split(".")
+            node = changed
+            for step in path:
+                node = node.get(step, {})
+            if last not in node:
+                raise ValueError(f"tune names {key!r}, which the method does not have; it has {', '.join(node)}")
+            node[last] = value
+        yield changed
