@@ -11,19 +11,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import Tensor
 
-import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
+from experiments import training_module
 from ud2m.losses.terms import Prediction
-from ud2m.physics import observe
 from ud2m.training import DistillationModule
+from ud2m.training.distillation_step import DistillationStep
 
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 Step = Callable[[], object]
 
 
@@ -41,16 +37,13 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 def build(physics: str) -> DistillationModule:
     """Return the training module of the operator's experiment, with a discriminator and without a perceptual term."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", [f"experiment=photos_{physics}", "name=cost", "loss.adversarial=0.01"])
-    return instantiate(config.training, _convert_="all")
+    return training_module(f"photos_{physics}", "name=cost", "loss.adversarial=0.01", "loss.perceptual=0")
 
 
 def sampling_ratio(model: DistillationModule, size: int, repeats: int) -> tuple[float, float]:
     """Return (median ratio, seconds per call) of the sampler at 3 x size x size."""
     shape = (model.prior.channels, size, size)
-    physics = model.operator.draw(1, shape, torch.Generator().manual_seed(0))
-    y = observe(physics, torch.rand(1, *shape), model.sigma_y)
+    observation = model.step.problem.observe(torch.rand(1, *shape))
     x, sigma = torch.rand(1, *shape), torch.tensor([0.1])
     model.prior.merge_adapter()
 
@@ -59,7 +52,7 @@ def sampling_ratio(model: DistillationModule, size: int, repeats: int) -> tuple[
         for _ in range(model.sampler.nfe()):
             model.prior.unet(x, model.prior.schedule.time(sigma))
 
-    seconds = interleaved({"sampler": lambda: model.sampler(y, physics), "bare": bare}, repeats)
+    seconds = interleaved({"sampler": lambda: model.sampler.sample(observation), "bare": bare}, repeats)
     return ratio(seconds["sampler"], seconds["bare"]), statistics.median(seconds["sampler"])
 
 
@@ -73,7 +66,7 @@ def training_ratio(model: DistillationModule, batch: int, size: int, repeats: in
     sigma = torch.full((len(images),), 0.1)
 
     def step() -> None:
-        model.losses(x0, streams)[0].backward()
+        model.step(x0, streams)[0].backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -81,20 +74,20 @@ def training_ratio(model: DistillationModule, batch: int, size: int, repeats: in
     def bare() -> None:
         for _ in range(model.network.num_blocks):
             model.prior.unet(images, model.prior.schedule.time(sigma)).sample.square().mean().backward()
-        discriminator_passes(model, x0, images, streams)
+        discriminator_passes(model.step, x0, images, streams)
         model.zero_grad()
 
     seconds = interleaved({"step": step, "bare": bare}, repeats)
     return ratio(seconds["step"], seconds["bare"]), statistics.median(seconds["step"])
 
 
-def discriminator_passes(model: DistillationModule, x0: Tensor, images: Tensor, streams: list[torch.Generator]) -> None:
+def discriminator_passes(step: DistillationStep, x0: Tensor, images: Tensor, streams: list[torch.Generator]) -> None:
     """Run the discriminator as one training step does: its own loss, and the generator's term through it."""
     images = images.clone().requires_grad_()
     prediction = Prediction(x0, images.unflatten(0, (len(x0), -1)), torch.ones(len(x0)), x0)
-    assert model.discriminator is not None
-    loss_d, _ = model.discriminator_loss(model.discriminator, prediction, streams)
-    (loss_d + model.loss.terms["adversarial"](prediction)).backward()
+    assert step.discriminator is not None
+    loss_d, _ = step.discriminator_loss(step.discriminator, prediction, streams)
+    (loss_d + step.loss.terms["adversarial"](prediction)).backward()
 
 
 def ratio(first: list[float], second: list[float]) -> float:

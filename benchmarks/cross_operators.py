@@ -12,30 +12,29 @@ noise level or another kernel than the observation has; the residual is the one 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from results import store
+from tables import best_latino, row_of
 from ud2m.data import PhotoData
-from ud2m.evaluation.comparison import score, search_latino
-from ud2m.evaluation.measure import Method, lpips_if_available
 from ud2m.physics import (
-    DataTerm,
     Denoising,
     GaussianBlur,
     Inpainting,
     MotionBlur,
+    Observation,
     OperatorFamily,
+    Problem,
     SuperResolution,
     UniformBlur,
     residual,
 )
-from ud2m.physics.problem import Problem
 from ud2m.priors.prior import Prior
-from ud2m.samplers.latino import Latino, pseudo_inverse
+from ud2m.samplers.base import Sampler
+from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.ud2m import PosteriorSampler
 
 MODELS = ("photos_gaussian_blur", "photos_super_resolution", "photos_inpainting", "photos_general")
@@ -54,25 +53,25 @@ PROBLEMS = {
 """Columns: operator and sigma_y. The general model trains on sigma_y in [0.005, 0.1] and on no motion blur."""
 
 
-@dataclass
-class Told:
+class Told(Sampler):
     """A sampler that is told ``factor`` times the noise level, or the operator ``family`` in place of the true one."""
 
-    sampler: PosteriorSampler
-    factor: float = 1.0
-    family: OperatorFamily | None = None
-    seen: float = 0.0
-    count: int = 0
+    def __init__(self, sampler: Sampler, factor: float = 1.0, family: OperatorFamily | None = None):
+        super().__init__(sampler.networks, sampler.chunk_size)
+        self.sampler, self.factor, self.family = sampler, factor, family
+        self.residuals: list[Tensor] = []
 
-    def __call__(self, y: Tensor, physics: DataTerm, sigma_y: float, num_samples: int = 1, **options: Any) -> Tensor:
-        """Draw samples, and sum up the residual of what was told."""
-        told = self.factor * sigma_y
-        believed = physics if self.family is None else self.family.draw(len(y), tuple(y.shape[1:]))
-        samples = self.sampler(y, believed, told, num_samples, **options)
-        for sample in samples.unbind(1):
-            self.seen += residual(believed, sample, y, told).sum().item() / num_samples
-        self.count += len(y)
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Draw samples, and keep the residual of what was told."""
+        y, physics, told = observation.y, observation.physics, self.factor * observation.sigma_y
+        believed = physics if self.family is None else self.family.draw(len(y), (y.shape[1], y.shape[2], y.shape[3]))
+        samples = self.sampler.draw(Observation(y, believed, told), streams)
+        self.residuals.append(residual(believed, samples.clamp(0, 1), y, told))
         return samples
+
+    def residual(self) -> float:
+        """Return the mean residual of all samples."""
+        return torch.cat(self.residuals).mean().item()
 
 
 def images(size: int, limit: int, validation: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,16 +93,12 @@ def table(names: Sequence[str], size: int, limit: int) -> list[dict[str, Any]]:
     validation, test = images(size, limit, 16)
     samplers = {name: PosteriorSampler.from_pretrained(name) for name in names}
     prior = Prior.from_pretrained("photos_prior")
-    distances = lpips_if_available("alex")
     rows: dict[str, dict[str, Any]] = {}
     for label, problem in PROBLEMS.items():
-        setting = search_latino(prior, problem, validation, distances)["PSNR"]
-        methods: dict[str, Method] = {**samplers} | {
-            "LATINO, best PSNR": Latino(prior, setting),
-            "A^dagger y": pseudo_inverse,
-        }
+        latino, _ = best_latino(prior, problem, validation)
+        methods: dict[str, Sampler] = {**samplers, "LATINO, best PSNR": latino, "A^dagger y": PseudoInverse()}
         for name, method in methods.items():
-            scores = score(method, problem, test, SAMPLES, distances, f"{name}: {label}")
+            scores = row_of(method, problem, test, SAMPLES, f"{name}: {label}")
             rows.setdefault(name, {"method": name})[label] = cell(scores)
     return list(rows.values())
 
@@ -111,13 +106,13 @@ def table(names: Sequence[str], size: int, limit: int) -> list[dict[str, Any]]:
 def misspecified(name: str, size: int, limit: int) -> list[dict[str, Any]]:
     """Return a row per wrong thing that the model is told, for Gaussian deblurring of width 1.6 at sigma_y = 0.01."""
     sampler, (_, test) = PosteriorSampler.from_pretrained(name), images(size, limit, 1)
-    problem, distances = Problem(GaussianBlur(1.6), 0.01), lpips_if_available("alex")
+    problem = Problem(GaussianBlur(1.6), 0.01)
     tellings = {f"sigma_y x {factor:g}": Told(sampler, factor) for factor in (0.5, 1.0, 2.0)}
     tellings |= {f"width x {f:g}": Told(sampler, family=GaussianBlur(1.6 * f)) for f in (0.8, 0.9, 1.1, 1.2)}
     rows = []
     for words, told in tellings.items():
-        scores = score(told, problem, test, SAMPLES, distances, words)
-        rows.append({"method": words} | scores | {"residual": told.seen / told.count})
+        scores = row_of(told, problem, test, SAMPLES, words)
+        rows.append({"method": words} | scores | {"residual": told.residual()})
     return rows
 
 

@@ -36,15 +36,16 @@ from ud2m.evaluation.scores import with_interval
 from ud2m.evaluation.table import markdown_line
 from ud2m.evaluation.usage import NetworkEvaluations
 from ud2m.files import write_bytes, write_json
+from ud2m.images import LUMINANCE
 from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss
 from ud2m.losses.generator import GeneratorLoss
 from ud2m.losses.terms import L2, EnergyScore, MeanL2, Prediction
-from ud2m.physics import GaussianBlur, Inpainting, OperatorFamily, SuperResolution, observe, select_samples
-from ud2m.physics.general import LUMINANCE
+from ud2m.physics import GaussianBlur, Inpainting, Observation, OperatorFamily, SuperResolution, observe
 from ud2m.priors.gaussian_mixture import AdaptedMixture, GaussianMixture
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.store import weights_fingerprint
 from ud2m.random import rand, randn_like
+from ud2m.samplers.base import Sampler
 from ud2m.samplers.deepinv import DDPM_TABLE, Ddrm, DiffPir, Dps, Langevin
 from ud2m.samplers.latino import Latino, LatinoSetting
 from ud2m.training.levels import Levels
@@ -158,12 +159,11 @@ def train(
         y = observe(physics, x0, noise, generator)
         sigma = levels(rand((batch, 2), generator), schedule)
         x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator)
-        outputs = network(
-            x_sigma[rows], sigma[rows], y[rows], select_samples(physics, rows), noise[rows], generator
-        ).unflatten(0, (batch, -1))
+        observation = Observation(y, physics, noise)
+        outputs = network(x_sigma[rows], sigma[rows], observation.rows(rows), generator).unflatten(0, (batch, -1))
         condition = x0
         if judge is not None:
-            condition = start_from_y(network.warm_start, tuple(x0.shape[1:]), y, physics, noise).detach()
+            condition = start_from_y(network.warm_start, observation).detach()
         prediction = Prediction(x0, outputs, sigma, condition)
         total, _ = loss(prediction)
         if judge is not None:
@@ -178,50 +178,40 @@ def train(
     return network.requires_grad_(False)
 
 
-class Unfolded:
-    """A trained network as a ``Method`` with N steps."""
+class Unfolded(Sampler):
+    """A trained network with N steps."""
 
     def __init__(self, network: UnfoldedNetwork, num_steps: int, eta: float | str = 1.0, grid_power: float = 2.0):
+        super().__init__([network.denoiser], chunk_size=4096)
         self.network, self.eta = network, eta
-        self.networks = [network.denoiser]
         self.levels = VPSchedule.from_config(DDPM_TABLE).grid(num_steps, grid_power)
 
-    @torch.no_grad()
-    def __call__(
-        self, y: Tensor, physics: Any, sigma_y: float, num_samples: int, generator: torch.Generator, **options: Any
-    ) -> Tensor:
-        """Return samples [B, S, C, H, W]."""
-        rows = torch.arange(len(y)).repeat_interleave(num_samples)
-        shape = self.network.denoiser.mixture.image_shape  # type: ignore[union-attr]
-        noise = torch.full((len(rows),), sigma_y)
-        one = select_samples(physics, rows)
-        drawn = sample_posterior(self.network, y[rows], one, noise, self.levels, shape, self.eta, generator)
-        return drawn.unflatten(0, (len(y), num_samples))
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        return sample_posterior(self.network, observation, self.levels, self.eta, streams)
 
 
-class Exact:
+class Exact(Sampler):
     """Exact draws of the posterior: whose distance to others is the floor."""
 
+    mixes_observations = False
+
     def __init__(self, mixture: GaussianMixture):
+        super().__init__(chunk_size=4096)
         self.mixture = mixture
 
-    def __call__(
-        self, y: Tensor, physics: Any, sigma_y: float, num_samples: int, generator: torch.Generator, **options: Any
-    ) -> Tensor:
-        """Return samples [B, S, C, H, W]."""
-        parts = [select_samples(physics, torch.tensor([i])) for i in range(len(y))]
-        drawn = [
-            self.mixture.posterior(row[None], one, sigma_y).sample(num_samples, generator).float()
-            for row, one in zip(y, parts, strict=True)
-        ]
-        return torch.stack(drawn)
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row; the rows are copies of one observation."""
+        one = observation.rows(torch.tensor([0]))
+        posterior = self.mixture.posterior(one.y, one.physics, float(one.sigma_y))
+        return posterior.sample(len(observation), streams[0]).float()
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
 def judged(
-    method: Any, mixture: GaussianMixture, operator: OperatorFamily, sigma_y: float, observations: int, samples: int
+    method: Sampler, mixture: GaussianMixture, operator: OperatorFamily, sigma_y: float, observations: int, samples: int
 ) -> dict[str, Any]:
     """Return distances to exact draws with intervals over observations, coverage and NFE.
 
@@ -236,9 +226,9 @@ def judged(
     x0 = mixture.sample(observations, generator).float()
     physics = operator.draw(observations, tuple(x0.shape[1:]), generator)
     y = observe(physics, x0, sigma_y, generator)
-    exact = Exact(mixture)(y, physics, sigma_y, 2 * samples, generator).clamp(0, 1)
-    with NetworkEvaluations(getattr(method, "networks", ())) as counter:
-        drawn = method(y, physics, sigma_y, 2 * samples, generator=generator).clamp(0, 1)
+    exact = Exact(mixture)(y, physics, sigma_y, 2 * samples, generator)
+    with NetworkEvaluations(method.networks) as counter:
+        drawn = method(y, physics, sigma_y, 2 * samples, generator)
     pairs = [(e.split(samples), d.split(samples)) for e, d in zip(exact, drawn, strict=True)]
     between = torch.tensor([[wasserstein2(a, b) for a, b in zip(e, d, strict=True)] for e, d in pairs])
     floors = torch.tensor([wasserstein2(*e) for e, _ in pairs])

@@ -17,52 +17,53 @@ from torch import Tensor
 
 from cross_operators import images
 from results import store
-from ud2m.evaluation.comparison import score, search_latino
-from ud2m.evaluation.features import FrechetDistance
-from ud2m.evaluation.measure import lpips_if_available
-from ud2m.physics import Jpeg
-from ud2m.physics.problem import Problem
+from tables import best_latino, row_of
+from ud2m.evaluation.scores import check_scores
+from ud2m.physics import Jpeg, Problem
 from ud2m.priors.prior import Prior
-from ud2m.samplers.latino import Latino, LatinoSetting, pseudo_inverse
+from ud2m.samplers.base import Sampler
+from ud2m.samplers.latino import PseudoInverse
 
 QUALITIES = (10, 30, 70)
+SET = "frechet_alex"
 SAMPLES = 4
 
 
 def measure(size: int, limit: int) -> list[dict[str, Any]]:
     """Return the rows: three per quality factor."""
-    FrechetDistance().check(limit)
+    check_scores([SET], limit, SAMPLES, (3, size, size))
     validation, test = images(size, limit, 8)
-    prior, distances, rows = Prior.from_pretrained("photos_prior"), lpips_if_available("alex"), []
+    prior, rows = Prior.from_pretrained("photos_prior"), []
 
-    def row(words: str, problem: Problem, method: Any, quality: int, **extra: Any) -> None:
+    def row(words: str, problem: Problem, method: Sampler, quality: int, **extra: Any) -> None:
         label = f"QF {quality}, {words}"
-        scores = score(method, problem, test, SAMPLES, distances, label, frechet=FrechetDistance())
-        rows.append({"method": f"QF {quality}: {words}", "nfe": getattr(method, "nfe", 0)} | scores | extra)
+        scores = row_of(method, problem, test, SAMPLES if method.draws else 1, label, [SET])
+        rows.append({"method": f"QF {quality}: {words}"} | scores | extra)
 
     for quality in QUALITIES:
         decoded = Problem(Jpeg(quality), 0.03)
-        row("decoder", decoded, pseudo_inverse, quality)
-        rms = 10 ** (-score(pseudo_inverse, decoded, validation, 1, {})["psnr_mean"] / 20)
+        row("decoder", decoded, PseudoInverse(), quality)
+        rms = 10 ** (-row_of(PseudoInverse(), decoded, validation, 1)["psnr_mean"] / 20)
         for likelihood, factors in {"cell": (1.0,), "gaussian": (0.5, 1.0, 2.0)}.items():
-            problem, setting = best_of(likelihood, [factor * rms for factor in factors], quality, prior, validation)
-            extra = {"sigma_y": problem.sigma_y, "setting": setting.describe()}
-            row(likelihood, problem, Latino(prior, setting), quality, **extra)
+            problem, latino, setting = best_of(
+                likelihood, [factor * rms for factor in factors], quality, prior, validation
+            )
+            extra = {"sigma_y": problem.sigma_y, "setting": setting}
+            row(likelihood, problem, latino, quality, **extra)
     return rows
 
 
 def best_of(
     likelihood: str, sigmas: Sequence[float], quality: int, prior: Prior, validation: Sequence[Tensor]
-) -> tuple[Problem, LatinoSetting]:
+) -> tuple[Problem, Sampler, str]:
     """Return the assumed noise level, as a problem, and LATINO's setting that reach the highest PSNR of the mean."""
     tried = []
     for sigma_y in sigmas:
         problem = Problem(Jpeg(quality, likelihood=likelihood), sigma_y)
-        setting = search_latino(prior, problem, validation, {})["PSNR"]
-        reached = score(Latino(prior, setting), problem, validation, 2, {})["psnr_mean"]
-        tried.append((reached, problem, setting))
-    _, problem, setting = max(tried, key=lambda trial: trial[0])
-    return problem, setting
+        latino, setting = best_latino(prior, problem, validation)
+        reached = row_of(latino, problem, validation, 2)["psnr_mean"]
+        tried.append((reached, problem, latino, setting))
+    return max(tried, key=lambda trial: trial[0])[1:]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Print what activation checkpointing saves: python benchmarks/memory.py [--repeats 3] [--store].
 
-One training step (both players, energy score) of the photo prior's network with K = 2, 3 and 8 modules, on the CPU.
+One training step (with a discriminator and the energy score) of the photo prior's network with K = 2, 3 and 8 modules,
+on the CPU.
 The peak is that of all tensors which the step allocates, by torch's profiler; weights are there before. Times are
 medians, as ratios to the step without checkpointing.
 """
@@ -8,18 +9,15 @@ medians, as ratios to the step without checkpointing.
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
+from experiments import training_module
 from results import store
-from ud2m.training import DistillationModule
+from ud2m.training.distillation_step import DistillationStep
 
 COUNTS = (2, 3, 8)
 """K."""
@@ -29,28 +27,25 @@ KINDS = {
     "modules, 2 kept": ("training.checkpointing=modules", "training.kept_modules=2"),
     "all": ("training.checkpointing=all",),
 }
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def build(num_blocks: int, *checkpointing: str) -> DistillationModule:
-    """Return the training module of the deblurring experiment, with a discriminator."""
+def build(num_blocks: int, *checkpointing: str) -> DistillationStep:
+    """Return the training step of the deblurring experiment, with a discriminator."""
     options = [f"network.num_blocks={num_blocks}", *checkpointing]
-    with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("train", ["experiment=photos_gaussian_blur", "name=memory", "loss.adversarial=0.01", *options])
-    return instantiate(config.training, _convert_="all")
+    return training_module("photos_gaussian_blur", "name=memory", "loss.adversarial=0.01", *options).step
 
 
-def step(model: DistillationModule, x0: Tensor) -> None:
+def run(step: DistillationStep, x0: Tensor) -> None:
     """Run one forward and backward pass."""
     streams = [torch.Generator().manual_seed(i) for i in range(len(x0))]
-    model.losses(x0, streams)[0].backward()
-    model.zero_grad()
+    step(x0, streams)[0].backward()
+    step.modules.zero_grad()
 
 
-def peak(model: DistillationModule, x0: Tensor) -> int:
+def peak(step: DistillationStep, x0: Tensor) -> int:
     """Return the largest number of bytes that one step holds at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(model, x0)
+        run(step, x0)
     held = highest = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -69,13 +64,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def seconds(models: dict[str, DistillationModule], x0: Tensor, repeats: int) -> dict[str, list[float]]:
+def seconds(steps: dict[str, DistillationStep], x0: Tensor, repeats: int) -> dict[str, list[float]]:
     """Return the times of steps; they take turns, so that a drifting machine hits all alike."""
-    times: dict[str, list[float]] = {kind: [] for kind in models}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
     for repeat in range(repeats + 1):
-        for kind, model in models.items():
+        for kind, step in steps.items():
             start = time.perf_counter()
-            step(model, x0)
+            run(step, x0)
             if repeat:
                 times[kind].append(time.perf_counter() - start)
     return times
@@ -89,10 +84,10 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {kind: {"method": f"checkpointing: {kind}"} for kind in KINDS}
     peaks: dict[tuple[str, int], float] = {}
     for count in COUNTS:
-        models = {kind: build(count, *overrides) for kind, overrides in KINDS.items()}
-        times = seconds(models, x0, options.repeats)
-        for kind, model in models.items():
-            peaks[kind, count] = peak(model, x0) / 2**20
+        steps = {kind: build(count, *overrides) for kind, overrides in KINDS.items()}
+        times = seconds(steps, x0, options.repeats)
+        for kind, step in steps.items():
+            peaks[kind, count] = peak(step, x0) / 2**20
             ratio = statistics.median(a / b for a, b in zip(times[kind], times["none"], strict=True))
             rows[kind] |= {
                 f"peak, K = {count} [MiB]": f"{peaks[kind, count]:.0f}",

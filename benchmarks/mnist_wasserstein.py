@@ -4,7 +4,7 @@
     python benchmarks/mnist_wasserstein.py picture [--blocks 1 8] [--steps 1 16]
 
 The models are the exports of ``experiment=mnist_super_resolution`` in ``--runs`` (``mnist_K1``, ``mnist_K2``, ...;
-``bash benchmarks/run_results.sh mnist`` trains them). W2 is the metric ``cw2`` of ``ud2m.evaluate`` on 32x32 digits in
+``bash benchmarks/run_results.sh mnist`` trains them). W2 is the metric ``cw2`` of ``ud2m evaluate`` on 32x32 digits in
 [0, 1], one sample of each: digits, samples and y are taken for jointly Gaussian, and W2 is the root of the mean over y
 of the squared distance between the Gaussians given y. From so few images it has a bias, which depends on how much the
 samples have in common with the digits; ``cw2_debiased`` stands before it. The row "draws of the law" is of draws of
@@ -18,24 +18,24 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from overview_picture import draw
 from results import store
 from ud2m.data.mnist import Digits, read_mnist
 from ud2m.evaluation.calibration import ConditionalGaussian
 from ud2m.evaluation.cells import CellStore, Result
-from ud2m.evaluation.measure import Method, measure
+from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import ConditionalW2
 from ud2m.images import std_image
-from ud2m.physics import DataTerm, SuperResolution
-from ud2m.physics.problem import Problem
-from ud2m.samplers.latino import PseudoInverse, Trained
+from ud2m.physics import Observation, Problem, SuperResolution
+from ud2m.samplers.base import Sampler
+from ud2m.samplers.latino import PseudoInverse
+from ud2m.samplers.ud2m import PosteriorSampler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PICTURE = REPOSITORY / "docs" / "images" / "mnist.png"
@@ -44,44 +44,37 @@ SIDE, BATCH = 32, 100
 SHOWN, SAMPLES, STD_SCALE = (3, 11, 18), 32, 0.5
 
 
-@dataclass
-class InBfloat16:
+class InBfloat16(Sampler):
     """A trained model under autocast."""
 
-    model: Trained
+    def __init__(self, model: Sampler):
+        super().__init__(model.networks, model.chunk_size)
+        self.model = model
 
-    @property
-    def networks(self) -> Sequence[nn.Module]:
-        """What is evaluated."""
-        return self.model.networks
-
-    def __call__(self, y: Tensor, physics: DataTerm, *arguments: Any, **options: Any) -> Tensor:
-        """Return samples [B, S, C, H, W]."""
-        with torch.autocast(y.device.type, torch.bfloat16):
-            return self.model(y, physics, *arguments, **options).float()
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        with torch.autocast(observation.y.device.type, torch.bfloat16):
+            return self.model.draw(observation, streams).float()
 
 
-class GaussianLaw:
+class GaussianLaw(Sampler):
     """Draws of the law N of digits given y that is fitted to some digits, with their own residuals.
 
     Only the first two moments are those of the Gaussian.
     """
 
-    networks: Sequence[nn.Module] = ()
-
     def __init__(self, x0: Tensor, y: Tensor):
+        super().__init__()
         rows, seen = x0.flatten(1).double(), y.flatten(1).double()
         self.law = ConditionalGaussian.fit(rows, seen)
         self.residuals = rows - self.law.means(seen)
         self.shape = x0.shape[1:]
 
-    def __call__(
-        self, y: Tensor, physics: DataTerm, sigma_y: float, num_samples: int, generator: torch.Generator
-    ) -> Tensor:
-        """Return samples [B, S, C, H, W]."""
-        picks = torch.randint(len(self.residuals), (len(y), num_samples), generator=generator)
-        drawn = self.law.means(y.flatten(1).double()).unsqueeze(1) + self.residuals[picks]
-        return drawn.unflatten(2, self.shape).to(y.dtype)
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row; those that a study clamps to [0, 1] lose their tails, as a model's do."""
+        picks = [int(torch.randint(len(self.residuals), (), generator=stream)) for stream in streams]
+        drawn = self.law.means(observation.y.flatten(1).double()) + self.residuals[picks]
+        return drawn.unflatten(1, self.shape).to(observation.y.dtype)
 
 
 def digits(root: Path, count: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +96,7 @@ class Study:
         self.images, self.others = digits(options.root, options.images)
         self.cells = CellStore(options.folder / "cells")
 
-    def cell(self, make: Callable[[], Method], **settings: Any) -> Mapping[str, Any]:
+    def cell(self, make: Callable[[], Sampler], **settings: Any) -> Mapping[str, Any]:
         """Return the numbers of a method, measured unless they are there."""
         full = {"images": len(self.images), "problem": str(PROBLEM), **settings}
         result = self.cells.load(full)
@@ -116,12 +109,12 @@ class Study:
 
     def model(self, blocks: int, steps: int) -> Mapping[str, Any]:
         """Return the numbers of a trained model."""
-        trained = Trained(str(self.options.runs / f"mnist_K{blocks}" / "export"), num_steps=steps)
+        trained = model_of(self.options, blocks, steps)
         return self.cell(lambda: InBfloat16(trained), model=trained.fingerprint, steps=steps)
 
     def law(self) -> GaussianLaw:
         """Return the draws that the floor is made of."""
-        return GaussianLaw(self.others, PROBLEM.observe(self.others)[0])
+        return GaussianLaw(self.others, PROBLEM.observe(self.others).y)
 
     def rows(self) -> list[dict[str, str]]:
         """Return a row for each K with a column for each N, and two rows to compare with."""
@@ -143,12 +136,16 @@ def text(row: Mapping[str, Any]) -> str:
     return f"{row['cw2_debiased']:.2f} ({row['cw2']:.2f} [{row['cw2_low']:.2f}, {row['cw2_high']:.2f}])"
 
 
-def pictures(x0: Tensor, model: Trained, first: int) -> dict[str, Tensor]:
+def model_of(options: argparse.Namespace, blocks: int, steps: int) -> PosteriorSampler:
+    """Return the trained model of K modules with N steps."""
+    return PosteriorSampler.from_pretrained(options.runs / f"mnist_K{blocks}" / "export", num_steps=steps)
+
+
+def pictures(x0: Tensor, model: Sampler, first: int) -> dict[str, Tensor]:
     """Return what a model makes of one digit [1, 1, H, W], the ``first``-th of its set, by heading."""
-    y, physics = PROBLEM.observe(x0, first)
-    generator = PROBLEM.sampling_generator(first)
-    samples = model(y, physics, PROBLEM.sigma_y, SAMPLES, generator=generator)[0]
-    shown = {"reference": x0[0], "observed": y[0].clamp(0, 1)}
+    observation = PROBLEM.observe(x0, first)
+    samples = model.sample(observation, SAMPLES, PROBLEM.sampling_generator(first))[0]
+    shown = {"reference": x0[0], "observed": observation.y[0].clamp(0, 1)}
     shown |= {f"sample {k + 1}": samples[k] for k in range(4)}
     deviation, _ = std_image(samples.std(0), STD_SCALE)
     shown |= {f"mean of {SAMPLES}": samples.mean(0), f"std (0 ... {STD_SCALE:g})": deviation}
@@ -180,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, _ = digits(options.root, 20)
     lines = []
     for blocks, steps in zip(options.blocks, options.steps, strict=True):
-        model = Trained(str(options.runs / f"mnist_K{blocks}" / "export"), num_steps=steps)
+        model = model_of(options, blocks, steps)
         lines += [(f"K = {blocks}, N = {steps}", pictures(images[k : k + 1], model, k)) for k in SHOWN]
     draw(lines, PICTURE)
     print(PICTURE.relative_to(REPOSITORY))

@@ -61,10 +61,10 @@ def pictures(row: Row, model: str) -> dict[str, Tensor]:
     """Return the pictures of a row [C, h, w] by the heading of their column."""
     sampler = PosteriorSampler.from_pretrained(model)
     x0 = piece(row)
-    y, physics = Problem(row.operator, sampler.config.sigma_y, SEED).observe(x0)
-    generator = torch.Generator().manual_seed(SEED)
-    samples = sampler(y, physics, num_samples=NUM_SAMPLES, generator=generator)[0]
-    known = measured(physics, y).expand_as(y)[0]
+    observation = Problem(row.operator, sampler.config.sigma_y, SEED).observe(x0)
+    y = observation.y
+    samples = sampler.sample(observation, NUM_SAMPLES, torch.Generator().manual_seed(SEED))[0]
+    known = measured(observation.physics, y).expand_as(y)[0]
     shown = {"reference": x0[0], "observation": torch.where(known > 0, y[0], torch.tensor(HOLE)).clamp(0, 1)}
     shown |= {f"sample {k + 1}": samples[k] for k in range(SHOWN)}
     deviation, _ = std_image(samples.std(0), STD_SCALE)

@@ -4,7 +4,7 @@
     python benchmarks/results.py cost [--repeats 7]
     python benchmarks/results.py render
 
-``collect`` reads ``metrics.json`` and the settings of output folders of ``sample.py`` or ``python -m ud2m.evaluate``
+``collect`` reads ``metrics.json`` and the settings of output folders of ``sample.py`` or ``ud2m evaluate``
 and writes ``docs/results/NAME.json``. A folder without a label gives all its rows; one with a label only the last row,
 which is the trained model, called LABEL. ``cost`` runs ``benchmarks/cost.py`` and stores its ratios. ``render``
 writes ``docs/results.md`` and the tables between ``<!-- results:... -->`` and ``<!-- /results -->`` in ``README.md``.
@@ -25,7 +25,8 @@ import torch
 from ud2m.evaluation.differences import DIFFERENCE
 from ud2m.evaluation.table import SETTING, Column, best_cells, format_value, markdown_line, table_columns
 from ud2m.files import write_bytes, write_json
-from ud2m.reports import board as leaderboard
+from ud2m.reports.tables import circumstances, visible
+from ud2m.reports.text_tables import markdown_differences, markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
@@ -334,7 +335,7 @@ def measure_cost(repeats: int) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name an output folder of sample.py or ud2m.evaluate")
+        raise FileNotFoundError(f"{path} does not exist; name an output folder of sample.py or ud2m evaluate")
     return json.loads(path.read_text())
 
 
@@ -378,8 +379,8 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
     note = f"{content['note']}\n\n" if content["note"] else ""
     if is_evaluated(rows):
         kept = without_left_out(rows)
-        shown = leaderboard.markdown_table(kept) + "\n\n" + "; ".join(leaderboard.circumstances(kept)) + "."
-        shown += "\n".join(["", *leaderboard.markdown_differences(kept)]).rstrip()
+        shown = markdown_table(kept) + "\n\n" + "; ".join(circumstances(kept)) + "."
+        shown += "\n".join(["", *markdown_differences(kept)]).rstrip()
     else:
         constant = [key for key in SETTING if len({row.get(key) for row in rows}) == 1]
         shown = table([{key: value for key, value in row.items() if key not in constant} for row in rows])
@@ -387,7 +388,7 @@ def render_section(section: Section, content: Mapping[str, Any] | None) -> str:
 
 
 def is_evaluated(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether rows are those of ``ud2m.evaluate``, with intervals."""
+    """Return whether rows are those of ``ud2m evaluate``, with intervals."""
     return any(key.endswith("_low") for row in rows for key in row)
 
 
@@ -403,7 +404,7 @@ def render_document(folder: Path = RESULTS) -> str:
     plain = [row for rows in tables if not is_evaluated(rows) for row in rows]
     columns = table_columns(plain) if plain else []
     for rows in filter(is_evaluated, tables):
-        columns += leaderboard.visible(without_left_out(rows))
+        columns += visible(without_left_out(rows))
     meanings = list(dict.fromkeys(f"- {c.heading}: {c.meaning}." for c in columns if c.meaning))
     head = (
         "# Results\n\n"

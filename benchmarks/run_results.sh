@@ -43,7 +43,7 @@ sample() {
 evaluate() {
     local name=$1
     shift
-    "$PYTHON" -m ud2m.evaluate name="$name" "$@" </dev/null
+    "$PYTHON" -m ud2m evaluate name="$name" "$@" </dev/null
 }
 
 collect() {

@@ -192,7 +192,7 @@ def open_lmdb(folder: Path) -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ValueError(f"{folder} is an LMDB, which the package lmdb reads: pip install 'ud2m[lmdb]'") from error
+        raise ValueError(f"{folder} is an LMDB, which the package lmdb reads: pip install lmdb") from error
     try:
         return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:

@@ -8,7 +8,7 @@ from tiny import SIZE, tiny_prior
 from ud2m.evaluation import scores
 from ud2m.evaluation.comparison import best_settings
 from ud2m.evaluation.scores import distance_score
-from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, Problem, SuperResolution, observe
+from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, Observation, Problem, SuperResolution, observe
 from ud2m.samplers.base import Sampler, seeds_from
 from ud2m.samplers.latino import Latino, LatinoSetting, PseudoInverse, WarmStart
 from ud2m.unfolded.warm_start import PinvStart, SmoothingStart
@@ -45,7 +45,7 @@ def test_warm_start_is_that_of_a_network_that_sees_pure_noise(family, start):
     samples = WarmStart(start)(y, physics, 0.05, num_samples=2)
     level = torch.full((2,), 1e6)
     noise = 1e6 * torch.randn(2, *SHAPE, generator=generator(3))
-    expected = start(noise, level, y, physics, torch.full((2,), 0.05)).clamp(0, 1)
+    expected = start(noise, level, Observation.of(y, physics, 0.05)).clamp(0, 1)
     for sample in samples.unbind(1):
         torch.testing.assert_close(sample, expected, rtol=0, atol=1e-4)
 

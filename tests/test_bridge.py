@@ -8,9 +8,9 @@ from tiny import SIZE, perturb, save_tiny_prior
 from tiny_training import fit
 from torch import nn
 
-from ud2m.physics import Denoising, Inpainting, Jpeg, observe
+from ud2m.physics import Denoising, Inpainting, Jpeg, Observation, observe
 from ud2m.priors.prior import Prior
-from ud2m.samplers.bridge import Bridge, BridgeSampler, BridgeSchedule, TrainedBridge
+from ud2m.samplers.bridge import Bridge, BridgeSampler, BridgeSchedule
 from ud2m.training import BridgeModule
 from ud2m.training.random_streams import row_streams
 from ud2m.unfolded.warm_start import SmoothingStart
@@ -55,8 +55,8 @@ class ExactBridge(Bridge):
         nn.Module.__init__(self)
         self.schedule, self.v, self.q = BridgeSchedule(), v, q
 
-    def degraded(self, y, physics, sigma_y):
-        return y
+    def degraded(self, observation):
+        return observation.y
 
     def expectation(self, x_t, t):
         share, deviation = (value.view(-1, 1, 1, 1) for value in self.schedule.marginal(t))
@@ -83,7 +83,8 @@ def test_many_steps_draw_from_the_law_of_clean_images():
     bridge, (_, y) = ExactBridge(), pixels()
     physics = Denoising().draw(len(y), (1, 16, 16))
     sampler = BridgeSampler(bridge, 100, chunk_size=16)
-    drawn = sampler.draw(y, physics, torch.full((len(y),), 0.1), row_streams("cpu", list(range(len(y))), 0, "test"))
+    streams = row_streams("cpu", list(range(len(y))), 0, "test")
+    drawn = sampler.draw(Observation.of(y, physics, 0.1), streams)
     count = drawn.numel()
     assert abs(drawn.mean() - 0.4) < 4 * (0.05 / count) ** 0.5
     assert abs(drawn.var() / 0.02 - 1) < 0.06  # 100 steps, and the Monte Carlo error of 0.014
@@ -157,7 +158,7 @@ def test_it_trains_and_its_export_draws_the_same(tmp_path):
     with module.ema.applied():
         one, other = (
             sampler(y, physics, 0.05, 2, torch.Generator().manual_seed(1))
-            for sampler in (module.sampler, TrainedBridge(str(tmp_path / "export"), num_steps=2))
+            for sampler in (module.sampler, BridgeSampler.from_pretrained(str(tmp_path / "export"), num_steps=2))
         )
     torch.testing.assert_close(one, other, atol=5e-3, rtol=0)  # the export is in half precision
     assert other.shape == (1, 2, 3, SIZE, SIZE)
@@ -169,10 +170,10 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="consistency must not be negative, got -1"):
         BridgeSampler(ExactBridge(), 1, -1)
     with pytest.raises(FileNotFoundError, match="holds no trained bridge"):
-        TrainedBridge(str(tmp_path))
+        BridgeSampler.from_pretrained(str(tmp_path))
     prior = save_tiny_prior(tmp_path / "prior")
     with pytest.raises(ValueError, match=r"is a DDPMScheduler, not a bridge \(train.py training=bridge\)"):
-        TrainedBridge(prior)
+        BridgeSampler.from_pretrained(prior)
     with pytest.raises(ValueError, match="CDDB needs a linear operator, JpegCodec is none"):
         BridgeSampler(ExactBridge(), 1, 1.0).check(Jpeg().draw(1, (3, 16, 16)))
     bridge = Bridge(Prior.from_pretrained(prior).unet, BridgeSchedule(), SmoothingStart([2]))
@@ -180,4 +181,4 @@ def test_bad_input(tmp_path):
     assert json.loads((tmp_path / "bridge" / "scheduler_config.json").read_text())["scales"] == [2]
     (tmp_path / "bridge" / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot load the weights of"):
-        TrainedBridge(str(tmp_path / "bridge"))
+        BridgeSampler.from_pretrained(str(tmp_path / "bridge"))

@@ -12,6 +12,7 @@ from ud2m.physics import (
     Inpainting,
     Jpeg,
     Mixture,
+    Observation,
     SuperResolution,
     kept_gain,
     mean_gain,
@@ -19,7 +20,7 @@ from ud2m.physics import (
 )
 from ud2m.priors.prior import Prior
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
-from ud2m.unfolded.conditioning import FEATURES, describe
+from ud2m.unfolded.conditioning import FEATURES, feature_values
 from ud2m.unfolded.network import build_network
 
 SHAPE = (3, SIZE, SIZE)
@@ -81,13 +82,14 @@ def test_the_strength_of_a_jpeg_is_one():
 
 
 def test_features_are_what_they_say():
-    x, sigma, _, physics, sigma_y = problem(Mixture([Denoising(), Inpainting(0.5)]))
-    features = describe(tuple(NAMES), x, sigma, physics, sigma_y)
+    x, sigma, y, physics, sigma_y = problem(Mixture([Denoising(), Inpainting(0.5)]))
+    observation = Observation(y, physics, sigma_y)
+    features = feature_values(tuple(NAMES), x, sigma, observation)
     torch.testing.assert_close(features[:, 0], (sigma_y / 0.02).log())
     torch.testing.assert_close(features[:, 1], mean_gain(physics, x).log())
     torch.testing.assert_close(features[:, 2], kept_gain(physics, x).log())
     torch.testing.assert_close(features[:, 3], torch.tensor([math.log(0.5 / 1.5), math.log(5 / 6)]))
-    assert describe((), x, sigma, physics, sigma_y).shape == (2, 0)
+    assert feature_values((), x, sigma, observation).shape == (2, 0)
     assert set(NAMES) == set(FEATURES)
 
 
@@ -95,7 +97,8 @@ def test_conditioned_psi_starts_as_the_plain_one_and_then_scales_with_the_featur
     x, sigma, y, physics, sigma_y = problem()
     prior = tiny_prior()
     plain, conditioned = network(prior=prior), network(NAMES, prior)
-    arguments = (x, sigma, y, physics, sigma_y)
+    observation = Observation(y, physics, sigma_y)
+    arguments = (x, sigma, observation)
     one, other = (n(*arguments, torch.Generator().manual_seed(2)) for n in (plain, conditioned))
     torch.testing.assert_close(one, other)
     # Oracle: each sample alone, by a plain network with the factors that its features give.
@@ -107,7 +110,7 @@ def test_conditioned_psi_starts_as_the_plain_one_and_then_scales_with_the_featur
         together = conditioned(*arguments, streams)
     for k in range(2):
         row = slice(k, k + 1)
-        features = describe(tuple(NAMES), x, sigma, physics, sigma_y)[k]
+        features = feature_values(tuple(NAMES), x, sigma, observation)[k]
         state = {
             name: value + features @ conditioned.own_state()[name.replace("log_", "slope_")]
             for name, value in conditioned.own_state().items()
@@ -115,7 +118,9 @@ def test_conditioned_psi_starts_as_the_plain_one_and_then_scales_with_the_featur
         }
         plain.load_own_state(state)
         with torch.no_grad():
-            alone = plain(x[row], sigma[row], y[row], physics, sigma_y[row], [torch.Generator().manual_seed(3 + k)])
+            alone = plain(
+                x[row], sigma[row], observation.rows(torch.tensor([k])), [torch.Generator().manual_seed(3 + k)]
+            )
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -123,7 +128,7 @@ def test_slopes_receive_gradients_and_are_exported(tmp_path):
     prior = adapted(Prior.from_pretrained(save_tiny_prior(tmp_path / "prior")))
     conditioned = network(["noise", "gain"], prior)
     x, sigma, y, physics, sigma_y = problem()
-    conditioned(x, sigma, y, physics, sigma_y, torch.Generator().manual_seed(0)).square().sum().backward()
+    conditioned(x, sigma, Observation(y, physics, sigma_y), torch.Generator().manual_seed(0)).square().sum().backward()
     slopes = {name: p for name, p in conditioned.named_parameters() if "slope_" in name}
     assert len(slopes) == 2 * 3 + 2
     assert all(p.grad.abs().min() > 0 for p in slopes.values())

@@ -8,7 +8,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
-from test_experiments import PAPER, VARIANTS
+from test_experiments import DATA_SETS
 from tiny import save_tiny_prior
 from tiny_training import composed
 
@@ -19,7 +19,7 @@ from ud2m.training import BridgeModule, DistillationModule, PriorModule
 
 CONF = REPOSITORY / "conf"
 # those of the paper have a file of their own
-EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*PAPER, *VARIANTS})
+EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*DATA_SETS, "mnist_sr4"})
 IMAGE = 32
 
 
@@ -106,6 +106,42 @@ def test_every_part_can_be_chosen(override, priors, tmp_path, request, monkeypat
     assert all("warm_start.network" in name and override.endswith("ram") for name in unused)
 
 
+SEEING = {
+    "ddrm_blur",
+    "ddrm_jpeg",
+    "ddrm_pool",
+    "ddrm_super_resolution",
+    "denoising",
+    "gaussian_blur",
+    "jpeg",
+    "kernel",
+}
+SEEING |= {"motion_blur", "super_resolution", "uniform_blur"}
+"""Pages of operators that see every region of an image."""
+
+
+@pytest.mark.parametrize("choice", choices("physics"))
+def test_the_start_is_as_coarse_as_the_operator_asks_for(choice, tmp_path):
+    with composed(f"physics={choice}", folder=tmp_path) as config:
+        scales = config.network.warm_start.scales
+    assert scales == ([8, 4, 2] if choice in SEEING else [32, 16, 8, 4, 4, 2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "used"),
+    [("photos_prior", set()), ("photos_bridge", {"physics", "network"})],
+    ids=["prior", "bridge"],
+)
+def test_a_training_leaves_out_the_pages_that_it_does_not_use(experiment, used, tmp_path):
+    groups = {"physics", "network", "lora", "loss", "discriminator"}
+    with composed(f"experiment={experiment}", folder=tmp_path) as config:
+        assert groups & set(config) == used
+    # those that are chosen by name are in the way of nothing
+    chosen = ["physics=general", "network=conditioned", "lora=paper", "loss=default", "discriminator=paper"]
+    with composed(f"experiment={experiment}", *chosen, folder=tmp_path) as config:
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_accumulation_reaches_every_module(experiment, priors, tmp_path):
     with composed(f"experiment={experiment}", "accumulate=3", folder=tmp_path) as config:
@@ -115,7 +151,6 @@ def test_accumulation_reaches_every_module(experiment, priors, tmp_path):
 
 
 def test_the_wandb_logger_composes_beside_the_default_ones(tmp_path):
-    pytest.importorskip("wandb")
     with composed("logger=wandb", folder=tmp_path) as config:
         assert set(config.logger) == {"csv", "tensorboard", "wandb"}
 
@@ -133,7 +168,7 @@ def test_composing_leaves_no_trace(tmp_path):
     assert not HydraConfig.initialized()
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "demo"])
+@pytest.mark.parametrize("command", ["train", "sample", "demo", "evaluate"])
 def test_no_command_leaves_an_empty_log_file(command):
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         config = compose(command, return_hydra_config=True)

@@ -8,20 +8,21 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import cross_operators
-from ud2m.evaluation.comparison import score
-from ud2m.physics import GaussianBlur, residual
-from ud2m.physics.problem import Problem
+from tables import row_of
+from ud2m.physics import GaussianBlur, Problem, residual
+from ud2m.samplers.base import Sampler
 
 
-class Truth:
+class Truth(Sampler):
     """A sampler that knows the images, and keeps what it was told."""
 
     def __init__(self, x0):
+        super().__init__()
         self.x0, self.told = x0, []
 
-    def __call__(self, y, physics, sigma_y, num_samples=1, **options):
-        self.told.append((physics, sigma_y))
-        return self.x0.unsqueeze(1).expand(-1, num_samples, -1, -1, -1)
+    def draw(self, observation, streams):
+        self.told.append(observation)
+        return self.x0.repeat_interleave(len(observation) // len(self.x0), 0)
 
 
 def test_the_residual_of_the_truth_falls_with_the_noise_level_that_is_told():
@@ -29,19 +30,19 @@ def test_the_residual_of_the_truth_falls_with_the_noise_level_that_is_told():
     truth, problem = Truth(x0), Problem(GaussianBlur(1.6), 0.02)
     for factor in (0.5, 1.0, 2.0):
         told = cross_operators.Told(truth, factor)
-        score(told, problem, [x0], 2, {})
-        assert told.seen / told.count == pytest.approx(1 / factor, rel=0.05)
-        assert truth.told[-1][1] == pytest.approx(factor * 0.02)
+        row_of(told, problem, [x0], 2)
+        assert told.residual() == pytest.approx(1 / factor, rel=0.05)
+        assert truth.told[-1].sigma_y.tolist() == pytest.approx(8 * [factor * 0.02])
 
 
 def test_another_kernel_is_believed_and_its_residual_reported():
     x0 = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     truth, problem, other = Truth(x0), Problem(GaussianBlur(1.6), 0.02), GaussianBlur(1.2)
     told = cross_operators.Told(truth, family=other)
-    score(told, problem, [x0], 2, {})
-    y, _ = problem.observe(x0)
+    row_of(told, problem, [x0], 2)
+    y = problem.observe(x0).y
     expected = residual(other.draw(4, (3, 24, 24)), x0, y, 0.02).mean().item()
-    assert told.seen / told.count == pytest.approx(expected)
+    assert told.residual() == pytest.approx(expected)
     assert expected > 1.5
 
 

@@ -22,10 +22,10 @@ from ud2m.data import FolderData, ImageDataModule, MnistData, PhotoData
 from ud2m.data import photos as photos_module
 from ud2m.data.crops import RandomCrops, Tiles, downscale
 from ud2m.data.folder import files_of, image_size
+from ud2m.data.image_store import MemoryImages
 from ud2m.data.module import EvenSubset
 from ud2m.data.photos import PHOTOS, Photo, load_photos
 from ud2m.data.sampler import StreamSampler
-from ud2m.data.image_store import MemoryImages
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")  # advice about loaders and callbacks
 

@@ -153,8 +153,9 @@ def test_masks_of_a_collection_are_unpacked_in_their_order(tmp_path):
 def test_a_problem_can_be_free_of_noise_while_methods_are_told_a_level():
     x0 = image().float()
     problem = Problem(Inpainting(0.5), 0.05, noise=0.0)
-    y, physics = problem.observe(x0)
-    torch.testing.assert_close(y, physics.A(x0))
+    observation = problem.observe(x0)
+    torch.testing.assert_close(observation.y, observation.physics.A(x0))
+    assert observation.sigma_y.tolist() == pytest.approx([0.05] * len(x0))
 
 
 def test_what_the_protocol_does_not_take_is_refused():

@@ -30,6 +30,7 @@ from tiny_training import command_line, composed, tiny_overrides, write_images
 import ud2m.cli
 import ud2m.priors.store
 from ud2m.cli import evaluate
+from ud2m.cli.commands import TASKS
 from ud2m.evaluation.scores import SCORES, build_score
 from ud2m.images import read_image, write_image
 from ud2m.losses.generator import GeneratorLoss
@@ -82,7 +83,7 @@ def fenced_commands() -> Iterator[tuple[str, Command]]:
 def inline_commands() -> Iterator[tuple[str, Command]]:
     """Yield the commands between backticks; an ellipsis stands for some value."""
     for path in DOCUMENTS:
-        for line in re.findall(r"`(python (?:train|sample)\.py [^`\n]+)`", path.read_text()):
+        for line in re.findall(r"`((?:python (?:train|sample)\.py|ud2m [a-z]+) [^`\n]+)`", path.read_text()):
             full = line.replace("experiment=...", "experiment=demo").replace("=...", "=x")
             yield name_of(path), tuple(word for word in words(full) if word != "...")
 
@@ -105,18 +106,24 @@ def scripted_commands(tmp_path: Path) -> list[Command]:
     return [words(line) for line in done.stdout.splitlines()]
 
 
-EVALUATION = ("python", "-m", "ud2m.evaluate")
+PROGRAMS: dict[Command, str] = {("python", "train.py"): "train", ("python", "sample.py"): "sample"}
+PROGRAMS |= {(*how, name): name for name in TASKS for how in (("ud2m",), ("python", "-m", "ud2m"))}
+
+
+def program(command: Command) -> Command | None:
+    """Return the words that a command of ours begins with."""
+    return next((words for words in PROGRAMS if command[: len(words)] == words), None)
 
 
 def is_hydra(command: Command) -> bool:
-    return command[:2] in (("python", "train.py"), ("python", "sample.py")) or command[:3] == EVALUATION
+    return program(command) is not None
 
 
 def overrides_of(command: Command) -> tuple[str, list[list[str]]]:
     """Return the configuration's name, and the overrides of each run (several for a sweep)."""
-    if command[:3] == EVALUATION:
-        return "evaluate", [list(command[3:])]
-    rest, name = list(command[2:]), command[1].removesuffix(".py")
+    begin = program(command)
+    assert begin is not None
+    rest, name = list(command[len(begin) :]), PROGRAMS[begin]
     if "--config-name" in rest:
         position = rest.index("--config-name")
         name = rest[position + 1]

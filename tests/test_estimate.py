@@ -167,7 +167,7 @@ def test_the_discriminator_and_a_network_as_start_are_counted(prior, tmp_path):
 
 @pytest.mark.slow
 def test_the_network_of_the_paper(tmp_path):
-    found = estimated("experiment=imagenet256_gaussian", folder=tmp_path)
+    found = estimated("experiment=imagenet256", folder=tmp_path)
     assert found.frozen == 552_814_086
     assert found.trained == 566_790 + 9  # psi: delta, tau and lambda of three modules
     forward = (found.flops_recomputing - found.flops) / 3
@@ -175,10 +175,18 @@ def test_the_network_of_the_paper(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["imagenet256_sr4_ram", "ffhq256_gaussian", "lsun_bedroom256_inpaint70_energy"])
-def test_experiments_are_estimated_without_any_weights(experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("experiment", "physics", "settings"),
+    [
+        ("imagenet256", "super_resolution", "paper_ram"),
+        ("ffhq256", "gaussian_blur", "paper"),
+        ("lsun_bedroom256", "inpainting", "energy"),
+    ],
+)
+def test_experiments_are_estimated_without_any_weights(experiment, physics, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # LPIPS has none either
-    found = estimated(f"experiment={experiment}", "data.crop_size=64", folder=tmp_path)
+    chosen = [f"experiment={experiment}", f"physics={physics}", f"settings={settings}"]
+    found = estimated(*chosen, "data.crop_size=64", folder=tmp_path)
     adapter = 88_838 if experiment.startswith("ffhq") else 566_790
     assert found.trained >= adapter + 9
     assert found.activations > found.activations_recomputing > 0

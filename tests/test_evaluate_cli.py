@@ -1,4 +1,4 @@
-"""python -m ud2m.evaluate: what it writes, what it does not do twice, and what it says about bad input."""
+"""ud2m evaluate: what it writes, what it does not do twice, and what it says about bad input."""
 
 import json
 import re
@@ -14,6 +14,8 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import write_images
 
 from ud2m.cli import evaluate
+from ud2m.cli.methods import combinations
+from ud2m.evaluation import comparison
 from ud2m.evaluation.cells import images_digest
 from ud2m.images import read_image
 from ud2m.priors.prior import Prior
@@ -72,13 +74,13 @@ def refusal(capsys, material: Path, results: Path, **changes: str) -> str:
 def measured(monkeypatch):
     """The labels of the methods that are really run."""
     calls = []
-    measure = evaluate.measure
+    measure = comparison.measure
 
     def spy(method, problem, batches, *rest, **options):
         calls.append((type(method).__name__, type(problem.operator).__name__))
         return measure(method, problem, batches, *rest, **options)
 
-    monkeypatch.setattr(evaluate, "measure", spy)
+    monkeypatch.setattr(comparison, "measure", spy)
     return calls
 
 
@@ -108,7 +110,8 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
     problem, values = Problem(Inpainting(0.7), 0.01), []
     for first in (0, 3):
         part = x0[first : first + 3]
-        y, physics = problem.observe(part, first)
+        observation = problem.observe(part, first)
+        y, physics = observation.y, observation.physics
         samples = sampler(y, physics, 0.01, 2, generator=problem.sampling_generator(first), tile=512)
         values.append(-10 * (samples.mean(1) - part).square().flatten(1).mean(1).log10())
     assert rows[3]["psnr_mean"] == pytest.approx(torch.cat(values).mean().item(), abs=1e-4)
@@ -154,7 +157,7 @@ def test_a_finished_cell_is_not_measured_again_and_others_are_never_taken_for_it
     assert len(measured) == 2
     # one more method: only that one
     run(material, tmp_path, methods=f'[pinv,"ud2m target.model={material}/{{physics}} target.num_steps=1"]', **one)
-    assert [name for name, _ in measured[2:]] == ["Trained"]
+    assert [name for name, _ in measured[2:]] == ["PosteriorSampler"]
     one["methods"] = "[pinv]"
     for count, change in enumerate(({"seed": "1"}, {"metrics": "[psnr]"}), start=4):
         assert run(material, tmp_path, **one, **change) != first[:1]
@@ -175,19 +178,19 @@ def test_another_model_under_the_same_name_is_another_cell(material, tmp_path, m
 
 
 def test_an_interrupted_evaluation_goes_on(material, tmp_path, monkeypatch, measured):
-    spied = evaluate.measure
+    spied = comparison.measure
 
     def interrupted(*arguments, **options):
         if len(measured) == 2:
             raise KeyboardInterrupt
         return spied(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "measure", interrupted)
+    monkeypatch.setattr(comparison, "measure", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(material, tmp_path)
     assert stopped.value.code == 130
     assert len(list((tmp_path / "tiny" / "cells").glob("*.json"))) == 2
-    monkeypatch.setattr(evaluate, "measure", spied)
+    monkeypatch.setattr(comparison, "measure", spied)
     del measured[:]
     assert len(run(material, tmp_path)) == 4
     assert len(measured) == 2
@@ -256,9 +259,9 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
             "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",
         ),
         ({"unsupported": "maybe"}, "unsupported must be error or skip"),
-        ({"tune_by": "fid"}, "tune_by must be one of psnr_mean"),
+        ({"tune_by": "fid"}, "tune_by: .* is no number to choose by; take one of psnr_mean"),
         ({"num_samples": "0"}, "num_samples must be an integer of at least 1"),
-        ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be positive"),
+        ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be a positive noise level"),
         ({"operators": '["super_resolution operator.factor=5"]'}, "super_resolution operator.factor=5 on folder"),
     ],
 )
@@ -275,17 +278,17 @@ def test_a_metric_without_weights_is_refused(material, tmp_path, capsys, monkeyp
 
 def test_a_grid_names_settings_of_the_method():
     target = {"a": 1, "b": {"c": 2}}
-    found = list(evaluate.combinations(target, {"a": [1, 3], "b.c": [4]}))
+    found = list(combinations(target, {"a": [1, 3], "b.c": [4]}))
     assert found == [{"a": 1, "b": {"c": 4}}, {"a": 3, "b": {"c": 4}}]
     assert target == {"a": 1, "b": {"c": 2}}
-    assert evaluate.difference(found[1], found) == "a = 3"
+    assert comparison.difference(found[1], found) == "a = 3"
     with pytest.raises(ValueError, match=r"tune names 'b.d', which the method does not have; it has c"):
-        list(evaluate.combinations(target, {"b.d": [1]}))
+        list(combinations(target, {"b.d": [1]}))
 
 
 @pytest.mark.slow
 def test_the_module_runs_as_a_command(material, tmp_path):
-    command = [sys.executable, "-m", "ud2m.evaluate", *overrides(material, tmp_path, methods="[pinv]")]
+    command = [sys.executable, "-m", "ud2m", "evaluate", *overrides(material, tmp_path, methods="[pinv]")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "report: " in done.stdout
     assert (tmp_path / "tiny" / "report.html").is_file()

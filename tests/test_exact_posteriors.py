@@ -32,13 +32,15 @@ def mixture():
 class Changed:
     """Exact draws, pulled towards their mean and moved."""
 
+    networks = ()
+
     def __init__(self, mixture, width=1.0, shift=0.0):
         self.exact, self.width, self.shift = exact_posteriors.Exact(mixture), width, shift
 
     def __call__(self, *arguments, **options):
         drawn = self.exact(*arguments, **options)
         mean = drawn.mean(1, keepdim=True)
-        return mean + self.width * (drawn - mean) + self.shift
+        return (mean + self.width * (drawn - mean) + self.shift).clamp(0, 1)
 
 
 def judged(mixture, method):

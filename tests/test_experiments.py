@@ -22,20 +22,31 @@ from ud2m.priors.store import SHIPPED
 from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.unfolded.warm_start import PinvStart, RamStart, SmoothingStart, load_ram
 
-OPERATORS = {
-    "imagenet256": ("gaussian", "uniform", "sr4", "jpeg10", "inpaint70", "general"),
-    "lsun_bedroom256": ("gaussian", "sr4", "inpaint70"),
-    "ffhq256": ("gaussian", "sr4", "inpaint70"),
+DATA_SETS = ("imagenet256", "lsun_bedroom256", "ffhq256")
+OPERATORS = ("gaussian_blur", "uniform_blur", "super_resolution", "jpeg", "inpainting", "general")
+"""Those of the paper."""
+PAPER = [(f"experiment={data}", f"physics={operator}") for data in DATA_SETS for operator in OPERATORS]
+IMAGENET = PAPER[: len(OPERATORS)]
+# what an experiment of version 0.1, of this name, composed to: parts that are numbers and names
+BEFORE = json.loads((REPOSITORY / "tests" / "data" / "experiments_0_1.json").read_text())
+NOW = {
+    "ffhq256_inpaint70": ["experiment=ffhq256", "physics=inpainting"],
+    "imagenet256_jpeg10_ram": ["experiment=imagenet256", "physics=jpeg", "settings=paper_ram"],
+    "lsun_bedroom256_sr4_energy": ["experiment=lsun_bedroom256", "physics=super_resolution", "settings=energy"],
+    "imagenet256_general": ["experiment=imagenet256", "physics=general"],
+    "imagenet256_general_energy": [
+        "experiment=imagenet256",
+        "physics=general",
+        "settings=energy",
+        "network=conditioned",
+    ],
 }
-PAPER = [f"{data}_{operator}" for data, operators in OPERATORS.items() for operator in operators] + ["mnist_sr4"]
-VARIANTS = [name + suffix for name in PAPER if name != "mnist_sr4" for suffix in ("_ram", "_energy")]
-IMAGENET = [f"imagenet256_{operator}" for operator in OPERATORS["imagenet256"]]
 RANDOM_RAM = "network.warm_start.weights=null"
 
 
-def plain(*overrides, folder):
+def plain(*overrides, folder, prior="x"):
     """Return the whole configuration as plain values."""
-    with composed(*overrides, "prior=x", folder=folder) as config:
+    with composed(*overrides, f"prior={prior}", folder=folder) as config:
         values = OmegaConf.to_container(config, resolve=True)
     del values["run_dir"]  # names the experiment and the time
     return values
@@ -56,15 +67,28 @@ def changed(one, other):
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
-def test_the_experiments_are_those_of_the_paper():
-    files = {path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")}
-    assert {*PAPER, *VARIANTS} <= files
-    assert {name for name in files if "256_" in name or name == "mnist_sr4"} == {*PAPER, *VARIANTS}
+def test_one_experiment_per_data_set_of_256():
+    files = {path.stem for path in (REPOSITORY / "conf" / "experiment").rglob("*.yaml")}
+    assert {name for name in files if "256" in name} == set(DATA_SETS)
 
 
-@pytest.mark.parametrize("experiment", PAPER)
-def test_published_settings(experiment, tmp_path):
-    config = plain(f"experiment={experiment}", folder=tmp_path)
+@pytest.mark.parametrize("name", BEFORE)
+def test_the_experiments_of_version_0_1_are_choices_now(name, tmp_path):
+    prior = BEFORE[name]["prior"]
+    found = flat(plain(*NOW[name], folder=tmp_path, prior=prior))
+    assert {key: found.get(key, "missing") for key in BEFORE[name]} == BEFORE[name]
+
+
+def test_a_run_is_named_after_what_was_chosen(tmp_path):
+    overrides = ["experiment=imagenet256", "physics=jpeg", "settings=energy"]
+    with composed(*overrides, folder=tmp_path) as config:
+        assert config.name == "imagenet256_jpeg_energy"
+        assert config.run_dir.startswith("runs/imagenet256_jpeg_energy/")
+
+
+@pytest.mark.parametrize("overrides", [*PAPER, ("experiment=mnist_sr4",)], ids=" ".join)
+def test_published_settings(overrides, tmp_path):
+    config = plain(*overrides, folder=tmp_path)
     published = {
         "network.num_blocks": 3,
         "training.sampling.num_steps": 3,
@@ -90,25 +114,27 @@ def test_published_settings(experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "operator"),
+    ("page", "operator"),
     [
-        ("imagenet256_gaussian", {"_target_": "ud2m.physics.GaussianBlur", "width": 1.6}),
-        ("imagenet256_uniform", {"_target_": "ud2m.physics.UniformBlur", "size": 9}),
-        ("imagenet256_sr4", {"_target_": "ud2m.physics.SuperResolution", "factor": 4}),
-        ("imagenet256_jpeg10", {"_target_": "ud2m.physics.Jpeg", "quality": 10}),
-        ("imagenet256_inpaint70", {"_target_": "ud2m.physics.Inpainting", "missing": 0.7}),
-        ("imagenet256_general", {"_target_": "ud2m.physics.Mixture"}),
+        ("gaussian_blur", {"_target_": "ud2m.physics.GaussianBlur", "width": 1.6}),
+        ("uniform_blur", {"_target_": "ud2m.physics.UniformBlur", "size": 9}),
+        ("super_resolution", {"_target_": "ud2m.physics.SuperResolution", "factor": 4}),
+        ("jpeg", {"_target_": "ud2m.physics.Jpeg", "quality": 10}),
+        ("inpainting", {"_target_": "ud2m.physics.Inpainting", "missing": 0.7}),
+        ("general", {"_target_": "ud2m.physics.Mixture"}),
     ],
 )
-def test_names_say_the_operator(experiment, operator, tmp_path):
-    config = plain(f"experiment={experiment}", folder=tmp_path)
+def test_the_operators_are_those_of_the_paper(page, operator, tmp_path):
+    config = plain("experiment=imagenet256", f"physics={page}", folder=tmp_path)
     assert operator.items() <= config["physics"]["operator"].items()
     assert config["data"]["crop_size"] == 256
 
 
-@pytest.mark.parametrize("experiment", [name for name in PAPER if name != "mnist_sr4"])
-def test_variants_change_what_their_names_say(experiment, tmp_path):
-    config, ram, energy = (plain(f"experiment={experiment}{s}", folder=tmp_path) for s in ("", "_ram", "_energy"))
+@pytest.mark.parametrize("overrides", PAPER, ids=" ".join)
+def test_settings_change_what_their_names_say(overrides, tmp_path):
+    config, ram, energy = (
+        plain(*overrides, f"settings={name}", folder=tmp_path) for name in ("paper", "paper_ram", "energy")
+    )
     info = {"name", "training.info.experiment"}
     assert ram["network"]["warm_start"] == {"name": "ram", "weights": "download", "trainable": True}
     assert {n for n in changed(config, ram) if ".warm_start." not in n} == info
@@ -120,10 +146,9 @@ def test_variants_change_what_their_names_say(experiment, tmp_path):
 
 @pytest.mark.parametrize("data", ["lsun_bedroom256", "ffhq256"])
 def test_data_sets_differ_in_data_and_prior_alone(data, tmp_path):
-    for operator in OPERATORS[data]:
-        here, there = (plain(f"experiment={d}_{operator}", folder=tmp_path) for d in (data, "imagenet256"))
-        allowed = {"name", "training.info.experiment", "architecture", "data.root", "data.held_out"}
-        assert changed(here, there) == allowed
+    here, there = (plain(f"experiment={name}", folder=tmp_path) for name in (data, "imagenet256"))
+    allowed = {"name", "training.info.experiment", "architecture", "data.root", "data.held_out"}
+    assert changed(here, there) == allowed
 
 
 def test_a_set_of_settings_fits_any_experiment(tmp_path):
@@ -150,24 +175,25 @@ def test_the_micro_prior_has_the_block_types_of_the_real_one():
     assert {o: real.config[o] for o in options} == {o: micro.config[o] for o in options}
 
 
-@pytest.mark.parametrize("experiment", [*IMAGENET, *(f"{name}_energy" for name in IMAGENET)])
-def test_every_experiment_takes_a_step(experiment, tmp_path):
-    module = one_step(experiment, tmp_path)
-    start = SmoothingStart if experiment.endswith("_energy") else PinvStart
+@pytest.mark.parametrize("settings", ["paper", "energy"])
+@pytest.mark.parametrize("overrides", IMAGENET, ids=" ".join)
+def test_every_experiment_takes_a_step(overrides, settings, tmp_path):
+    module = one_step(tmp_path, *overrides, f"settings={settings}")
+    start = SmoothingStart if settings == "energy" else PinvStart
     assert isinstance(module.network.warm_start, start)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", [f"{name}_ram" for name in IMAGENET])
-def test_ram_takes_every_operator(experiment, tmp_path):
-    module = one_step(experiment, tmp_path, RANDOM_RAM)
+@pytest.mark.parametrize("overrides", IMAGENET, ids=" ".join)
+def test_ram_takes_every_operator(overrides, tmp_path):
+    module = one_step(tmp_path, *overrides, "settings=paper_ram", RANDOM_RAM)
     assert isinstance(module.network.warm_start, RamStart)
     assert module.sampler.nfe() == 12
 
 
-def one_step(experiment, folder, *overrides):
+def one_step(folder, *overrides):
     """Compute the losses of two images, and their gradients, with the micro prior."""
-    with composed(f"experiment={experiment}", "scale=tiny", *overrides, folder=folder) as config:
+    with composed("scale=tiny", *overrides, folder=folder) as config:
         module = instantiate(config.training, _convert_="all")
     assert isinstance(module.loss, GeneratorLoss)
     x0 = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -195,9 +221,9 @@ def train_and_sample(folder: Path, *overrides: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", [*IMAGENET, "imagenet256_general_energy"])
-def test_every_experiment_runs_from_end_to_end(experiment, tmp_path):
-    (row,) = train_and_sample(tmp_path / "run", f"experiment={experiment}", "scale=tiny")
+@pytest.mark.parametrize("overrides", [*IMAGENET, NOW["imagenet256_general_energy"]], ids=" ".join)
+def test_every_experiment_runs_from_end_to_end(overrides, tmp_path):
+    (row,) = train_and_sample(tmp_path / "run", *overrides, "scale=tiny")
     assert row["nfe"] == 9
     assert row["psnr"] > 5
 
@@ -207,7 +233,8 @@ def test_an_experiment_with_ram_runs_from_end_to_end(tmp_path):
     torch.save(load_ram(None, (1, 2, 3)).state_dict(), tmp_path / "ram.pth.tar")
     # frozen: checkpoints of 34 million trained parameters take a minute to write
     ram = [f"network.warm_start.weights={tmp_path / 'ram.pth.tar'}", "network.warm_start.trainable=false"]
-    (row,) = train_and_sample(tmp_path / "run", "experiment=imagenet256_sr4_ram", "scale=tiny", *ram)
+    chosen = ["experiment=imagenet256", "physics=super_resolution", "settings=paper_ram", "scale=tiny"]
+    (row,) = train_and_sample(tmp_path / "run", *chosen, *ram)
     assert row["nfe"] == 12
 
 
@@ -221,14 +248,16 @@ def test_an_experiment_reads_its_shards(tmp_path):
         make_shards.main([str(images), str(tmp_path / "shards" / split), "--size", "32", "--workers", "1"])
     shards = [f"data.{key}={tmp_path / 'shards' / split}" for key, split in (("root", "train"), ("held_out", "val"))]
     data = ["data=imagenet256", *shards, "data.crop_size=32"]
-    (row,) = train_and_sample(tmp_path / "run", "experiment=imagenet256_gaussian_energy", "scale=tiny", *data)
+    chosen = ["experiment=imagenet256", "settings=energy", "scale=tiny"]
+    (row,) = train_and_sample(tmp_path / "run", *chosen, *data)
     assert row["nfe"] == 9
 
 
 def test_in_miniature_data_sets_are_one(tmp_path):
-    first = plain("experiment=imagenet256_sr4", "scale=tiny", folder=tmp_path)
-    for other in ("lsun_bedroom256_sr4", "ffhq256_sr4", "mnist_sr4"):
-        tiny = plain(f"experiment={other}", "scale=tiny", folder=tmp_path)
+    chosen = ["physics=super_resolution", "scale=tiny"]
+    first = plain("experiment=imagenet256", *chosen, folder=tmp_path)
+    for other in ("lsun_bedroom256", "ffhq256", "mnist_sr4"):
+        tiny = plain(f"experiment={other}", *chosen, folder=tmp_path)
         assert changed(first, tiny) <= {"name", "training.info.experiment", "architecture"}
 
 

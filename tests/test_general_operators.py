@@ -9,8 +9,8 @@ import torch
 from operators import BATCH, dense, generator
 from test_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
 
+from ud2m.images import LUMINANCE
 from ud2m.physics import Colorization, DeepinvOperator, Denoising, SuperResolution, observe, residual
-from ud2m.physics.general import LUMINANCE
 from ud2m.unfolded.prox import joint_prox
 
 

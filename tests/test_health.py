@@ -37,7 +37,7 @@ def test_a_discriminator_that_has_won_is_reported_once(prior, tmp_path, capsys, 
         return torch.where(distance < 1e-6, 5.0, -5.0) + 0 * sum(p.sum() for p in module.discriminator.parameters())
 
     module.discriminator.forward = knows_it_all
-    module.discriminator_loss.gradient_penalty = 0.0
+    module.step.discriminator_loss.gradient_penalty = 0.0
     (line,) = warnings_of(module, tmp_path, capsys, monkeypatch)
     assert "the discriminator has won: over the last 3 steps 100.0 % of its decisions were right" in line
 

@@ -14,7 +14,7 @@ from ud2m.physics.jpeg import levels
 from ud2m.physics.jpeg_codec import FACTORS, Layout, encode, quality_tables
 from ud2m.unfolded.prox import joint_prox
 
-jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install 'ud2m[jpeg]'")
+jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install jpeglib")
 PILLOW_SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 
 

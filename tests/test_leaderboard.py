@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from test_report import Page
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import with_interval
-from ud2m.reports.board import Board, escape, latex, markdown, notes, render, visible
+from ud2m.reports.board import Board, board_page
+from ud2m.reports.tables import notes, visible
+from ud2m.reports.text_tables import escape, latex, markdown
 
 
 def row(method, operator="blur", nfe=9, **numbers):
@@ -83,7 +86,7 @@ def test_differences_have_a_table_of_their_own():
     assert re.fullmatch(r"\| blur \| new \| 9 \| \*\*\+(0\.9|1\.0)\d\d \[\+0\.9\d\d, \+1\.\d{3}\]\*\* \|", first)
     assert re.fullmatch(r"\| holes \| new \| 9 \| [+-]0\.0\d\d \[-0\.0\d\d, \+0\.0\d\d\] \|", second)
     assert latex(rows).count(r"\begin{tabular}") == latex(rows).count(r"\end{tabular}") == 2
-    page = Page(re.sub(r"<script>.*?</script>", "", render(Board("x", rows, results, {}, {})), flags=re.DOTALL))
+    page = Page(re.sub(r"<script>.*?</script>", "", board_page(Board("x", rows, results, {}, {})), flags=re.DOTALL))
     assert [line[1] for line in page.rows].count("new") == 4
     assert "Differences from plain" in page.text
     assert "Differences" not in markdown(ROWS)
@@ -104,7 +107,7 @@ def test_latex_is_escaped_and_balanced():
 
 
 def test_the_page_is_whole_escaped_and_loads_nothing():
-    text = render(board())
+    text = board_page(board())
     assert not re.search(r"https?:|//cdn|@import|url\(", text)
     assert set(re.findall(r"<script([^>]*)>", text)) == {""}
     assert "default-src 'none'" in text
@@ -117,15 +120,20 @@ def test_the_page_is_whole_escaped_and_loads_nothing():
 
 
 def test_plots_show_methods_with_a_network_at_their_cost_and_interval():
-    text = render(board())
-    (plot, *_) = re.findall(r"<svg[^>]*aria-label=\"PSNR of mean \[dB\] against network evaluations.*?</svg>", text)
-    points = {float(x): float(y) for x, y in re.findall(r"<circle cx=([\d.]+) cy=([\d.]+)", plot)}
+    text = board_page(board())
+    plots = [xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)]
+    label = "PSNR of mean [dB] against network evaluations per sample"
+    plot = next(plot for plot in plots if plot.get("aria-label") == label)
+    points = {float(dot.get("cx")): float(dot.get("cy")) for dot in plot.iter("circle")}
     assert len(points) == 2  # not A^dagger y
     (left, right) = sorted(points)
     assert points[left] < points[right]  # UD2M, cheaper, is better: higher up
-    tick = float(re.search(r"<text x=([\d.]+) y=206 text-anchor=middle>100</text>", plot)[1])
+    (tick,) = [float(word.get("x")) for word in plot.iter("text") if (word.text, word.get("y")) == ("100", "206")]
     assert tick == pytest.approx(right, abs=0.2)
-    assert "UD2M: 31.23 [30.10, 32.30] at 9" in plot
+    bars = {float(bar.get("x1")): bar for bar in plot.iter("line") if bar.get("stroke")}
+    assert set(bars) == set(points)
+    assert all(float(bars[x].get("y2")) < y < float(bars[x].get("y1")) for x, y in points.items())
+    assert "UD2M: 31.23 [30.10, 32.30] at 9" in [title.text for title in plot.iter("title")]
     assert "Coverage of credible intervals" in text
 
 
@@ -164,7 +172,7 @@ def test_sorting_and_zoom_work_in_a_browser(tmp_path):
     if browser is None:
         pytest.skip("no chromium is installed: the script of the report is not run")
     page = tmp_path / "report.html"
-    page.write_text(render(board()).replace("</body>", PROBE + "</body>"))
+    page.write_text(board_page(board()).replace("</body>", PROBE + "</body>"))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--window-size=1000,800", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

@@ -71,7 +71,7 @@ def recorded(prior, folder, devices=1, **options):
         options |= {"strategy": shipped_strategy(folder), "devices": devices}
     module = module_of(prior)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ud2m.training.distillation.observe", spy)
+        patch.setattr("ud2m.physics.problem.observe", spy)
         patch.setattr("tiny_training.Checkpoints", Hooks)
         rank = fit(module, folder, data_of(), max_epochs=1, precision="64-true", **options).global_rank
     x0, masks = (torch.cat([pair[i] for pair in seen]) for i in (0, 1))

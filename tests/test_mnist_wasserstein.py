@@ -8,7 +8,8 @@ import torch
 from conftest import REPOSITORY
 
 from ud2m.evaluation.calibration import conditional_frechet, debiased_conditional_frechet
-from ud2m.samplers.latino import Trained
+from ud2m.physics import Denoising, Observation
+from ud2m.samplers.base import Sampler
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks")]
 study = importlib.import_module("mnist_wasserstein")
@@ -29,7 +30,8 @@ def linear(count, seed):
 def test_draws_of_the_law_have_the_conditional_moments_that_it_was_fitted_to():
     law = study.GaussianLaw(*linear(20000, 0))
     x, y = linear(20000, 10)
-    drawn = law(y, None, 0.01, 2, generator=generator(5))
+    observation = Observation.of(y, Denoising().draw(1, (1, 1, 2)), 0.01)
+    drawn = torch.stack([law.draw(observation, [generator(5 + 2 * i + s) for i in range(20000)]) for s in (0, 1)], 1)
     assert drawn.shape == (20000, 2, 1, 2, 2)
     for sample in drawn.unbind(1):
         assert conditional_frechet(x.flatten(1), sample.flatten(1), y.flatten(1)) < 2e-3
@@ -55,20 +57,17 @@ def test_a_cell_shows_both_distances():
     assert study.text(row) == "-0.12 (1.46 [1.40, 1.50])"
 
 
-class Constant(Trained):
+class Constant(Sampler):
     """A model that draws one grey level, in the precision that it is evaluated in."""
 
-    def __init__(self):
-        self.networks = []
-
-    def __call__(self, y, physics, sigma_y, num_samples, generator=None):
+    def draw(self, observation, streams):
         drawn = torch.nn.functional.linear(torch.ones(1, 1), torch.full((1, 1), 1 / 3))
-        return drawn.expand(len(y), num_samples, 1, 32, 32)
+        return drawn.expand(len(observation), 1, 32, 32)
 
 
 def test_models_are_evaluated_in_bfloat16_and_scored_in_float32():
     y = torch.zeros(2, 1, 8, 8)
-    drawn = study.InBfloat16(Constant())(y, None, 0.01, 3)
+    drawn = study.InBfloat16(Constant())(y, Denoising().draw(1, (1, 8, 8)), 0.01, 3)
     assert drawn.dtype == torch.float32
     assert drawn[0, 0, 0, 0, 0] == torch.tensor(1 / 3).bfloat16()
 

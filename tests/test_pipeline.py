@@ -15,9 +15,8 @@ import ud2m
 import ud2m.priors.store
 import ud2m.samplers.export
 import ud2m.samplers.ud2m
-from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe, select_samples
+from ud2m.physics import GaussianBlur, Inpainting, Observation, SuperResolution, observe, select_samples
 from ud2m.priors.prior import LoraSpec, Prior
-from ud2m.samplers.base import noise_levels
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 SHAPE = (3, SIZE, SIZE)
@@ -121,9 +120,9 @@ def test_every_sample_meets_its_own_observation(sampler, chunk_size):
     noise, rows = torch.tensor([0.02, 0.05, 0.2]), []
 
     def keep(_, inputs):
-        x_sigma, sigma, y, physics, sigma_y, streams = inputs
-        assert len(x_sigma) == len(sigma) == len(y) == len(physics.mask) == len(streams) <= chunk_size
-        rows.extend(zip(y, physics.mask, sigma_y, strict=True))
+        x_sigma, sigma, seen, streams = inputs
+        assert len(x_sigma) == len(sigma) == len(seen) == len(seen.physics.mask) == len(streams) <= chunk_size
+        rows.extend(zip(seen.y, seen.physics.mask, seen.sigma_y, strict=True))
 
     hook = sampler.network.register_forward_pre_hook(keep)
     sampler(y, physics, noise, num_samples=2, num_steps=1, chunk_size=chunk_size)
@@ -175,10 +174,40 @@ def test_network_evaluations_are_those_claimed(prior_folder, num_steps, num_bloc
 def test_defaults_are_those_of_the_config(sampler):
     y, physics = observation()
     default = sampler(y, physics, generator=generator())
-    explicit = sampler(y, physics, 0.05, 1, 2, 0.5, generator())
+    explicit = sampler(y, physics, 0.05, 1, generator(), num_steps=2, eta=0.5)
     assert torch.equal(default, explicit)
     for change in ({"num_steps": 3}, {"eta": 1}, {"sigma_y": 0.1}, {"step_scale": 2.0}):
         assert not torch.allclose(sampler(y, physics, generator=generator(), **change), default, atol=1e-3)
+
+
+def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(sampler, saved):
+    for call in (
+        lambda: sampler(*observation(), step_size=2.0),
+        lambda: PosteriorSampler.from_pretrained(saved, step_size=2.0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"no option step_size; it has num_steps, grid_power, eta, .*tile, sigma_y"
+        ):
+            call()
+
+
+def test_options_of_loading_are_those_of_a_call_and_none_is_the_models(saved):
+    options = {"num_steps": 3, "eta": "fresh", "step_scale": 0.7, "symmetries": 2, "chunk_size": 1, "tile": None}
+    expected = draw(PosteriorSampler.from_pretrained(saved), **options)
+    loaded = PosteriorSampler.from_pretrained(saved, **options)
+    assert torch.equal(draw(loaded), expected)
+    assert loaded.nfe() == 3 * 3
+    assert loaded.images_at_once(Observation.of(*observation(), 0.05)) == 1
+    nones = PosteriorSampler.from_pretrained(saved, **dict.fromkeys(options))
+    assert nones.config == PosteriorSampler.from_pretrained(saved).config
+
+
+def test_samplers_of_other_weights_or_options_are_told_apart(saved, prior_folder):
+    one, other = (PosteriorSampler.from_pretrained(saved) for _ in range(2))
+    assert one.fingerprint == other.fingerprint
+    assert one.fingerprint != PosteriorSampler.from_pretrained(saved, num_steps=1).fingerprint
+    perturb(other.network.blocks.parameters())
+    assert one.fingerprint != other.fingerprint
 
 
 def test_levels_visited_are_those_of_the_grid(sampler):
@@ -232,9 +261,9 @@ def test_other_values_of_eta_are_refused(sampler, eta):
 
 def test_noise_levels_are_one_per_observation():
     y = torch.zeros(3, 1, 4, 4)
-    assert noise_levels(0.5, y).tolist() == [0.5] * 3
-    assert noise_levels(torch.tensor([0.5]), y).tolist() == [0.5] * 3
-    assert noise_levels(torch.tensor([1.0, 2.0, 3.0]), y).tolist() == [1, 2, 3]
+    assert Observation.of(y, None, 0.5).sigma_y.tolist() == [0.5] * 3
+    assert Observation.of(y, None, torch.tensor([0.5])).sigma_y.tolist() == [0.5] * 3
+    assert Observation.of(y, None, torch.tensor([1.0, 2.0, 3.0])).sigma_y.tolist() == [1, 2, 3]
 
 
 def test_a_grey_image_does_not_fit_a_colour_prior(sampler):
@@ -261,6 +290,8 @@ def test_a_picture_of_any_size_is_sampled(sampler):
         ({"grid_power": "steep"}, "grid_power"),
         ({"step_scale": 0.0}, "step_scale"),
         ({"step_scale": float("inf")}, "step_scale"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"tile": 8}, r"tile .* at least 16"),
         ({"eta": "old"}, "eta must be"),
         ({"eta": None}, "eta must be"),
         ({"sigma_y": 0.0}, "sigma_y"),
@@ -277,8 +308,8 @@ def test_impossible_defaults_are_refused(change, message):
 # --- export --------------------------------------------------------------------------------------------------
 
 
-def draw(sampler):
-    return sampler(*observation(), num_samples=2, generator=generator(4))
+def draw(sampler, **options):
+    return sampler(*observation(), num_samples=2, generator=generator(4), **options)
 
 
 def test_the_package_offers_the_sampler():
@@ -353,7 +384,7 @@ def test_an_interrupted_export_leaves_nothing(sampler, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(ud2m.samplers.ud2m, "save_file", fail)
+    monkeypatch.setattr(ud2m.samplers.export, "save_file", fail)
     with pytest.raises(RuntimeError, match="stop"):
         sampler.save_pretrained(tmp_path / "export")
     assert not any(tmp_path.iterdir())

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from ud2m.evaluation.table import Column, best_cells, format_table, format_value, table_columns
-from ud2m.reports.samples import MAX_SAMPLES, MAX_SIDE, Entry, Report, Section, render, write_report
+from ud2m.reports.figures import MAX_SIDE
+from ud2m.reports.page import write_page
+from ud2m.reports.samples import MAX_SAMPLES, Entry, Report, Section, samples_page
 
 VOID = {"meta", "img", "br"}
 
@@ -94,7 +96,7 @@ def make_report(*entries: Entry, **changes) -> Report:
 
 
 def test_the_page_is_balanced_and_loads_nothing():
-    text = render(make_report(make_entry("a"), make_entry("b", observation=torch.rand(3, 8, 8))))
+    text = samples_page(make_report(make_entry("a"), make_entry("b", observation=torch.rand(3, 8, 8))))
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?://|[\"'(]//|url\(|@import", text)
@@ -108,7 +110,7 @@ def test_the_page_is_balanced_and_loads_nothing():
 
 def test_every_number_and_text_is_there():
     numbers = {"psnr_mean": 31.234, "lpips": 0.0789, "lpips_backend": "alex", "chi2": 1.23456}
-    page = Page(render(make_report(make_entry(numbers=numbers, note="A remark."))))
+    page = Page(samples_page(make_report(make_entry(numbers=numbers, note="A remark."))))
     expected = ["4.83", "30.31", "30.10", "31.20", "1.160", "0.100", "0.079", "0.20", "1.80", "0.471", "193000"]
     expected += [
         "31.23",
@@ -127,7 +129,7 @@ def test_every_number_and_text_is_there():
 
 
 def test_the_table_has_one_cell_per_row_and_column():
-    page = Page(render(make_report()))
+    page = Page(samples_page(make_report()))
     assert page.rows[0] == [
         "Method", "NFE", "PSNR of mean [dB]", "PSNR [dB]", "LPIPS", "r", "Residual", "Time [s]", "size of it",
     ]  # fmt: skip
@@ -141,7 +143,7 @@ def test_best_values_by_hand():
         (2, "psnr_mean"), (1, "psnr"), (2, "psnr"), (2, "lpips"), (2, "r"),
     }  # fmt: skip
     assert best_cells(ROWS, table_columns(ROWS)) == expected
-    assert Page(render(make_report())).bold == ["30.10", "31.20", "30.10", "0.079", "1.80"]
+    assert Page(samples_page(make_report())).bold == ["30.10", "31.20", "30.10", "0.079", "1.80"]
 
 
 def test_best_is_nearest_to_one_as_a_ratio():
@@ -166,7 +168,7 @@ def test_the_lpips_network_is_named():
     mixed = [{"lpips": 0.1, "lpips_backend": "alex"}, {"lpips": 0.2, "lpips_backend": "vgg"}]
     assert [c.heading for c in table_columns(mixed)] == ["LPIPS", "LPIPS network"]
     keyed = [{"lpips_vgg": 0.2, "lpips": 0.1, "lpips_mean_vgg": 0.3}, {"lpips_vgg": 0.1, "lpips": 0.2}]
-    assert [c.heading for c in table_columns(keyed)] == ["LPIPS of mean (vgg)", "LPIPS (vgg)", "LPIPS (alex)"]
+    assert [c.heading for c in table_columns(keyed)] == ["LPIPS of mean (vgg)", "LPIPS (vgg)", "LPIPS"]
     assert best_cells(keyed, table_columns(keyed)) == {(1, "lpips_vgg"), (0, "lpips")}
 
 
@@ -191,7 +193,7 @@ def test_hostile_texts_are_escaped():
         table=[{"method": HOSTILE, HOSTILE: HOSTILE}],
         settings={HOSTILE: "</pre></details>" + HOSTILE},
     )
-    text = render(report)
+    text = samples_page(report)
     page = Page(text)
     assert "<script" not in text
     assert not any("onerror" in attributes for _, attributes in page.tags)
@@ -200,14 +202,14 @@ def test_hostile_texts_are_escaped():
 
 
 def test_file_names_that_are_no_text_can_be_written(tmp_path):
-    write_report(tmp_path / "report.html", make_report(make_entry("bad \udcff name")))
+    write_page(tmp_path / "report.html", samples_page(make_report(make_entry("bad \udcff name"))))
     assert "bad ? name" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_pictures_show_the_tensors_in_order():
     entry = make_entry()
-    images = Page(render(make_report(entry))).images()
+    images = Page(samples_page(make_report(entry))).images()
     alts = [a["alt"] for a, _ in images]
     assert alts[:3] == ["cat: reference", "cat: observation", "cat: mean of the samples"]
     assert "standard deviation" in alts[3]
@@ -220,15 +222,15 @@ def test_pictures_show_the_tensors_in_order():
 
 
 def test_at_most_some_samples_are_shown_and_the_rest_is_announced():
-    page = Page(render(make_report(make_entry(samples=20))))
+    page = Page(samples_page(make_report(make_entry(samples=20))))
     assert sum(": sample" in a["alt"] for a, _ in page.images()) == MAX_SAMPLES
     assert "Mean of 20 samples" in page.text
     assert f"{20 - MAX_SAMPLES} more samples are in the folder samples/" in page.text
-    assert "more samples" not in Page(render(make_report(make_entry(samples=MAX_SAMPLES)))).text
+    assert "more samples" not in Page(samples_page(make_report(make_entry(samples=MAX_SAMPLES)))).text
 
 
 def test_single_sample_without_std_and_unknown_reference():
-    page = Page(render(make_report(make_entry(samples=1, std=None, reference=None))))
+    page = Page(samples_page(make_report(make_entry(samples=1, std=None, reference=None))))
     alts = [a["alt"] for a, _ in page.images()]
     assert alts == ["cat: observation", "cat: mean of the samples", "cat: sample 1"]
     assert "Mean of 1 sample" in page.text
@@ -237,13 +239,13 @@ def test_single_sample_without_std_and_unknown_reference():
 def test_std_maps_of_a_section_share_their_scale():
     faint = make_entry("faint", std=torch.full((3, 32, 32), 0.01))
     strong = make_entry("strong", std=torch.full((3, 32, 32), 0.04))
-    page = Page(render(make_report(faint, strong)))
+    page = Page(samples_page(make_report(faint, strong)))
     assert page.text.count("≥\xa00.04") == 2
     assert page.picture("faint: standard deviation")[1].max() < page.picture("strong: standard deviation")[1].max()
 
 
 def test_small_observation_fills_the_frame_in_crisp_pixels():
-    text = render(make_report(make_entry(observation=torch.rand(3, 8, 8))))
+    text = samples_page(make_report(make_entry(observation=torch.rand(3, 8, 8))))
     attributes, array = Page(text).picture("observation")
     assert array.shape == (8, 8, 3)
     assert attributes["class"] == "crisp"
@@ -252,7 +254,7 @@ def test_small_observation_fills_the_frame_in_crisp_pixels():
 
 
 def test_cropped_observation_keeps_the_pixel_scale():
-    text = render(make_report(make_entry(observation=torch.rand(3, 24, 24))))
+    text = samples_page(make_report(make_entry(observation=torch.rand(3, 24, 24))))
     assert "width: 192px" in text
 
 
@@ -260,7 +262,7 @@ def test_missing_pixels_are_told_from_black_ones():
     measured = torch.zeros(32, 32, dtype=torch.bool)
     measured[:, :16] = True
     entry = make_entry(observation=torch.zeros(3, 32, 32), measured=measured)
-    page = Page(render(make_report(entry)))
+    page = Page(samples_page(make_report(entry)))
     _, array = page.picture("observation")
     assert (array[:, :16] == 0).all()
     assert (array[:, 16:] == 217).all()
@@ -273,7 +275,7 @@ def test_missing_pixels_are_told_from_black_ones():
 def test_observation_that_is_no_image_is_rescaled(channels, word):
     y = torch.zeros(channels, 4, 4) if channels == 2 else torch.full((1, 4, 4), 3.0)
     y[:, 0, 0] = torch.tensor([3.0, 4.0])[-channels:]
-    page = Page(render(make_report(make_entry(observation=y))))
+    page = Page(samples_page(make_report(make_entry(observation=y))))
     _, array = page.picture("observation")
     assert (array[0, 0], array[1, 1]) == (255, 0)
     assert word in page.text
@@ -282,7 +284,7 @@ def test_observation_that_is_no_image_is_rescaled(channels, word):
 def test_noise_outside_the_range_is_clamped_not_rescaled():
     y = torch.full((3, 32, 32), 0.5)
     y[:, 0, 0] = 1.1
-    _, array = Page(render(make_report(make_entry(observation=y)))).picture("observation")
+    _, array = Page(samples_page(make_report(make_entry(observation=y)))).picture("observation")
     assert (array[0, 0, 0], array[1, 1, 0]) == (255, 128)
 
 
@@ -290,7 +292,7 @@ def test_large_pictures_are_reduced():
     size = 2 * MAX_SIDE
     y = torch.full((1, size, size), 0.5)
     entry = make_entry(size=8, channels=1, samples=1, reference=None, std=None, observation=y)
-    page = Page(render(make_report(entry)))
+    page = Page(samples_page(make_report(entry)))
     attributes, array = page.picture("observation")
     assert array.shape == (MAX_SIDE, MAX_SIDE)
     assert attributes["class"] == "smooth"
@@ -298,12 +300,12 @@ def test_large_pictures_are_reduced():
 
 
 def test_grey_images():
-    _, array = Page(render(make_report(make_entry(channels=1)))).picture("reference")
+    _, array = Page(samples_page(make_report(make_entry(channels=1)))).picture("reference")
     assert array.shape == (32, 32)
 
 
 def test_a_256_pixel_entry_stays_affordable():
-    text = render(make_report(make_entry(size=256, samples=8)))  # noise: no PNG can be larger
+    text = samples_page(make_report(make_entry(size=256, samples=8)))  # noise: no PNG can be larger
     assert len(text) < 13 * 256 * 256 * 3 * 1.34 + 30_000
 
 
@@ -318,7 +320,7 @@ def test_shapes_that_do_not_fit(field, shape):
 
 
 def test_empty_parts_are_left_out():
-    page = Page(render(Report("T", "", [], {}, [])))
+    page = Page(samples_page(Report("T", "", [], {}, [])))
     assert not {"table", "details", "section", "p", "ul"} & {tag for tag, _ in page.tags}
 
 

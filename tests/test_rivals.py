@@ -18,6 +18,7 @@ from ud2m.physics import (
     observe,
 )
 from ud2m.priors.gaussian_mixture import GaussianMixture
+from ud2m.samplers.base import seeds_from
 from ud2m.samplers.deepinv import Ddrm, DeepinvDenoiser, DiffPir, Dps, PnpFlow, decomposition
 
 SHAPE = (1, 8, 8)
@@ -126,7 +127,7 @@ def test_ddrm_is_deepinvs_where_coefficients_are_complex():
     blur = deepinv.physics.BlurFFT(
         SHAPE, filter=family.kernels(1).float(), noise_model=deepinv.physics.GaussianNoise(0.05)
     )
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(5))))
+    torch.manual_seed(seeds_from(generator(5), 1)[0])
     theirs = method.sampler(y.expand(3, *SHAPE).clone(), blur).clamp(0, 1)
     torch.testing.assert_close(ours, theirs.to(ours), atol=1e-4, rtol=0)
 
@@ -160,7 +161,7 @@ def test_diffpir_is_deepinvs_and_comes_near_to_the_exact_posterior():
     sampler = deepinv.sampling.DiffPIR(
         DeepinvDenoiser(prior), deepinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=50, zeta=0.1, lambda_=7.0
     )
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(4))))
+    torch.manual_seed(seeds_from(generator(4), 100)[0])
     expected = sampler(y.expand(100, *SHAPE).clone(), theirs).clamp(0, 1)
     torch.testing.assert_close(samples, expected, atol=1e-3, rtol=0)
     deviation = posterior.covariance().diagonal().mean().sqrt()
@@ -186,7 +187,7 @@ def test_dps_is_deepinvs():
     y, physics = problem(prior, UniformBlur(3))
     ours = Dps(prior, num_steps=10, weight=30.0)(y, physics, 0.05, 2, generator=generator(4))[0]
     sampler = deepinv.sampling.DPS(DeepinvDenoiser(prior), num_steps=10, weight=30.0)
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator(4))))
+    torch.manual_seed(seeds_from(generator(4), 2)[0])
     expected = sampler(y.expand(2, *SHAPE).clone(), physics).clamp(0, 1)
     torch.testing.assert_close(ours, expected.to(ours), atol=1e-5, rtol=0)
 
@@ -212,7 +213,7 @@ def test_pnp_flow_moves_mean_and_covariance_of_a_gaussian_as_its_affine_steps_do
         covariance = gain @ (forward @ covariance @ forward.T + variance * identity) @ gain.T
     torch.manual_seed(0)
     count = 4000
-    drawn = PnpFlow(prior, steps, alpha, weight).draw(y.expand(count, *SHAPE), physics, 0.05).flatten(1).double()
+    drawn = PnpFlow(prior, steps, alpha, weight).run(y.expand(count, *SHAPE), physics, 0.05).flatten(1).double()
     error = (drawn.mean(0) - mean) / (covariance.diagonal() / count).sqrt()
     assert error.abs().max() < 5
     assert error.square().mean() < 2

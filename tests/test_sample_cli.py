@@ -17,11 +17,9 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 
 from ud2m.cli import describe
 from ud2m.cli.sample import main, trained_operator
-from ud2m.evaluation import comparison
 from ud2m.images import PixelFormat, pixel_format, read_image, write_image
 from ud2m.physics import PixelMask, SuperResolution, misfit
 from ud2m.priors.prior import Prior
-from ud2m.samplers.latino import LatinoSetting
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 
@@ -92,7 +90,7 @@ def test_degraded_file_is_taken_as_the_observation(model, tmp_path):
     write_image(y[0].clamp(0, 1), tmp_path / "y.png")
     sample(f"model={model}", f"input={tmp_path / 'y.png'}", "degraded=true", f"output={tmp_path / 'out'}", "show=0")
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(row) == {"method", "nfe", "residual", "sigma_y"}  # no reference, no scores against it
+    assert set(row) == {"method", "nfe", "residual", "residual_p", "sigma_y"}  # no reference, no scores against it
     assert read_image(tmp_path / "out" / "samples" / "000.png").shape == (3, SIZE, SIZE)
     assert read_image(tmp_path / "out" / "observation.png").equal(read_image(tmp_path / "y.png"))
 
@@ -120,17 +118,15 @@ def test_folder_input_gives_a_folder_per_picture(model, picture, tmp_path):
         assert (tmp_path / "out" / name / "samples" / "001.png").is_file()
 
 
-def test_comparison_has_all_rows_on_test_images(model, tmp_path, monkeypatch):
-    settings = (LatinoSetting(num_levels=2), LatinoSetting(num_levels=3))
-    monkeypatch.setattr(comparison, "latino_settings", lambda: settings)
+def test_comparison_has_all_rows_on_test_images(model, tmp_path):
     out = tmp_path / "out"
-    limits = ("data.tile_size=16", "data.val_limit=2", "data.test_limit=3")
+    limits = ("data.tile_size=16", "data.val_limit=1", "data.test_limit=3", "tune_samples=1")
     sample(f"model={model}", "compare=true", *limits, "num_samples=2", "show=1", "crop=32", f"output={out}")
     rows = json.loads((out / "metrics.json").read_text())
     names = [row["method"] for row in rows]
     assert names[0] == "A^dagger y"
     assert names[-1] == "UD2M (K=3, N=2)"
-    assert sum(name.startswith("LATINO") for name in names) == 2
+    assert sum(name.startswith("LATINO") for name in names) == 1  # too small for LPIPS
     assert all(row["psnr"] > 0 and row["residual"] > 0 and row["seconds_per_image"] >= 0 for row in rows)
     assert (out / "chelsea-r0-c0-32" / "mean.png").is_file()
 
@@ -297,7 +293,7 @@ def test_a_clean_picture_is_cut_to_what_the_operator_takes(model, tmp_path, caps
 
 
 def test_a_jpeg_file_is_restored_from_its_own_coefficients(model, tmp_path):
-    jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install 'ud2m[jpeg]'")
+    jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install jpeglib")
     pixels = (torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0)) * 60 + 100).byte().numpy()
     path = tmp_path / "photo.jpg"
     Image.fromarray(pixels).save(path, quality=80, subsampling=2)

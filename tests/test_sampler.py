@@ -7,7 +7,7 @@ from operators import generator
 from tiny import SCHEDULER
 
 import ud2m.unfolded.ddim
-from ud2m.physics import SuperResolution, observe
+from ud2m.physics import Denoising, Observation, SuperResolution, observe
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.random import randn_like
 from ud2m.unfolded.ddim import FRESH, check_eta, ddim_step, sample_posterior, step_deviation
@@ -48,15 +48,15 @@ class GaussianPosterior:
         covariance = torch.linalg.inv(precision)
         return right @ covariance, covariance
 
-    def __call__(self, x_sigma, sigma, y, physics, sigma_y, generator=None):
+    def __call__(self, x_sigma, sigma, observation, generator=None):
         mean, covariance = self.moments(x_sigma, sigma[0])
         noise = randn_like(mean, generator)
         return (mean + noise @ torch.linalg.cholesky(covariance).T).view_as(x_sigma)
 
     def samples(self, count, levels, eta):
         y = self.y.expand(count, *self.y.shape[1:])
-        noise = torch.full((count,), self.sigma_y, dtype=torch.float64)
-        return sample_posterior(self, y, self.physics, noise, levels, SHAPE, eta, generator(9)).flatten(1)
+        observation = Observation.of(y, self.physics, self.sigma_y)
+        return sample_posterior(self, observation, levels, eta, generator(9)).flatten(1)
 
 
 def largest_deviation(samples, mean, covariance):
@@ -187,20 +187,21 @@ class Recorder:
 
 def walk(levels, eta=1.0, random=None, batch=2):
     network = Recorder()
-    y, sigma_y = torch.rand(batch, 1, 2, 2), torch.linspace(0.1, 0.2, batch)
-    x = sample_posterior(network, y, "the operator", sigma_y, torch.tensor(levels), (3, 4, 5), eta, random)
-    return x, network.calls, y, sigma_y
+    physics = Denoising().draw(batch, (3, 4, 6))
+    observation = Observation(torch.rand(batch, 3, 4, 6), physics, torch.linspace(0.1, 0.2, batch))
+    x = sample_posterior(network, observation, torch.tensor(levels), eta, random)
+    return x, network.calls, observation
 
 
 def test_network_is_called_once_per_level_with_what_it_needs():
     levels = [5.0, 1.0, 0.2]
-    x, calls, y, sigma_y = walk(levels, random=generator())
+    x, calls, observation = walk(levels, random=generator())
     assert len(calls) == 3
-    for level, (x_sigma, sigma, *others, _) in zip(levels, calls, strict=True):
-        assert x_sigma.shape == (2, 3, 4, 5)
+    for level, (x_sigma, sigma, given, _) in zip(levels, calls, strict=True):
+        assert x_sigma.shape == (2, 3, 4, 6)
         assert sigma.tolist() == pytest.approx([level, level])
-        assert all(ours is theirs for ours, theirs in zip(others, (y, "the operator", sigma_y), strict=True))
-    assert torch.equal(x, torch.full((2, 3, 4, 5), 0.5))  # the last answer, no noise on it
+        assert given is observation
+    assert torch.equal(x, torch.full((2, 3, 4, 6), 0.5))  # the last answer, no noise on it
 
 
 def test_the_walk_starts_from_noise_of_the_largest_level():

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from ud2m.data import ShardData
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import RandomCrops
+from ud2m.data.image_store import MemoryImages
 from ud2m.data.shard_index import read_index
 from ud2m.data.shards import ShardCrops, ShardReader, ShardSampler, ShardStream, shuffled
-from ud2m.data.image_store import MemoryImages
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
 make_shards = importlib.import_module("make_shards")

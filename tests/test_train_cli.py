@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
+from measuring import evaluate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,13 +33,13 @@ from tiny_training import (
 
 from ud2m.cli.errors import message
 from ud2m.data import FolderData
-from ud2m.evaluation.measure import Evaluation, evaluate
 from ud2m.images import read_image
 from ud2m.physics import GaussianBlur
 from ud2m.physics.problem import Problem
 from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
 from ud2m.training.progress import StepProgress
+from ud2m.training.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_curves_pictures_and_rates_reach_the_logs(finished):
 
 def test_the_export_is_that_of_the_best_checkpoint(tiny, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0])
-    monkeypatch.setattr(Evaluation, "row", lambda self: {"psnr_mean": next(scores)})
+    monkeypatch.setattr(Validation, "result", lambda self: ({}, next(scores)))
     assert command_line(*tiny, f"run_dir={tmp_path}") == 0
     best, last = (read_checkpoint(tmp_path / "checkpoints" / f"{n}.ckpt")["state_dict"] for n in ("best", "last"))
     psi = load_file(tmp_path / "export" / "psi.safetensors")
@@ -161,13 +163,9 @@ def test_the_export_is_that_of_the_best_checkpoint(tiny, tmp_path, monkeypatch):
 
 
 def test_val_lpips_is_logged_with_its_backend_where_weights_are(tiny, tmp_path, shared, monkeypatch):
-    from ud2m.evaluation.measure import lpips_if_available
-
     monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
-    lpips_if_available.cache_clear()
-    size = ["data.crop_size=32", "training.validation.lpips=alex", "training.validation.metric=-lpips"]
+    size = ["data.crop_size=32", "training.validation.lpips=alex", "training.validation.metric=lpips"]
     assert command_line(*tiny, *size, f"steps={STEPS}", f"run_dir={tmp_path}") == 0
-    lpips_if_available.cache_clear()
     (row,) = json.loads((tmp_path / "metrics.json").read_text())
     assert row["lpips"] > 0
     assert row["score"] == -row["lpips"]
@@ -323,6 +321,29 @@ def test_a_resumed_run_may_move_to_another_machine(finished, tmp_path, capsys):
 def test_nothing_to_resume(tmp_path, capsys):
     assert command_line("resume=true", f"run_dir={tmp_path}") == 1
     assert "nothing to resume in" in only_line(capsys)
+
+
+@pytest.mark.parametrize("resume", ["true", "auto"])
+@pytest.mark.parametrize(("wrote", "named"), [(None, "before 0.2"), ("0.1.7", "0.1.7"), ("1.0.0", "1.0.0")])
+def test_a_run_of_another_version_is_refused(wrote, named, resume, tiny, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = OmegaConf.load(run / "config.yaml")
+    assert config.pop("version") == version("ud2m")
+    OmegaConf.save(config if wrote is None else OmegaConf.merge(config, {"version": wrote}), run / "config.yaml")
+    arguments = [] if resume == "true" else [*tiny, "loss.adversarial=0.01"]
+    assert command_line(*arguments, f"resume={resume}", f"run_dir={run}") == 1
+    line = only_line(capsys)
+    assert f"config.yaml was written by ud2m {named}, and this is ud2m {version('ud2m')}" in line
+
+
+def test_a_run_of_the_same_series_goes_on(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = OmegaConf.load(run / "config.yaml")
+    config.version = ".".join([*version("ud2m").split(".")[:2], "99"])
+    OmegaConf.save(config, run / "config.yaml")
+    assert command_line("resume=true", f"run_dir={run}") == 0
 
 
 def test_a_damaged_checkpoint_gives_one_line_and_is_left_alone(finished, tmp_path, capsys):

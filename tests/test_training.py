@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from measuring import evaluate
 from processes import start
 from safetensors.torch import load_file
 from tiny import LORA, SIZE, perturb, save_tiny_prior, tiny_prior, trained
@@ -27,7 +28,6 @@ from tiny_training import (
 )
 from torch import nn
 
-from ud2m.evaluation.measure import evaluate
 from ud2m.losses.generator import build_generator_loss
 from ud2m.losses.terms import L2
 from ud2m.physics import Inpainting, observe
@@ -217,7 +217,7 @@ def test_a_moved_run_resumes_with_its_best_score(prior, unbroken, tmp_path):
 
 def test_a_resumed_run_knows_the_score_to_beat(prior, tmp_path, monkeypatch):
     scores = iter([30.0, 20.0])
-    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores)})
+    monkeypatch.setattr("ud2m.training.validation.Validation.result", lambda self: ({}, next(scores)))
     with pytest.raises(RuntimeError):
         fit(distillation(prior), tmp_path, callbacks=(Break(1, 0),))
     fit(distillation(prior), tmp_path, resume=True)
@@ -345,7 +345,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_the_best_checkpoint_is_the_one_of_the_highest_score(prior, tmp_path, monkeypatch):
     scores = iter([20.0, 22.0, 21.0])
-    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores), "r": None})
+    monkeypatch.setattr("ud2m.training.validation.Validation.result", lambda self: ({"r": None}, next(scores)))
     fit(distillation(prior, optimizer={"steps": 3 * STEPS}), tmp_path, max_epochs=3)
     best, last = (read_checkpoint(checkpoint(tmp_path, name)) for name in ("best", "last"))
     assert (best["scores"]["score"], best["scores"]["step"]) == (22.0, 2 * STEPS)
@@ -425,10 +425,9 @@ def test_the_average_holds_trained_parameters_only_and_validation_and_export_use
     assert all(torch.equal(psi[k], averaged[k]) for k in psi)
     # The score of the last validation is the averages': the raw ones score otherwise.
     batches = list(TinyData().val_dataloader())
-    options = {"num_samples": 2, "distances": module.distances}
     with module.ema.applied():
-        as_validated = evaluate(module.sampler, batches, module.problem, **options)
-    raw_score = evaluate(module.sampler, batches, module.problem, **options)
+        as_validated = evaluate(module.sampler, batches, module.step.problem, num_samples=2)
+    raw_score = evaluate(module.sampler, batches, module.step.problem, num_samples=2)
     assert module.scores["psnr"] == pytest.approx(as_validated["psnr"], rel=1e-6)
     assert module.scores["psnr"] != pytest.approx(raw_score["psnr"], rel=1e-6)
 
@@ -472,9 +471,9 @@ def test_neither_player_leaves_a_gradient_with_the_other_and_one_backward_gives_
     def gradients(pick):
         module.zero_grad(set_to_none=True)
         s = streams(module, 3)
-        prediction = module.predict(x0, s)
+        prediction = module.step.predict(x0, s)
         generator_loss, _ = module.loss(prediction)
-        discriminator_loss, _ = module.discriminator_loss(module.discriminator, prediction, s)
+        discriminator_loss, _ = module.step.discriminator_loss(module.discriminator, prediction, s)
         {"generator": generator_loss, "discriminator": discriminator_loss}[pick].backward()
         return [{k: p.grad for k, p in group.items()} for group in (ours, theirs)]
 
@@ -509,7 +508,7 @@ def test_draws_of_one_sample_share_its_warm_start(prior):
     # the energy score asks for two outputs of each of the three samples
     module, calls = distillation(prior, adversarial=0.0), []
     module.network.warm_start.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
-    prediction = module.predict(torch.rand(3, 3, SIZE, SIZE), [torch.Generator().manual_seed(k) for k in range(3)])
+    prediction = module.step.predict(torch.rand(3, 3, SIZE, SIZE), [torch.Generator().manual_seed(k) for k in range(3)])
     assert prediction.outputs.shape[:2] == (3, 2)
     assert calls == [3]
 
@@ -574,7 +573,7 @@ def test_learning_rates_move_once_per_optimizer_step(accumulate, prior, tmp_path
 @pytest.mark.parametrize("term", ["energy", "discriminator"])
 def test_a_loss_that_is_not_finite_stops_with_step_and_term(term, prior, tmp_path):
     module = distillation(prior)
-    owner = module.discriminator_loss if term == "discriminator" else module.loss.terms[term]
+    owner = module.step.discriminator_loss if term == "discriminator" else module.loss.terms[term]
     forward, calls = owner.forward, []
 
     def nan_from_step_three(*args):
@@ -607,7 +606,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_parameters(pr
 
 def test_a_validation_score_that_is_not_a_number_stops_before_a_checkpoint(prior, tmp_path, monkeypatch):
     scores = iter([20.0, float("nan")])
-    monkeypatch.setattr("ud2m.evaluation.measure.Evaluation.row", lambda self: {"psnr": next(scores)})
+    monkeypatch.setattr("ud2m.training.validation.Validation.result", lambda self: ({}, next(scores)))
     with pytest.raises(FloatingPointError, match="stopped at step 4: the validation score is nan"):
         fit(distillation(prior), tmp_path)
     assert read_checkpoint(checkpoint(tmp_path))["scores"]["score"] == 20.0
@@ -628,16 +627,16 @@ def test_noise_levels_of_a_range_are_log_uniform_and_reach_the_observations(prio
         seen.append(sigma_y)
         return observe(physics, x0, sigma_y, streams)
 
-    monkeypatch.setattr("ud2m.training.distillation.observe", spy)
+    monkeypatch.setattr("ud2m.physics.problem.observe", spy)
     module = distillation(prior, sigma_y_range=[0.01, 0.16])
     streams = [torch.Generator().manual_seed(i) for i in range(400)]
-    position = (module.draw_sigma_y(400, streams) / 0.01).log() / math.log(16)
+    position = (module.step.draw_sigma_y(400, streams) / 0.01).log() / math.log(16)
     assert 0 <= position.min() < 0.02
     assert 0.98 < position.max() <= 1
     assert position.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 400) ** 0.5)
-    module.predict(torch.rand(4, 3, SIZE, SIZE), streams[:4])
+    module.step.predict(torch.rand(4, 3, SIZE, SIZE), streams[:4])
     assert len(seen[0].unique()) == 4
-    assert module.problem.sigma_y == module.sampler.config.sigma_y == 0.05
+    assert module.step.problem.sigma_y == module.sampler.config.sigma_y == 0.05
 
 
 @pytest.mark.parametrize(
@@ -649,8 +648,12 @@ def test_noise_levels_of_a_range_are_log_uniform_and_reach_the_observations(prio
         ({"sigma_y_range": [0.2, 0.1]}, "sigma_y_range must hold"),
         ({"network": {"num_blocks": 0, "rule": {"name": "paper"}, "warm_start": {"name": "pinv"}}}, "num_blocks"),
         ({"sampling": {"num_steps": 2, "eta": 1.5}}, "eta must be"),
-        ({"validation": {"num_samples": 0, "lpips": None, "metric": "psnr"}}, "num_samples must be at least 1"),
-        ({"validation": {"num_samples": 1, "lpips": None, "metric": "lpips"}}, "must be one of psnr, .*-lpips"),
+        ({"validation": {"num_samples": 0, "lpips": None, "metric": "psnr"}}, "num_samples must be an integer"),
+        (
+            {"validation": {"num_samples": 1, "lpips": None, "metric": "residual"}},
+            "is no number to choose by; take one of psnr_mean",
+        ),
+        ({"validation": {"num_samples": 1, "lpips": None, "metric": "-psnr"}}, "is no number to choose by"),
         ({"optimizer": {"accumulate": 0}}, "accumulate must be at least 1"),
         ({"optimizer": {"clip": 0.0}}, "clip, the largest gradient norm, must be positive"),
         ({"optimizer": {"lr": 0.0}}, "learning rates must be positive"),
@@ -663,10 +666,10 @@ def test_numbers_out_of_range_are_refused_at_once(overrides, message, prior):
 
 
 @pytest.mark.parametrize("net", [None, "alex"])
-def test_selection_by_lpips_needs_its_weights(net, prior, monkeypatch):
-    monkeypatch.setattr("ud2m.training.distillation.lpips_if_available", lambda net: {})
-    with pytest.raises(ValueError, match=r"-lpips needs validation\.lpips and the weights of that backbone"):
-        distillation(prior, validation={"num_samples": 1, "lpips": net, "metric": "-lpips"})
+def test_selection_by_lpips_needs_its_weights(net, prior, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"validation\.metric=lpips: the metric lpips cannot be computed: .*alex"):
+        distillation(prior, validation={"num_samples": 1, "lpips": net, "metric": "lpips"})
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.0}, {"focus": 1.5}, {"focus_max": 1e-4}, {"levels": []}])
@@ -756,7 +759,7 @@ def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tm
         # sgd: a step is proportional to the gradient, where Adam forgives any factor
         module = distillation(prior, optimizer={"clip": clip, "steps": STEPS})
         module.configure_optimizers = lambda: [
-            torch.optim.SGD(module.generator_parameters(), lr=1e-2),
+            torch.optim.SGD(module.step.generator_parameters(), lr=1e-2),
             torch.optim.SGD(module.discriminator.parameters(), lr=1e-2),
         ]
         fit(module, tmp_path / name, max_epochs=1, **options)
@@ -814,7 +817,7 @@ def test_bfloat16_trains_around_a_float32_prior(prior, tmp_path):
     fit(module, tmp_path, precision="bf16-mixed")
     # Scores are those of the sampler as it is used, in float32; under autocast they were far off.
     with module.ema.applied():
-        expected = evaluate(module.sampler, list(TinyData().val_dataloader()), module.problem, num_samples=2)
+        expected = evaluate(module.sampler, list(TinyData().val_dataloader()), module.step.problem, num_samples=2)
     assert {k: module.scores[k] for k in ("psnr", "ssim", "r")} == pytest.approx(
         {k: expected[k] for k in ("psnr", "ssim", "r")}, rel=1e-5
     )
@@ -860,7 +863,7 @@ def test_levels_follow_the_power_of_the_grid():
 
 def test_levels_are_drawn_per_sample(prior):
     module = distillation(prior, levels=Levels(2, spread=1.0))
-    prediction = module.predict(images(6), streams(module, 6))
+    prediction = module.step.predict(images(6), streams(module, 6))
     assert len(prediction.sigma.unique()) == 6
 
 

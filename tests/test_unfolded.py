@@ -10,7 +10,7 @@ from tiny import SIZE, SPECS, adapted, perturb, tiny_network, tiny_prior, traine
 from torch import nn
 
 from ud2m.evaluation.metrics import psnr
-from ud2m.physics import GaussianBlur, Inpainting, SuperResolution, observe
+from ud2m.physics import GaussianBlur, Inpainting, Observation, SuperResolution, observe
 from ud2m.priors.prior import LoraSpec
 from ud2m.random import randn_like
 from ud2m.unfolded.network import UnfoldedNetwork, build_network
@@ -26,13 +26,13 @@ SIGMA = torch.tensor([79.0, 0.9, 0.06])
 
 
 def problem(family, batch=3, size=SIZE, dtype=torch.float32, sigma=SIGMA, sigma_y=0.05):
-    """Return (x_sigma, sigma, y, physics, sigma_y) of random images."""
+    """Return (x_sigma, sigma, observation) of random images."""
     x0 = torch.rand(batch, 3, size, size, generator=generator(0), dtype=dtype)
     physics = family.draw(batch, (3, size, size), generator(1))
     noise = torch.full((batch,), sigma_y, dtype=dtype)
     sigma = sigma[:batch].to(dtype)
     x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator(2))
-    return x_sigma, sigma, observe(physics, x0, noise, generator(3)), physics, noise
+    return x_sigma, sigma, Observation(observe(physics, x0, noise, generator(3)), physics, noise)
 
 
 class Squash(nn.Module):
@@ -77,7 +77,7 @@ def test_network_is_the_loop_of_the_method(case, rule):
         log_delta, log_lam = network.closing.log_delta.exp(), network.closing.log_lam.exp()
         x = dense_prox(A, y, x_sigma, x, sigma, (0.9 * both) ** 2 * log_delta, log_lam.expand(2), sigma_y)
 
-    result = network(x_sigma, sigma, y, physics, sigma_y, generator(6))
+    result = network(x_sigma, sigma, Observation(y, physics, sigma_y), generator(6))
     torch.testing.assert_close(result, x, rtol=0, atol=1e-7)
 
 
@@ -100,11 +100,11 @@ def test_blocks_share_one_denoiser():
 
 def test_samples_of_a_batch_do_not_meet():
     network = tiny_network(tiny_prior())
-    x_sigma, sigma, y, physics, sigma_y = problem(GaussianBlur(), sigma_y=0.05)
+    x_sigma, sigma, observation = problem(GaussianBlur(), sigma_y=0.05)
 
     def run(rows):
         streams = [generator(row) for row in rows]
-        return network(x_sigma[rows], sigma[rows], y[rows], physics, sigma_y[rows], streams)
+        return network(x_sigma[rows], sigma[rows], observation.rows(torch.tensor(rows)), streams)
 
     together = run([0, 1, 2])
     alone = torch.cat([run([0]), run([1]), run([2])])
@@ -213,7 +213,9 @@ def test_annealed_rule_falls_geometrically_between_its_ends():
 def test_the_annealed_rule_closes_below_its_lowest_level_and_the_papers_rule_not_at_all():
     rule, sigma_y = AnnealedRule(floor=2.0, closing=0.5), torch.full_like(LEVELS, 0.02)
     torch.testing.assert_close(rule.closing(LEVELS, sigma_y), rho(LEVELS, sigma_y) ** 2)
-    assert PaperRule().closing(LEVELS, sigma_y) is None
+    assert rule.closes
+    assert not PaperRule().closes
+    assert tiny_network(Squash(), 2, "paper").closing is None
 
 
 def test_annealed_rule_of_one_module_is_the_geometric_mean_of_the_ends():
@@ -248,8 +250,8 @@ def observed_photo(family, sigma_y=0.01):
 
 @each_family
 def test_pinv_start_is_the_pseudo_inverse(family):
-    x_sigma, sigma, y, physics, sigma_y = problem(family)
-    assert torch.equal(PinvStart()(x_sigma, sigma, y, physics, sigma_y), physics.A_dagger(y))
+    x_sigma, sigma, observation = problem(family)
+    assert torch.equal(PinvStart()(x_sigma, sigma, observation), observation.physics.A_dagger(observation.y))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_smoothing_start_beats_the_pseudo_inverse_on_a_photograph(family, sigma_
     x0, y, physics, level = observed_photo(family, sigma_y)
     sigma = torch.tensor([79.0])
     x_sigma = x0 + sigma * randn_like(x0, generator(3))
-    start = SmoothingStart()(x_sigma, sigma, y, physics, level)
+    start = SmoothingStart()(x_sigma, sigma, Observation(y, physics, level))
     assert psnr(start, x0) > least
     assert psnr(start, x0) > 1 + psnr(physics.A_dagger(y).clamp(0, 1), x0)
 
@@ -275,7 +277,7 @@ def test_smoothing_start_leaves_no_black_holes():
     x0 = 0.3 + 0.7 * photo()
     _, _, physics, level = observed_photo(Inpainting(0.7))
     y = observe(physics, x0, level, generator(2))
-    start = SmoothingStart()(torch.full_like(x0, 0.5), torch.tensor([1e3]), y, physics, level)
+    start = SmoothingStart()(torch.full_like(x0, 0.5), torch.tensor([1e3]), Observation(y, physics, level))
     missing = (physics.mask == 0).expand_as(x0)
     assert start[missing].min() > 0.29
     assert (start - x0)[missing].square().mean().sqrt() < 0.06
@@ -287,7 +289,7 @@ def test_smoothing_start_uses_the_noisy_image_where_it_is_clean():
     x0, y, physics, level = observed_photo(Inpainting(0.7))
     sigma = torch.tensor([0.005])
     x_sigma = x0 + sigma * randn_like(x0, generator(3))
-    start = SmoothingStart()(x_sigma, sigma, y, physics, level)
+    start = SmoothingStart()(x_sigma, sigma, Observation(y, physics, level))
     assert psnr(start, x0) > 44
 
 
@@ -297,7 +299,8 @@ def test_smoothing_start_serves_any_size(family):
         x0 = torch.rand(1, 3, height, width, generator=generator())
         physics = family.draw(1, (3, height, width), generator())
         level = torch.tensor([0.05])
-        start = SmoothingStart()(x0, torch.tensor([1e3]), observe(physics, x0, level, generator()), physics, level)
+        observation = Observation(observe(physics, x0, level, generator()), physics, level)
+        start = SmoothingStart()(x0, torch.tensor([1e3]), observation)
         assert start.shape == x0.shape
         assert start.isfinite().all()
 
@@ -391,8 +394,8 @@ class LearnedStart(Start):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(3))
 
-    def forward(self, x_sigma, sigma, y, physics, sigma_y):
-        return self.weight.view(1, 3, 1, 1) * physics.A_dagger(y)
+    def forward(self, x_sigma, sigma, observation):
+        return self.weight.view(1, 3, 1, 1) * observation.physics.A_dagger(observation.y)
 
 
 def test_own_state_is_psi_and_a_learned_start():

@@ -8,9 +8,7 @@ from lightning import seed_everything
 from tiny import SIZE, SPECS, adapted, save_tiny_prior
 from tiny_training import distillation, everything, fit
 
-from ud2m.evaluation.comparison import compare
-from ud2m.physics import GaussianBlur, Inpainting, Jpeg, SuperResolution, observe
-from ud2m.physics.problem import Problem
+from ud2m.physics import GaussianBlur, Inpainting, Jpeg, Observation, SuperResolution, observe
 from ud2m.priors.prior import Prior
 from ud2m.priors.store import weights_fingerprint
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
@@ -47,12 +45,12 @@ def problem(batch=2):
 def test_the_small_network_starts_as_the_smoothing_start_and_then_learns():
     _, y, physics = problem()
     start, sigma_y = NetworkStart(widths=(4, 4, 4, 4)), torch.full((2,), 0.05)
-    smooth = start_from_y(SmoothingStart(), (3, SIZE, SIZE), y, physics, sigma_y)
-    torch.testing.assert_close(start_from_y(start, (3, SIZE, SIZE), y, physics, sigma_y), smooth)
+    smooth = start_from_y(SmoothingStart(), Observation.of(y, physics, sigma_y))
+    torch.testing.assert_close(start_from_y(start, Observation.of(y, physics, sigma_y)), smooth)
     target = 1 - smooth
     optimizer, before = torch.optim.Adam(start.parameters(), 1e-2), (smooth - target).square().mean()
     for _ in range(60):
-        loss = (start_from_y(start, (3, SIZE, SIZE), y, physics, sigma_y) - target).square().mean()
+        loss = (start_from_y(start, Observation.of(y, physics, sigma_y)) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,7 +62,7 @@ def test_ram_is_deepinvs_ram_told_the_noise_of_each_sample(ram_file):
     start, sigma_y = RamStart(str(ram_file), trainable=False), torch.tensor([0.05, 0.2])
     kept = y.clone()
     with torch.no_grad():
-        own = start_from_y(start, (3, SIZE, SIZE), y, physics, sigma_y)
+        own = start_from_y(start, Observation.of(y, physics, sigma_y))
         for k in range(2):
             reference = RAM(in_channels=(1, 2, 3), pretrained=str(ram_file))
             expected = reference(y[k : k + 1], physics, sigma=sigma_y[k].item(), gain=0.0)
@@ -134,28 +132,13 @@ def test_a_frozen_ram_is_exported_by_reference_and_fingerprint(prior, ram_file, 
         PosteriorSampler.from_pretrained(tmp_path / "export")
 
 
-def test_the_comparison_needs_no_trained_start(prior, tmp_path):
-    network = build_network(prior, spec(SMALL))
-    with torch.no_grad():
-        network.warm_start.network.m_tail.weight.fill_(0.5)
-    sampler, x0 = PosteriorSampler(network.requires_grad_(False), prior), torch.rand(2, 3, SIZE, SIZE)
-    family = GaussianBlur(1.0)
-    plain = Prior.from_pretrained(prior.reference)
-    rows = compare(sampler, plain, Problem(family, 0.05), [x0], [x0], 1, {}, num_steps=1)
-    row = next(row for row in rows if row["method"] == "warm start")
-    y, physics = Problem(family, 0.05).observe(x0)
-    start = start_from_y(SmoothingStart(), (3, SIZE, SIZE), y, physics, torch.full((2,), 0.05)).clamp(0, 1)
-    assert row["psnr"] == pytest.approx(-10 * (start - x0).square().flatten(1).mean(1).log10().mean().item(), rel=1e-3)
-    assert (row["nfe"], rows[-1]["nfe"]) == (0, 2)
-
-
 def test_other_sizes_than_multiples_of_eight_are_taken():
     for start in (NetworkStart(widths=(4, 4, 4, 4)), RamStart()):
         for side in (36, 44):
             x0 = torch.rand(1, 3, side, side + 4)
             physics = SuperResolution(2).draw(1, (3, side, side + 4))
             with torch.no_grad():
-                x = start_from_y(start, (3, side, side + 4), physics.A(x0), physics, torch.full((1,), 0.05))
+                x = start_from_y(start, Observation.of(physics.A(x0), physics, 0.05))
             assert x.shape == x0.shape
             assert x.isfinite().all()
 
@@ -185,7 +168,7 @@ def test_ram_sees_the_decoded_picture_of_a_jpeg_as_a_noisy_image(ram_file):
     y = codec.A(x0)
     with torch.no_grad():
         expected = start.network(y.clamp(0, 1), deepinv.physics.Denoising(), sigma=sigma_y, gain=torch.zeros(1))
-        found = start_from_y(start, (3, 16, 16), y, codec, sigma_y)
+        found = start_from_y(start, Observation.of(y, codec, sigma_y))
     torch.testing.assert_close(found, expected)
 
 
@@ -196,7 +179,7 @@ def test_ram_takes_images_of_several_scales(ram_file, family):
     physics = family.draw(1, shape, torch.Generator().manual_seed(0))
     y = observe(physics, torch.rand(1, *shape, generator=torch.Generator().manual_seed(1)), 0.01)
     with torch.no_grad():
-        found = start_from_y(start, shape, y, physics, torch.full((1,), 0.01))
+        found = start_from_y(start, Observation.of(y, physics, 0.01))
         if isinstance(family, Inpainting):
             theirs = deepinv.physics.Inpainting(shape, mask=physics.mask.expand(1, *shape)[0])
             expected = start.network(y, theirs, sigma=torch.full((1,), 0.01), gain=torch.zeros(1))

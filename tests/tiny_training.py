@@ -25,7 +25,7 @@ from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLos
 from ud2m.losses.generator import build_generator_loss
 from ud2m.losses.terms import L2, EnergyScore
 from ud2m.physics import Inpainting
-from ud2m.training import DistillationModule, Levels, PriorModule
+from ud2m.training import DistillationModule, Levels, PriorModule, build_distillation
 from ud2m.training.checkpoints import Checkpoints
 
 STEPS, EPOCHS = 2, 2
@@ -105,7 +105,7 @@ def distillation(prior: str, adversarial: float = 0.1, **overrides: Any) -> Dist
         "seed": 3,
     }
     optimizer |= overrides.pop("optimizer", {})
-    return DistillationModule(**(arguments | {"optimizer": optimizer} | overrides))
+    return build_distillation(**(arguments | {"optimizer": optimizer} | overrides))
 
 
 def prior_module(**overrides: Any) -> PriorModule:

@@ -12,8 +12,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-import torch
-
 MARKER = ".ud2m"
 """Lies in every folder that `atomic_folder` made; only such folders are ever replaced."""
 
@@ -170,6 +168,8 @@ def read_tensors(source: Path | BinaryIO) -> Any:
     Raises:
         ValueError: with the reason in one line, when it is truncated, or holds anything but tensors and plain values.
     """
+    import torch  # here, since the commands answer what needs no tensors at once
+
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     # what torch raises depends on the first bytes: of some files the unpickler's own KeyError or AttributeError

@@ -17,10 +17,12 @@ from torch import Tensor
 from torchvision.io import decode_png
 
 from ud2m.files import write_bytes
-from ud2m.physics.general import LUMINANCE
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
+
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
 
 _NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
 _PNG_DEPTH = 24  # offset of the bit depth in a PNG's header

@@ -16,6 +16,9 @@ def describe(node: Any) -> Any:
 
 OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(int(factor) for factor in factors), replace=True)
 OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), replace=True)
+OmegaConf.register_new_resolver(
+    "if_among", lambda value, names, then, other: OmegaConf.create(then if value in names else other), replace=True
+)
 # one per composed configuration
 OmegaConf.register_new_resolver("random_id", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 # as a configuration again: --cfg job --resolve takes no plain dictionaries

@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.samplers.base import check_count
-from ud2m.training import DistillationModule
-from ud2m.training.cost import FLOAT, Estimate, Pass, step
+from ud2m.training.cost import FLOAT, Estimate, Pass, cost_of
+from ud2m.training.distillation_step import DistillationStep
 
 
 def estimate(config: DictConfig) -> Estimate:
@@ -27,17 +27,17 @@ def estimate(config: DictConfig) -> Estimate:
         raise ValueError(f"device_tflops, TFLOP/s that a device reaches, must be positive, got {config.device_tflops}")
     for name, value in {"data.batch_size": config.data.batch_size, "accumulate": config.accumulate}.items():
         check_count(name, value)
-    module = on_meta(config)
+    step = on_meta(config)
     shape = (config.data.channels, config.data.crop_size, config.data.crop_size)
     # what does not grow with the batch, such as a copy of a weight, belongs to no image
-    one, two = (step(module, (images, *shape)) for images in (1, 2))
+    one, two = (cost_of(step, (images, *shape)) for images in (1, 2))
     image = Pass(*((getattr(two, f.name) - getattr(one, f.name)) for f in fields(Pass)))
-    judge = [] if module.discriminator is None else list(module.discriminator.parameters())
+    judge = [] if step.discriminator is None else list(step.discriminator.parameters())
     inputs = FLOAT * config.data.channels * config.data.crop_size**2
     recomputed = image.activations - (one.calls - 1) * image.call_activations + one.calls * inputs
     return Estimate(
-        frozen=sum(p.numel() for p in module.prior.parameters() if not p.requires_grad),
-        trained=sum(p.numel() for p in module.generator_parameters()),
+        frozen=sum(p.numel() for p in step.prior.parameters() if not p.requires_grad),
+        trained=sum(p.numel() for p in step.generator_parameters()),
         discriminator=sum(p.numel() for p in judge),
         flops=image.flops,
         flops_recomputing=image.flops + image.call_flops,
@@ -49,8 +49,8 @@ def estimate(config: DictConfig) -> Estimate:
     )
 
 
-def on_meta(config: DictConfig) -> DistillationModule:
-    """Return the training module without values.
+def on_meta(config: DictConfig) -> DistillationStep:
+    """Return the step of the training module without values.
 
     The operator is replaced by the identity: the operators of this package compute element by element or by FFTs, which
     are not counted, and keep little. Weights of other networks are not read.
@@ -64,4 +64,4 @@ def on_meta(config: DictConfig) -> DistillationModule:
     chosen.training.validation.lpips = None
     chosen.training.validation.metric = "psnr"
     with torch.device("meta"):
-        return instantiate(chosen.training, _convert_="all").to("meta")
+        return instantiate(chosen.training, _convert_="all").to("meta").step

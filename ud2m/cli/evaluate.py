@@ -27,7 +27,10 @@ from ud2m.evaluation.table import format_table, selecting
 from ud2m.files import write_bytes, write_json
 from ud2m.physics import Problem
 from ud2m.priors.prior import Prior
-from ud2m.reports.board import Board, latex, markdown, render, visible
+from ud2m.reports.board import Board, board_page
+from ud2m.reports.page import write_page
+from ud2m.reports.tables import visible
+from ud2m.reports.text_tables import latex, markdown
 from ud2m.samplers.base import Sampler, check_count
 
 LABEL = "label="
@@ -213,7 +216,7 @@ class EvaluationRun:
         write_json(self.folder / "settings.json", settings)
         write_bytes(self.folder / "table.md", markdown(rows).encode())
         write_bytes(self.folder / "table.tex", latex(rows).encode())
-        write_bytes(self.folder / "report.html", render(board).encode(errors="replace"))
+        write_page(self.folder / "report.html", board_page(board))
         write_json(self.folder / "metrics.json", rows)
 
 

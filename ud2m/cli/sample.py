@@ -23,8 +23,9 @@ from ud2m.images import list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y
 from ud2m.priors.prior import Prior
-from ud2m.reports.pictures import Case, sample_case
-from ud2m.reports.samples import Entry, Report, Section, write_report
+from ud2m.reports.cases import Case, sample_case
+from ud2m.reports.page import write_page
+from ud2m.reports.samples import Entry, Report, Section, samples_page
 from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 
@@ -83,7 +84,8 @@ class SamplingRun:
         write_json(folder / "metrics.json", rows)
         settings = plain(self.config) | {"trained": vars(self.sampler.config)}
         write_json(folder / "config.json", settings)
-        write_report(folder / "report.html", Report(*self.headline(), rows, settings, sections))
+        report = Report(*self.headline(), rows, settings, sections)
+        write_page(folder / "report.html", samples_page(report))
         return rows
 
     def headline(self) -> tuple[str, str]:

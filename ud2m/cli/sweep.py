@@ -16,11 +16,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
-from ud2m.cli.sweep_plot import page
-from ud2m.evaluation.table import markdown_line
+from ud2m.evaluation.table import summary_keys
 from ud2m.files import write_bytes
 
-SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
+SCORES = ("score", *summary_keys(), "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")
 """Columns of the table that are neither settings nor scores."""
 ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"
@@ -95,13 +94,16 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect the runs of this sweep, print the table, and exit with 1 when one of them failed."""
+        from ud2m.reports.page import write_page  # Hydra imports this module before the settings are checked
+        from ud2m.reports.sweep_plot import sweep_page
+
         folder = Path(config.hydra.sweep.dir)
         rows = collect(folder)
         if not rows:
             return
         write_table(folder, rows)
         settings = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in (*OWN, *SCORES)]
-        write_bytes(folder / "sweep.html", page(f"Sweep {folder.name}", rows, settings).encode())
+        write_page(folder / "sweep.html", sweep_page(f"Sweep {folder.name}", rows, settings))
         print((folder / "sweep.md").read_text())
         print(f"sweep folder: {folder}")
         if any(row["rank"] is None for row in rows):
@@ -141,6 +143,8 @@ def _row(run: Path) -> dict[str, Any]:
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
+    from ud2m.evaluation.table import markdown_line
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     lines = [markdown_line(columns), "|" + " --- |" * len(columns), *(markdown_line(row) for row in cells)]

@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
         )
     resolved = resolve(config)
     resolved.resume = False
+    resolved.version = version("ud2m")
     rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(resolved).encode())
     return resolved
 
@@ -161,13 +163,28 @@ def resolve(config: DictConfig) -> DictConfig:
 
 
 def load_config(path: Path) -> DictConfig:
-    """Read a stored configuration; raises ValueError when it is none."""
+    """Read the configuration that a run has stored.
+
+    Raises:
+        ValueError: when it is none, or of a version whose runs this one cannot go on with.
+    """
     try:
         config = OmegaConf.load(path)
     except YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     assert isinstance(config, DictConfig)
+    wrote, this = config.pop("version", None), version("ud2m")
+    if wrote is None or series(wrote) != series(this):
+        raise ValueError(
+            f"{path} was written by ud2m {wrote or 'before 0.2'}, and this is ud2m {this}, which goes on with runs of "
+            f"{series(this)} alone: start a new run (its export folder can still be used), or install that version"
+        )
     return config
+
+
+def series(number: str) -> str:
+    """Return the first two parts of a version: versions that share them can read one another's runs."""
+    return ".".join(str(number).split(".")[:2])
 
 
 def export(config: DictConfig, folder: Path) -> Path:
@@ -300,7 +317,7 @@ def log_export(loggers: Iterable[Logger], export: Path, name: str) -> None:
     """Keep the exported model as an artefact of a wandb run."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            import wandb  # an extra: who logs there has it
+            import wandb  # here alone: it takes long
 
             artefact = wandb.Artifact(f"{name}-export", type="model")
             artefact.add_dir(str(export))

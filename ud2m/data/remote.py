@@ -76,12 +76,10 @@ def fetch(address: str, name: str) -> bytes:
     """Return the file ``name`` behind an address, by whatever means the webdataset package has for its scheme.
 
     Raises:
-        ImportError: when webdataset is not installed. OSError: when the file cannot be fetched.
+        OSError: when the file cannot be fetched.
     """
-    try:
-        from webdataset.gopen import gopen
-    except ImportError as error:
-        raise ImportError("shards behind an address need webdataset: pip install 'ud2m[webdataset]'") from error
+    from webdataset.gopen import gopen  # here alone: few runs need it
+
     place = located(address, name)
     try:
         with gopen(place) as stream:

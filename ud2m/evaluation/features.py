@@ -292,4 +292,4 @@ def _fidelity_version() -> str:
     try:
         return version("torch-fidelity")
     except PackageNotFoundError as error:
-        raise ValueError("features of Inception need torch-fidelity: pip install 'ud2m[fid]'") from error
+        raise ValueError("features of Inception need torch-fidelity: pip install torch-fidelity") from error

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-
 MISSING = "–"
 BOUNDS = ("_low", "_high")
 """Ends of the names of the bounds of an interval."""
@@ -257,6 +255,11 @@ def metric_of(key: str) -> str:
     return key if described is None or described.of is None else described.of + key.removeprefix(base)
 
 
+def summary_keys() -> list[str]:
+    """Return the keys of the numbers that short tables show."""
+    return [column.key for column in COLUMNS if column.summary]
+
+
 def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without the bounds of its intervals."""
     return {key: value for key, value in row.items() if not key.endswith(BOUNDS)}
@@ -292,7 +295,7 @@ def format_value(column: Column, value: Any) -> str:
 
 def number_of(value: Any) -> float | None:
     """Return a number, or a tensor of one, as a float; None for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if getattr(value, "numel", lambda: 0)() == 1:  # a tensor, of which commands know nothing before PyTorch is imported
         return float(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 

@@ -201,7 +201,7 @@ class EnergyScore(LossTerm):
             raise ValueError(f"patches of the energy score ({self.patch_size}) exceed the image, {height}x{width}")
         # |d|^2 / C, for the average over the patch to be the mean square of all its entries.
         scale = prediction.x0.shape[1] ** -0.5
-        return energy_score(scale * prediction.x0, scale * prediction.outputs, self.patch_size, self.spread)
+        return patch_energy(scale * prediction.x0, scale * prediction.outputs, self.patch_size, self.spread)
 
 
 class FeatureEnergyScore(LossTerm):
@@ -229,13 +229,13 @@ class FeatureEnergyScore(LossTerm):
         outputs = unit_features(self.features, prediction.flat_outputs)
         batch = prediction.outputs.shape[:2]
         layers = [
-            energy_score(target, output.unflatten(0, batch), self.patch_size, self.spread)
+            patch_energy(target, output.unflatten(0, batch), self.patch_size, self.spread)
             for target, output in zip(targets, outputs, strict=True)
         ]
         return torch.stack(layers).sum()
 
 
-def energy_score(target: Tensor, outputs: Tensor, patch_size: int, spread: float) -> Tensor:
+def patch_energy(target: Tensor, outputs: Tensor, patch_size: int, spread: float) -> Tensor:
     """Return the mean over patches of mean_m |t - o_m| - spread / 2 mean_{m != m'} |o_m - o_m'|.
 
     The norm of a patch is the root of the average over its locations of the square summed over channels.

@@ -11,15 +11,13 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
+from ud2m.images import LUMINANCE
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.iterative import ConjugateGradients
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.precision import full_precision
-
-LUMINANCE = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
 
 
 class Denoising(FixedOperator):

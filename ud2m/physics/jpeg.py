@@ -316,7 +316,7 @@ def read_jpeg(
     try:
         import jpeglib
     except ImportError as error:
-        raise ImportError("reading the coefficients of a JPEG file needs jpeglib: pip install 'ud2m[jpeg]'") from error
+        raise ImportError("reading the coefficients of a JPEG file needs jpeglib: pip install jpeglib") from error
     with Path(path).open("rb") as stream:
         if stream.read(3) != b"\xff\xd8\xff":
             raise ValueError(f"{path} is no JPEG file; physics=jpeg reads the coefficients of one")

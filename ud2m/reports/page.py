@@ -1,48 +1,46 @@
-"""The page around every report."""
+"""The renderer of every page: one HTML file that loads nothing, from the templates, style and script in templates/."""
 
-import html
-from collections.abc import Mapping
+import json
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-def text_of(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _tag(name: str, content: str, **attributes: str) -> str:
-    """Return an element; ``content`` is HTML already, attribute values are plain text (``class_``: class)."""
-    return f"<{name}{_attributes(attributes)}>{content}</{name}>"
+from ud2m.files import write_bytes
 
 
-def _attributes(attributes: Mapping[str, str]) -> str:
-    return "".join(f' {key.rstrip("_")}="{text_of(value)}"' for key, value in attributes.items())
+def render_page(template: str, **content: Any) -> str:
+    """Return a page as HTML; all texts are escaped.
+
+    Args:
+        template: name of a file ``NAME.html.j2`` in templates/.
+        content: values that the template shows: plain ones, and the dataclasses of this folder.
+
+    Raises:
+        jinja2.UndefinedError: where the template needs a value that is not given.
+    """
+    return _TEMPLATES.get_template(f"{template}.html.j2").render(content)
 
 
-def _paragraphs(text: str) -> str:
-    return "".join(_tag("p", text_of(part)) for part in text.split("\n\n") if part.strip())
+def write_page(path: str | Path, page: str) -> None:
+    """Write a page atomically.
+
+    Raises:
+        OSError: when the place cannot be written or the disk is full.
+    """
+    write_bytes(path, page.encode(errors="replace"))  # file names may hold bytes that are no text
 
 
-def html_page(title: str, style: str, body: str, script: str = "") -> str:
-    """Return a page that loads nothing, and runs nothing but ``script``; ``body`` is HTML, ``title`` text."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    if script:
-        policy, script = f"{policy}; script-src 'unsafe-inline'", f"<script>{script}</script>\n"
-    return _PAGE.format(policy=policy, title=text_of(title), style=style, body=body, script=script)
+def _indented_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>{body}</main>
-{script}</body>
-</html>
-"""
+_TEMPLATES = Environment(
+    loader=PackageLoader("ud2m.reports"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["indented_json"] = _indented_json
+_TEMPLATES.globals["zip"] = zip

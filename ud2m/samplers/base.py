@@ -37,7 +37,6 @@ class Sampler(ABC):
     def check(self, physics: DataTerm) -> None:  # noqa: B027 - by default every operator is taken
         """Raise ValueError where the operator cannot be taken, with those that can be."""
 
-    @torch.no_grad()
     def __call__(
         self,
         y: Tensor,
@@ -60,6 +59,7 @@ class Sampler(ABC):
         """
         return self.sample(Observation.of(y, physics, sigma_y), num_samples, generator)
 
+    @torch.no_grad()
     def sample(
         self,
         observation: Observation,

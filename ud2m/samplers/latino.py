@@ -1,8 +1,6 @@
 """What needs no training: A^dagger y, a warm start, and zero-shot LATINO."""
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +93,3 @@ class Latino(Sampler):
             x = self.prior(x + tau * randn_like(x, streams), torch.full_like(sigma_y, tau))
             x = joint_prox(physics, y, x, x, float("inf"), (self.setting.width * tau) ** 2, 1.0, sigma_y)
         return x
-
-
-def latino_settings(num_levels: int = 8) -> Iterator[LatinoSetting]:
-    """Yield the grid over which the best setting is searched on validation images."""
-    grid = itertools.product((0.1, 0.2, 0.4), (0.01, 0.02, 0.04), (0.5, 1.0, 2.0))
-    start = LatinoSetting(num_levels=num_levels)
-    return (replace(start, tau_first=first, tau_last=last, width=width) for first, last, width in grid)

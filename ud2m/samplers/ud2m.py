@@ -163,7 +163,7 @@ class PosteriorSampler(Sampler):
     @classmethod
     def from_pretrained(
         cls,
-        reference: str | Path,
+        model: str | Path,
         prior: str | Path | None = None,
         device: torch.device | str = "cpu",
         **options: Any,
@@ -171,7 +171,7 @@ class PosteriorSampler(Sampler):
         """Load a model by the name of a shipped one, an export folder, or a hub id.
 
         Args:
-            reference: e.g. ``"photos_gaussian_blur"`` or ``runs/.../export``.
+            model: e.g. ``"photos_gaussian_blur"`` or ``runs/.../export``.
             prior: where the prior is, when it moved since the export; its fingerprint must still be the same.
             device: where it computes.
             options: of ``SamplerConfig``, in place of the model's; None: the model's.
@@ -179,5 +179,5 @@ class PosteriorSampler(Sampler):
         Raises:
             FileNotFoundError: when nothing is there. ValueError: when the export is damaged or made for another prior.
         """
-        network, base, config = read_export(str(reference), prior)
+        network, base, config = read_export(str(model), prior)
         return cls(network.to(device), base, config.with_options(**options))

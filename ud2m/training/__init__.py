@@ -3,6 +3,7 @@
 from ud2m.training.bridge_training import BridgeModule
 from ud2m.training.distillation import DistillationModule
 from ud2m.training.levels import Levels
+from ud2m.training.parts import build_distillation
 from ud2m.training.prior_training import PriorModule
 
-__all__ = ["BridgeModule", "DistillationModule", "Levels", "PriorModule"]
+__all__ = ["BridgeModule", "DistillationModule", "Levels", "PriorModule", "build_distillation"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ud2m.training import DistillationModule
+from ud2m.training.distillation_step import DistillationStep
 
 FLOAT = 4
 """Bytes of a float32 number."""
@@ -133,9 +133,10 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def step(module: DistillationModule, shape: tuple[int, ...]) -> Pass:
+def cost_of(step: DistillationStep, shape: tuple[int, ...]) -> Pass:
     """Return what a step on a batch of this shape [B, C, H, W] computes and keeps."""
-    own = {storage(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    modules = step.modules
+    own = {storage(tensor) for tensor in [*modules.parameters(), *modules.buffers()]}
     kept: dict[int, Tensor] = {}
     calls: list[tuple[float, float]] = []
 
@@ -154,17 +155,17 @@ def step(module: DistillationModule, shape: tuple[int, ...]) -> Pass:
         flops, activations = now()
         calls[-1] = (flops - calls[-1][0], activations - calls[-1][1])
 
-    hooks = [module.prior.register_forward_pre_hook(begin), module.prior.register_forward_hook(end)]
+    hooks = [step.prior.register_forward_pre_hook(begin), step.prior.register_forward_hook(end)]
     streams = [torch.Generator().manual_seed(row) for row in range(shape[0])]
     try:
         with Counter() as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            total, _ = module.losses(torch.empty(shape, device="meta"), streams)
+            total, _ = step(torch.empty(shape, device="meta"), streams)
             activations = now()[1]
             total.backward()
     finally:
         for hook in hooks:
             hook.remove()
-        module.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
     call_flops = sum(flops for flops, _ in calls)
     return Pass(counter.flops, activations, len(calls), call_flops, max(size for _, size in calls))
 

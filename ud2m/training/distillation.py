@@ -1,6 +1,6 @@
 """Lightning module: unfold a frozen prior and distil it into a few-step posterior sampler."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,27 +9,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ud2m.losses.adversarial import DiscriminatorLoss
-from ud2m.losses.generator import GeneratorLoss
-from ud2m.losses.terms import Prediction
-from ud2m.physics import Observation, OperatorFamily, Problem
-from ud2m.precision import full_precision
-from ud2m.priors.prior import LoraSpec, Prior
-from ud2m.random import rand, randn_like
-from ud2m.samplers import export
-from ud2m.samplers.config import SamplerConfig
+from ud2m.priors.prior import Prior
 from ud2m.samplers.ud2m import PosteriorSampler
+from ud2m.training.distillation_step import DistillationStep
 from ud2m.training.ema import Ema
-from ud2m.training.levels import Levels
 from ud2m.training.pictures import contact_sheet, log_images
 from ud2m.training.steps import SteppedModule, StepSettings
 from ud2m.training.validation import Validation
-from ud2m.unfolded.ddim import check_eta
-from ud2m.unfolded.network import build_network
-from ud2m.unfolded.warm_start import start_from_y
-
-CHECKPOINTING = ("none", "modules", "all")
-"""What is evaluated again in the backward pass: nothing, LATINO modules (but the last), also residual blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +23,12 @@ class OptimizerSettings(StepSettings):
     """Learning rates and the plan of the steps (see ``StepSettings``).
 
     Args:
-        lr: peak rate of the adapter. lr_psi: of psi (logarithms). lr_start: of a learned warm start.
+        lr: peak rate of the adapter.
+        lr_psi: of psi (logarithms).
+        lr_start: of a learned warm start.
         lr_discriminator: of D.
-        weight_decay: of the adapter. steps: optimiser steps of the whole run, over which the rates fall to 0.
+        steps: optimiser steps of the whole run, over which the rates fall to 0.
+        weight_decay: of the adapter.
     """
 
     lr: float
@@ -69,125 +58,39 @@ class OptimizerSettings(StepSettings):
 
 
 class DistillationModule(SteppedModule):
-    """Conditional consistency distillation [UD2M, section 3.3] with the energy score beside the paper's losses.
-
-    For x0 from the data, y = A x0 + sigma_y w and x_sigma = x0 + sigma eps, the outputs L(x_sigma, y) are pulled to x0
-    by the weighted terms of ``loss``. One unfolded forward pass serves the generator's and the discriminator's update;
-    the discriminator sees it detached.
+    """Train an unfolded network by ``DistillationStep``, validate the sampler that it makes, and export it.
 
     Args:
-        prior: reference of the frozen prior. lora: keyword arguments of ``LoraSpec``, what of it is adapted.
-        network: plain description for ``build_network``.
-        operator: family that the physics are drawn from. sigma_y: noise level of the observations, image units.
-        sigma_y_range: lowest and highest noise level of training, log-uniform per sample; ``sigma_y`` is then that of
-            validation and the sampler's default. None: always ``sigma_y``.
-        noise: noise level that the observations have where the network is told another one, as 0 in noise-free
-            protocols. None: what it is told.
-        levels: draws sigma per sample.
-        loss: builds the generator's loss from ``features`` and ``discriminator`` (``build_generator_loss``).
-        discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
-        discriminator_loss: the loss of D.
-        optimizer: keyword arguments of ``OptimizerSettings``.
-        sampling: N (``num_steps``), ``grid_power`` and ``eta`` of the sampler that validates and is exported.
-        validation: keyword arguments of ``Validation``: what is measured, and what selects the best checkpoint.
-        info: plain values that the export keeps, such as the configuration of the operator.
-        checkpointing: one of ``CHECKPOINTING``: less memory for more time, with the same gradients. kept_modules: the
-            last LATINO modules, which it leaves out; at least one, whose turn in the backward pass comes at once.
-        frozen_bfloat16: keep the frozen weights in bfloat16 (``Prior.store_frozen_in_bfloat16``), in which the network
-            is then validated too.
-        channels_last: ``Prior.use_channels_last``.
-        compile: backend of torch.compile for the prior's network (``Prior.compile_network``), None to do without. The
-            discriminator is not compiled: its penalty is differentiated twice.
-        start_from: model whose trained parameters the run begins with (``samplers.export.start_from``). None: the prior's.
-        seed: of all randomness.
-
-    Raises:
-        ValueError: for numbers out of range; errors of the parts.
+        step: what is computed for a batch.
+        sampler: the trained one, of the same network.
+        validation: measures the sampler; its number selects the best checkpoint.
+        settings: of the optimisers.
     """
 
     stream_name = "distillation"
     players = ("generator", "discriminator")
+    settings: OptimizerSettings
 
     def __init__(
-        self,
-        prior: str,
-        lora: Mapping[str, Any],
-        network: Mapping[str, Any],
-        operator: OperatorFamily,
-        sigma_y: float,
-        levels: Levels,
-        loss: Callable[..., GeneratorLoss],
-        discriminator: Callable[..., nn.Module],
-        discriminator_loss: DiscriminatorLoss,
-        optimizer: Mapping[str, Any],
-        sampling: Mapping[str, Any],
-        validation: Mapping[str, Any],
-        info: Mapping[str, Any] | None = None,
-        sigma_y_range: Sequence[float] | None = None,
-        noise: float | None = None,
-        seed: int = 0,
-        checkpointing: str = "none",
-        kept_modules: int = 1,
-        frozen_bfloat16: bool = False,
-        channels_last: bool = False,
-        compile: str | None = None,
-        start_from: str | None = None,
+        self, step: DistillationStep, sampler: PosteriorSampler, validation: Validation, settings: OptimizerSettings
     ):
-        settings = OptimizerSettings.from_mapping(optimizer)
-        super().__init__(settings, seed)
-        bounds = None if sigma_y_range is None else (float(sigma_y_range[0]), float(sigma_y_range[1]))
-        self.problem = Problem(operator, sigma_y, seed, noise, bounds)
-        check_eta(sampling["eta"])
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
-        self.optimizer_settings = settings
-        self.prior = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
-        kept = None if checkpointing == "none" else kept_modules
-        self.network = build_network(self.prior, network, kept)
-        if start_from is not None:
-            export.start_from(self.network, self.prior, start_from)
-        if checkpointing == "all":
-            self.prior.checkpoint_layers()
-        if frozen_bfloat16:
-            self.prior.store_frozen_in_bfloat16()
-        if channels_last:
-            self.prior.use_channels_last()
-        if compile is not None:
-            self.prior.compile_network(compile)
-        self.levels = levels
-        self.loss = loss(
-            features=self.prior.features, discriminator=lambda: discriminator(channels=self.prior.channels)
-        )
-        self.discriminator = self.loss.discriminator
-        self.discriminator_loss = discriminator_loss
-        self.ema = Ema(self.generator_parameters(), settings.ema_decay)
-        config = SamplerConfig(**sampling, sigma_y=float(sigma_y), info=dict(info or {}))
-        self.sampler = PosteriorSampler(self.network, self.prior, config)
-        self.validation = Validation(self.sampler, self.problem, **validation)
+        super().__init__(settings, step.problem.seed)
+        self.step, self.sampler, self.validation = step, sampler, validation
+        self.network, self.loss, self.discriminator = step.network, step.loss, step.discriminator
+        self.ema = Ema(step.generator_parameters(), settings.ema_decay)
 
-    def generator_parameters(self) -> list[nn.Parameter]:
-        """Return psi and the adapter (and a learned warm start), each once."""
-        return [p for p in self.network.parameters() if p.requires_grad]
+    @property
+    def prior(self) -> Prior:
+        """The adapted prior, which the network holds."""
+        return self.step.prior
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """Return the LoRA factors and the copy of the output convolution."""
-        return [p for p in self.prior.parameters() if p.requires_grad]
-
-    # --- one step ------------------------------------------------------------------------------------------------
+        """Return what adapts the frozen prior."""
+        return self.step.adapter_parameters()
 
     def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of both players' losses for clean images x0, and their terms.
-
-        One backward pass serves both: D's parameters are constants of the generator's loss and the outputs are
-        constants of D's, so that neither leaves a gradient with the other.
-        """
-        prediction = self.predict(x0, streams)
-        total, terms = self.loss(prediction)
-        values = {"total": total.detach()} | terms
-        if self.discriminator is None:
-            return total, values
-        total_d, terms_d = self.discriminator_loss(self.discriminator, prediction, streams)
-        return total + total_d, values | terms_d
+        """Return what ``DistillationStep`` makes of clean images x0."""
+        return self.step(x0, streams)
 
     def on_train_start(self) -> None:
         """Check that the rates fall to 0 where the run ends.
@@ -196,60 +99,19 @@ class DistillationModule(SteppedModule):
             ValueError: when the trainer plans another number of steps.
         """
         super().on_train_start()
-        if self.total_steps != self.optimizer_settings.steps:
+        if self.total_steps != self.settings.steps:
             raise ValueError(
-                f"the optimizer plans {self.optimizer_settings.steps} steps, the trainer {self.total_steps}; set steps "
-                "and validate_every, and leave trainer.max_epochs and data.samples_per_epoch to follow from them"
+                f"the optimizer plans {self.settings.steps} steps, the trainer {self.total_steps}; set steps and "
+                "validate_every, and leave trainer.max_epochs and data.samples_per_epoch to follow from them"
             )
-
-    def predict(self, x0: Tensor, streams: list[torch.Generator]) -> Prediction:
-        """Observe x0, noise it, and run the unfolded network M times with independent inner noise, as one batch.
-
-        Raises:
-            ValueError: for images that the prior or the operator cannot take.
-        """
-        if x0.shape[1] != self.prior.channels:
-            raise ValueError(
-                f"the images have {x0.shape[1]} channels, the prior {self.prior.channels}; choose other data"
-            )
-        self.prior.check_size(x0.shape[2], x0.shape[3])
-        batch, outputs = len(x0), self.loss.num_outputs
-        with full_precision(self.device):  # the networks alone see less than float32
-            observation = self.problem.draw(x0, self.draw_sigma_y(batch, streams).to(x0), streams)
-            sigma = self.levels(rand((batch, 2), streams, self.device), self.prior.schedule)
-            x_sigma = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, streams)
-        start = self.network.warm_start(x_sigma, sigma, observation)
-        rows = torch.arange(batch, device=self.device).repeat_interleave(outputs)
-        samples = self.network(
-            x_sigma[rows],
-            sigma[rows],
-            observation.rows(rows),
-            [generator for generator in streams for _ in range(outputs)],
-            start=start[rows],
-        )
-        # Differs from the paper, where D sees A^dagger y: for a blur that is mostly amplified noise.
-        condition = x0 if self.discriminator is None else self.condition(observation)
-        return Prediction(x0, samples.unflatten(0, (batch, outputs)), sigma, condition)
-
-    def draw_sigma_y(self, batch: int, streams: list[torch.Generator]) -> Tensor:
-        """Return noise levels of observations [B], image units."""
-        low, high = self.problem.levels
-        if low == high:
-            return torch.full((batch,), low)
-        return low * (high / low) ** rand((batch, 1), streams)[:, 0]
-
-    @torch.no_grad()
-    def condition(self, observation: Observation) -> Tensor:
-        """Return the warm start from y alone [B, C, H, W], which brings y to image size for the discriminator."""
-        return start_from_y(self.network.warm_start, observation)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
-        settings = self.optimizer_settings
+        settings = self.settings
         adapter = self.adapter_parameters()
         start = [p for p in self.network.warm_start.parameters() if p.requires_grad]
         others = {id(p) for p in [*adapter, *start]}
-        psi = [p for p in self.generator_parameters() if id(p) not in others]
+        psi = [p for p in self.step.generator_parameters() if id(p) not in others]
         groups: list[dict[str, Any]] = [{"params": psi, "lr": settings.lr_psi, "weight_decay": 0.0}]
         if adapter:
             groups.append({"params": adapter, "lr": settings.lr, "weight_decay": settings.weight_decay})

@@ -94,9 +94,8 @@ class UnfoldedNetwork(nn.Module):
         num_blocks: K >= 1.
         rule: initial (delta_k, tau_k).
         warm_start: module that makes x^(0); the same one at training and at sampling.
-        conditioning: names of the features that psi depends on, from ``ud2m.unfolded.conditioning.FEATURES``. Differs from
-            [UD2M], where psi is one number each: that suits one operator and one noise level.
-
+        conditioning: names of the features that psi depends on, from ``ud2m.unfolded.conditioning.FEATURES``. Differs
+            from [UD2M], where psi is one number each: that suits one operator and one noise level.
         kept_modules: so many modules, the last ones, keep their activations for the backward pass; the others keep
             their inputs and are evaluated again in it: memory hardly grows with K, and the gradients are the same.
             None: all keep them.

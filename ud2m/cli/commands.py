@@ -1,0 +1,98 @@
+"""The commands ``ud2m train``, ``ud2m sample`` and ``ud2m evaluate``.
+
+Their settings are composed, and refused where they cannot be, before PyTorch is imported: that takes seconds.
+"""
+
+import re
+import sys
+import textwrap
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+USAGE = """ud2m COMMAND [KEY=VALUE ...]
+
+  ud2m train      train a sampler, or a prior; -m sweeps
+  ud2m sample     draw posterior samples for test images or your own files
+  ud2m evaluate   compare methods on operators and data sets
+
+ud2m COMMAND --help explains the keys; ud2m --version. Documentation: README.md and docs/."""
+
+FLAGS = (
+    "--cfg job prints the settings of all pages, --config-dir FOLDER adds your own pages, "
+    "--hydra-help explains further flags."
+)
+_KEY = re.compile(r"(?:  - )?(\w+): +(\S.*?) +# (.*)")
+WIDTH = 120
+
+
+def conf_folder() -> Path:
+    """Return the folder of the configuration pages: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def start() -> None:
+    """Run ``ud2m COMMAND [KEY=VALUE ...]``."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in TASKS:
+        sys.argv = [f"ud2m {name}", *arguments]
+        run_command(name)
+    elif name in ("-h", "--help"):
+        print(USAGE)
+    elif name == "--version":
+        print(f"ud2m {version('ud2m')}")
+    else:
+        print(f"error: no command {name!r}; there are {', '.join(TASKS)} (ud2m --help)", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_command(name: str) -> None:
+    """Compose the settings of a command from the arguments of the program and run it; or explain it, for ``--help``."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(explained(name))
+    elif "--version" in sys.argv:
+        print(f"ud2m {version('ud2m')}")
+    else:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(TASKS[name])()
+
+
+def explained(name: str) -> str:
+    """Return what a command does: the comments of its page, with the names that its groups of pages offer."""
+    page = (conf_folder() / f"{name}.yaml").read_text()
+    lines = page.partition("\nhydra:")[0].splitlines()
+    head = [line[2:] for line in takewhile(lambda line: line.startswith("#"), lines)]
+    found = [match.groups() for match in map(_KEY.fullmatch, lines) if match]
+    keys = [f"  {f'{key}={value}':<33}  {meaning}" for key, value, meaning in found]
+    pages = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in conf_folder().iterdir()}
+    chosen = [group for group in pages if re.search(rf"(?:- |conf/){group}\b", page)]
+    names = [
+        textwrap.fill(f"{group}: {', '.join(pages[group])}", WIDTH, initial_indent="  ", subsequent_indent="      ")
+        for group in sorted(chosen)
+    ]
+    return "\n".join([*head, "", "Keys and defaults:", *keys, "", "Pages:", *names, "", FLAGS])
+
+
+def _train(config: DictConfig) -> float | None:
+    from ud2m.cli.train import main
+
+    return main(config)
+
+
+def _sample(config: DictConfig) -> None:
+    from ud2m.cli.sample import main
+
+    main(config)
+
+
+def _evaluate(config: DictConfig) -> None:
+    from ud2m.cli.evaluate import main
+
+    main(config)
+
+
+TASKS = {"train": _train, "sample": _sample, "evaluate": _evaluate}

@@ -1,0 +1,100 @@
+"""The pictures of pages, as plain data with the pixels in a data URL."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ud2m.images import data_url, std_image
+
+MAX_SIDE = 512
+"""Larger pictures are shown reduced; the files beside the report keep every pixel."""
+
+_DISPLAY = 256  # CSS pixels, four in a row; smaller pictures are enlarged by a whole factor
+_IMAGE_RANGE = (-0.5, 1.5)  # an observation outside is no image in [0, 1] (a sinogram, say) and is rescaled
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels.
+
+    Attributes:
+        url: the image itself.
+        width: in pixels.
+        height: in pixels.
+        alt: what it shows, for those who do not see it.
+        scaling: ``crisp`` shows single pixels, ``smooth`` does not.
+    """
+
+    url: str
+    width: int
+    height: int
+    alt: str
+    scaling: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its caption.
+
+    Attributes:
+        picture: the pixels.
+        caption: below it.
+        display: width on the page in CSS pixels.
+        colours: bar of the colours that stand for values from 0 to ``scale``, where they do.
+        scale: upper end of the bar.
+    """
+
+    picture: Picture
+    caption: str
+    display: int
+    colours: Picture | None = None
+    scale: str = ""
+
+
+def picture(image: Tensor, alt: str, scaling: str = "crisp") -> Picture:
+    """Return an image [1 or 3, H, W] in [0, 1] with all its pixels."""
+    height, width = image.shape[1:]
+    return Picture(data_url(image), width, height, alt, scaling)
+
+
+def figure(image: Tensor, caption: str, alt: str, display: int | None = None) -> Figure:
+    """Return an image [1 or 3, H, W] in [0, 1], reduced where it is larger than ``MAX_SIDE``."""
+    image = image.detach().float().cpu()
+    height, width = image.shape[1:]
+    factor = math.ceil(max(height, width) / MAX_SIDE)
+    if factor > 1:
+        image = interpolate(image[None], scale_factor=1 / factor, mode="area")[0]
+        caption += f", reduced to 1/{factor}"
+    display = display or display_width(width)
+    scaling = "crisp" if display >= 1.5 * image.shape[2] else "smooth"
+    return Figure(picture(image, alt, scaling), caption, display)
+
+
+def std_figure(std: Tensor, scale: float, name: str) -> Figure:
+    """Return a map of standard deviations [C, H, W] in colours, brightest at ``scale``, with their bar."""
+    coloured, _ = std_image(std, scale)
+    alt = f"{name}: standard deviation of the samples, brightest where {scale:g} or more"
+    shown = figure(coloured, "Standard deviation", alt)
+    colours, _ = std_image(torch.linspace(0, 1, 64).view(1, 1, 64), 1.0)
+    bar = picture(colours, f"colours from 0 to {scale:g}", "smooth")
+    return Figure(shown.picture, shown.caption, shown.display, bar, f"{scale:g}")
+
+
+def display_width(width: int) -> int:
+    """Return how many CSS pixels wide a picture of so many pixels is shown."""
+    return min(width * max(1, _DISPLAY // width), MAX_SIDE)
+
+
+def viewable(y: Tensor) -> tuple[Tensor, str]:
+    """Return an observation as a picture [1 or 3, h, w] in [0, 1], and what was done to it."""
+    y = y.detach().float().cpu()
+    low, high = float(y.min()), float(y.max())
+    if len(y) in (1, 3) and low >= _IMAGE_RANGE[0] and high <= _IMAGE_RANGE[1]:
+        return y.clamp(0, 1), ""
+    size = y.norm(dim=0, keepdim=True) if len(y) > 1 else y
+    low, high = float(size.min()), float(size.max())
+    what = "modulus over channels, " if len(y) > 1 else ""
+    return (size - low) / max(high - low, 1e-12), f"; {what}black {low:.3g}, white {high:.3g}"

@@ -1,0 +1,72 @@
+"""The tables of an evaluation as Markdown and as LaTeX."""
+
+from ud2m.evaluation.table import markdown_line
+from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
+
+LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "σ_y": r"$\sigma_y$"}
+LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
+
+
+def markdown(rows: Rows) -> str:
+    """Return the rows as Markdown: the table, its notes, and the differences from a reference if there are any."""
+    parts = [markdown_table(rows), "", *(f"- {note}" for note in notes(rows)), *markdown_differences(rows)]
+    return "\n".join(parts) + "\n"
+
+
+def markdown_table(rows: Rows) -> str:
+    """Return the rows as a Markdown table, the best value of a column, operator and data set in bold."""
+    return _markdown(table_of(rows, visible(rows)))
+
+
+def markdown_differences(rows: Rows) -> list[str]:
+    """Return the differences from the reference as a Markdown table with its caption; nothing where there are none."""
+    table = difference_table(rows)
+    return ["", caption(rows), "", _markdown(table)] if table else []
+
+
+def _markdown(table: Table) -> str:
+    lines = [markdown_line(column.heading for column in table.columns)]
+    lines.append(markdown_line("---" if table.kind(column) == "text" else "---:" for column in table.columns))
+    lines += [markdown_line(map(_markdown_cell, cells)) for cells in table.lines]
+    return "\n".join(lines)
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return f"**{cell}**" if cell.bold else str(cell)
+
+
+def latex(rows: Rows) -> str:
+    """Return the rows as a LaTeX table (booktabs), intervals in small print, and one of the differences."""
+    compared = difference_table(rows)
+    lines = [r"% \usepackage{booktabs}", *_latex(table_of(rows, visible(rows)))]
+    lines += [f"% {note}" for note in notes(rows)]
+    if compared:
+        lines += ["", f"% {caption(rows)}", *_latex(compared)]
+    return "\n".join(lines) + "\n"
+
+
+def _latex(table: Table) -> list[str]:
+    sides = "".join("l" if table.kind(column) == "text" else "r" for column in table.columns)
+    lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+    lines += [_latex_line([escape(column.heading) for column in table.columns]), r"\midrule"]
+    for index, cells in enumerate(table.lines):
+        if index and table.settings[index] != table.settings[index - 1]:
+            lines.append(r"\midrule")
+        lines.append(_latex_line([_latex_cell(cell) for cell in cells]))
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
+
+
+def _latex_line(cells: list[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = rf"\textbf{{{escape(cell.text)}}}" if cell.bold else escape(cell.text)
+    return f"{text} {{\\scriptsize {cell.interval}}}" if cell.interval else text
+
+
+def escape(text: str) -> str:
+    """Return plain text for LaTeX."""
+    if "σ_y" in text:
+        return LATEX["σ_y"].join(escape(part) for part in text.split("σ_y"))
+    return "".join(LATEX.get(character, character) for character in text)
