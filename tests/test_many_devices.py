@@ -53,7 +53,8 @@ def recorded(prior, folder, devices=1, **options):
     seen, sent = [], []
 
     def spy(physics, x0, sigma_y, streams):
-        seen.append((x0, physics.mask))
+        if torch.is_grad_enabled():  # validation observes its images in the same way
+            seen.append((x0, physics.mask))
         return observe(physics, x0, sigma_y, streams)
 
     def count(state, bucket):

@@ -324,7 +324,7 @@ def test_nothing_to_resume(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("resume", ["true", "auto"])
-@pytest.mark.parametrize(("wrote", "named"), [(None, "before 0.2"), ("0.1.7", "0.1.7"), ("1.0.0", "1.0.0")])
+@pytest.mark.parametrize(("wrote", "named"), [(None, "before 0.2"), ("0.0.7", "0.0.7"), ("1.0.0", "1.0.0")])
 def test_a_run_of_another_version_is_refused(wrote, named, resume, tiny, finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["PosteriorSampler"]
+__all__ = ["PosteriorSampler", "Prior", "Problem"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,4 +11,12 @@ def __getattr__(name: str) -> Any:
         from ud2m.samplers.ud2m import PosteriorSampler
 
         return PosteriorSampler
+    if name == "Prior":
+        from ud2m.priors.prior import Prior
+
+        return Prior
+    if name == "Problem":
+        from ud2m.physics import Problem
+
+        return Problem
     raise AttributeError(f"module 'ud2m' has no attribute {name!r}")

@@ -346,3 +346,7 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     torch.set_float32_matmul_precision("high")
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: run `ud2m train` or `python -m ud2m train`")

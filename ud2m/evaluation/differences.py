@@ -55,7 +55,7 @@ def with_differences(
 
 def difference_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what ``with_differences`` added as rows of their own, under the plain names of the numbers."""
-    kept = ("method", "nfe", *SETTING)
+    kept = ("method", "nfe", *SETTING, "lpips_backend")  # the network is named in headings
     found = []
     for row in rows:
         numbers = {key.replace(DIFFERENCE, ""): value for key, value in row.items() if DIFFERENCE in key}
