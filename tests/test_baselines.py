@@ -1,8 +1,8 @@
 import pytest
 import torch
+from dense_prox import dense_prox
 from measuring import evaluate
 from operators import CASES, dense, generator
-from test_prox import dense_prox
 from tiny import SIZE, tiny_prior
 
 from ud2m.evaluation import scores

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from data_sets import DATA_SETS
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
-from test_experiments import DATA_SETS
 from tiny import save_tiny_prior
 from tiny_training import composed
 

@@ -3,10 +3,8 @@
 import socket
 import struct
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from omegaconf import OmegaConf
 from PIL import Image
+from streams_of_data import INTERRUPTIONS, RankRecorder, equal, fit, two_processes
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 
@@ -288,52 +287,6 @@ class ToyData(ImageDataModule):
         return Tiles(self.images, self.tile_size)
 
 
-class PowerCutError(Exception):
-    pass
-
-
-class Recorder(lightning.LightningModule):
-    """Keep the training batches; stop with an error before batch number ``fail_at``."""
-
-    def __init__(self, fail_at=None):
-        super().__init__()
-        self.parameter = torch.nn.Parameter(torch.zeros(()))
-        self.seen, self.fail_at = [], fail_at
-
-    def training_step(self, batch, batch_idx):
-        if len(self.seen) == self.fail_at:
-            raise PowerCutError
-        self.seen.append(batch)
-        return self.parameter * batch.mean()
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(folder, data, callback=None, resume=None, fail_at=None, **settings):
-    """Train for 3 epochs and return the batches seen."""
-    recorder = Recorder(fail_at)
-    trainer = lightning.Trainer(
-        **{"max_epochs": 3} | settings,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=callback,
-        enable_checkpointing=callback is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
-    with suppress(PowerCutError):
-        trainer.fit(recorder, data, ckpt_path=resume, weights_only=True if resume else None)
-    return recorder.seen
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     batches = fit(tmp_path_factory.mktemp("unbroken"), ToyData())
@@ -341,19 +294,7 @@ def unbroken(tmp_path_factory):
     return batches
 
 
-def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 # (how the checkpoint is made, after how many batches the one resumed from was made)
-INTERRUPTIONS = {
-    "within an epoch": ({"every_n_train_steps": 6}, {}, 6),
-    "at the last batch of an epoch": ({"every_n_train_steps": 8}, {}, 8),
-    "at a validation in the middle": ({"save_on_train_epoch_end": False}, {"val_check_interval": 2}, 6),
-    "at the validation that ends an epoch": ({"save_on_train_epoch_end": False}, {}, 8),
-    "after an epoch": ({"save_on_train_epoch_end": True}, {}, 4),
-    "after an epoch without validation": ({"save_on_train_epoch_end": True}, {"limit_val_batches": 0}, 8),
-}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -388,28 +329,6 @@ def test_resume_that_lightning_miscounts_is_refused(tmp_path):
     fit(tmp_path, ToyData(), saver, max_epochs=1)
     with pytest.raises(ValueError, match="use max_epochs"):
         fit(tmp_path, ToyData(), resume=tmp_path / "step=4.ckpt", max_epochs=-1, max_steps=12)
-
-
-class RankRecorder(Recorder):
-    def on_train_end(self):
-        torch.save(self.seen, Path(self.trainer.default_root_dir) / f"{self.global_rank}.pt")
-
-
-def two_processes(folder):
-    """Return a trainer of three epochs on two ranks."""
-    return lightning.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
 
 
 @pytest.mark.slow

@@ -538,8 +538,7 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
     text = results.render_section(results.SECTIONS[0], content)
     assert "| blur | b | 9 | **31.00 [30.00, 32.00]** | 0.100 |" in text.replace("**0.100**", "0.100")
     assert (
-        "lpips: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets"
-        in text
+        "lpips: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets" in text
     )
     assert "77" not in text
 

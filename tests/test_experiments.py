@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import REPOSITORY
+from data_sets import DATA_SETS
 from diffusers import UNet2DModel
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -22,7 +23,6 @@ from ud2m.priors.store import SHIPPED
 from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.unfolded.warm_start import PinvStart, RamStart, SmoothingStart, load_ram
 
-DATA_SETS = ("imagenet256", "lsun_bedroom256", "ffhq256")
 OPERATORS = ("gaussian_blur", "uniform_blur", "super_resolution", "jpeg", "inpainting", "general")
 """Those of the paper."""
 PAPER = [(f"experiment={data}", f"physics={operator}") for data in DATA_SETS for operator in OPERATORS]

@@ -6,8 +6,8 @@ import deepinv
 import numpy as np
 import pytest
 import torch
+from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
 from operators import BATCH, dense, generator
-from test_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
 
 from ud2m.images import LUMINANCE
 from ud2m.physics import Colorization, DeepinvOperator, Denoising, SuperResolution, observe, residual

@@ -8,7 +8,7 @@ import xml.etree.ElementTree
 
 import pytest
 import torch
-from test_report import Page
+from html_pages import Page
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.differences import with_differences

@@ -85,7 +85,7 @@ class Sinusoids(torch.nn.Module):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradient_reaches_sigma(prediction):
-    """Pitfall 1: times cast to integers cut the gradient that a learned level gets through the network."""
+    """Times cast to integers would cut the gradient that a learned level gets through the network."""
     prior = tiny_prior(prediction=prediction).double()
     sinusoids = Sinusoids(8)
     t = torch.tensor([0.0, 20.3, 998.7], dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_the_time_index_alone_carries_a_gradient():
 
 
 def test_dropout_stays_off_in_training():
-    """Pitfall 9."""
+    """Whatever mode the trainer asks for: dropout left on would make the prior another, random one."""
     prior = tiny_prior(dropout=0.5)
     x = images()
     expected = prior(x, SIGMA)
@@ -204,7 +204,7 @@ def test_wrong_descriptions_are_refused(make, message):
 
 @pytest.mark.parametrize("spec", [LoraSpec(), LoraSpec(**LORA), LoraSpec(rank=0)])
 def test_training_starts_at_the_prior_exactly(spec):
-    """Pitfall 8."""
+    """With both factors of LoRA random, training would start away from the prior."""
     prior, x = tiny_prior(), images()
     expected = prior(x, SIGMA)
     assert torch.equal(prior.add_lora(spec)(x, SIGMA), expected)

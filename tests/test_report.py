@@ -1,22 +1,17 @@
 """The report: well-formed, self-contained, escaped, complete, and right about what is best."""
 
-import base64
-import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from html_pages import Page
 
 from ud2m.evaluation.table import Column, best_cells, format_table, format_value, table_columns
 from ud2m.reports.figures import MAX_SIDE
 from ud2m.reports.page import write_page
 from ud2m.reports.samples import MAX_SAMPLES, Entry, Report, Section, samples_page
-
-VOID = {"meta", "img", "br"}
 
 ROWS = [
     {"method": "A^dagger y", "nfe": 0, "psnr_mean": 4.831, "psnr": 4.831, "lpips": 1.16, "r": None, "residual": 0.0},
@@ -24,48 +19,6 @@ ROWS = [
     {"method": "UD2M (K=3, N=3)", "nfe": 9, "psnr_mean": 31.2, "psnr": 30.1, "lpips": 0.0791, "r": 1.8,
      "residual": 0.9, "seconds_per_image": 0.4712, "size_of_it": 193000},
 ]  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Collects what a page holds; fails on unbalanced tags."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.rows: list[list[str]] = []
-        self.bold: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-        if "table" in self.open and "b" in self.open:
-            self.bold.append(data)
-
-    def images(self) -> list[tuple[dict, Image.Image]]:
-        found = [attributes for tag, attributes in self.tags if tag == "img"]
-        return [(a, Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1])))) for a in found]
-
-    def picture(self, alt: str) -> tuple[dict, np.ndarray]:
-        (found,) = [(a, np.array(image)) for a, image in self.images() if alt in a["alt"]]
-        return found
 
 
 def make_entry(name="cat", size=32, samples=3, channels=3, **changes) -> Entry:

@@ -101,7 +101,7 @@ def too_clean(x, x0_hat, sigma, sigma_next, eta, generator=None):
 @pytest.mark.parametrize("eta", [0.5, 1, FRESH])
 @pytest.mark.parametrize("num_steps", [2, 4])
 def test_a_wrong_step_variance_is_noticed(monkeypatch, wrong, eta, num_steps):
-    """Pitfall 12, and that the test above can fail."""
+    """So the test above can fail."""
     monkeypatch.setattr(ud2m.unfolded.ddim, "ddim_step", wrong)
     samples = POSTERIOR.samples(COUNT, SCHEDULE.grid(num_steps), eta)
     assert largest_deviation(samples, *POSTERIOR.moments()) > 6

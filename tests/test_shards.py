@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from test_data import INTERRUPTIONS, RankRecorder, equal, fit, two_processes
+from streams_of_data import INTERRUPTIONS, RankRecorder, equal, fit, two_processes
 from tiny_training import composed
 from torch.utils.data import DataLoader
 

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
+from dense_prox import dense_prox
 from operators import CASES, dense, generator
 from skimage import data
-from test_prox import dense_prox
 from tiny import SIZE, SPECS, adapted, perturb, tiny_network, tiny_prior, trained
 from torch import nn
 
@@ -119,7 +119,7 @@ def test_samples_of_a_batch_do_not_meet():
 @each_start
 @each_count
 def test_every_trained_parameter_receives_a_gradient(family, rule, warm_start, num_blocks):
-    """Pitfalls 1 and 2: neither tau (through integer times) nor delta (a constant for some operators) is left out."""
+    """Neither tau (through integer times) nor delta (a constant for some operators) is left out."""
     network = tiny_network(adapted(tiny_prior()), num_blocks, rule, warm_start)
     perturb(p for name, p in network.named_parameters() if ".log_" in name)
     output = network(*problem(family), generator(7))
@@ -320,7 +320,7 @@ def test_smoothing_keeps_constants_and_lowers_variation(size, scale):
 
 @each_start
 def test_training_and_sampling_start_alike(warm_start):
-    """Pitfall 11: one forward pass serves both, and nothing in it asks for the mode."""
+    """The start of training is that of sampling: one forward pass serves both, and nothing in it asks for the mode."""
     network = tiny_network(adapted(tiny_prior()), 2, "annealed", warm_start)
     inputs = problem(Inpainting())
     starts = []
