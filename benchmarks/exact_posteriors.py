@@ -145,11 +145,11 @@ def train(
     adapter = {id(parameter) for parameter in network.denoiser.parameters()}
     psi = [parameter for parameter in network.parameters() if id(parameter) not in adapter]
     groups = [{"params": psi, "lr": 1e-2}, {"params": list(network.denoiser.parameters()), "lr": 1e-3}]
-    players = [(torch.optim.AdamW(groups, weight_decay=0.0), [p for g in groups for p in g["params"]])]
+    optimizers = [(torch.optim.AdamW(groups, weight_decay=0.0), [p for g in groups for p in g["params"]])]
     judge, judge_loss = loss.discriminator, DiscriminatorLoss(gradient_penalty=1.0)
     if judge is not None:
         own = list(judge.parameters())
-        players.append((torch.optim.AdamW(own, lr=1e-3, betas=(0.5, 0.99)), own))
+        optimizers.append((torch.optim.AdamW(own, lr=1e-3, betas=(0.5, 0.99)), own))
     generator = torch.Generator().manual_seed(1)
     rows = torch.arange(batch).repeat_interleave(loss.num_outputs)
     for step in tqdm(range(iterations), desc=f"K={blocks}, {' '.join(weights)}", unit="step"):
@@ -169,7 +169,7 @@ def train(
         if judge is not None:
             total = total + judge_loss(judge, prediction, generator)[0]
         total.backward()
-        for optimizer, parameters in players:
+        for optimizer, parameters in optimizers:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = warmup_cosine(step, 50, iterations) * group.setdefault("initial_lr", group["lr"])

@@ -514,7 +514,7 @@ def check_broken(broken: Sequence[tuple[int, str]], limit: int, out: Path) -> No
         line = broken[-1][1].replace("\t", ": ")
         raise ValueError(
             f"{len(broken)} images cannot be read, at most {limit} may be skipped; the last one: {line}. "
-            f"{out / BROKEN_FILE} lists them; mend or remove them, or raise --max-broken and start again"
+            f"{out / BROKEN_FILE} lists them; repair or remove them, or raise --max-broken and start again"
         )
 
 

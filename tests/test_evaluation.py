@@ -257,7 +257,7 @@ def test_the_clock_runs_while_samples_are_drawn_alone():
     measurement = Measurement(Slow(prepared(x0, 2)), Problem(GaussianBlur(), 0.05), [build_score("psnr")], 2)
     for part in x0.split([4, 2]):
         measurement.add(part)
-        time.sleep(0.2)  # what is done between batches is nobody's
+        time.sleep(0.2)  # what is done between batches does not count
     whole = time.perf_counter() - begin
     # twice 0.2 s for 12 samples; a busy machine makes it more, never more than all the time but the two pauses
     assert 0.4 / 12 <= measurement.row()["seconds_per_image"] <= (whole - 0.4) / 12

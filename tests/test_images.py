@@ -274,7 +274,7 @@ def test_std_scale_is_rounded_up_to_two_digits(value, scale):
     assert std_scale(torch.full((3, 8, 8), value)) == pytest.approx(scale, rel=1e-9)
 
 
-def test_std_scale_passes_over_single_wild_pixels():
+def test_std_scale_passes_over_single_outliers():
     std = torch.full((1, 32, 32), 0.02)
     std[0, 3, 4] = 5.0
     assert std_scale(std) == pytest.approx(0.02)

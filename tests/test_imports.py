@@ -193,7 +193,7 @@ def test_scripts_hand_over_to_the_package():
 
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_constructs_that_are_kept_out(path):
-    """Bare handlers, silent ones, and loading that could run a stranger's code."""
+    """Bare handlers, silent ones, and loading that could run code from a file."""
     handlers = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ExceptHandler)]
     assert [where(path, node) for node in handlers if node.type is None] == []
     silent = [node for node in handlers if all(isinstance(line, ast.Pass) for line in node.body)]

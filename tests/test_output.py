@@ -1,4 +1,4 @@
-"""Nothing unfinished looks whole, and nobody's files are deleted by accident."""
+"""Nothing unfinished looks whole, and no user's files are deleted by accident."""
 
 import errno
 import json

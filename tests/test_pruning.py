@@ -19,27 +19,27 @@ def runs(folder, *scores):
 def test_a_run_below_the_median_of_the_others_ends(tmp_path, capsys):
     runs(tmp_path, {10: 1.0}, {10: 2.0}, {10: 4.0}, {10: 5.0}, {20: 9.0})  # the fifth had no score at step 10
     (tmp_path / "mine").mkdir()
-    assert MedianPruning(tmp_path / "mine", 10).hopeless(10, 2.9)
+    assert MedianPruning(tmp_path / "mine", 10).should_prune(10, 2.9)
     assert "ends at step 10: its best score, 2.9, is below 3, the median of 4 other runs" in capsys.readouterr().err
-    assert not MedianPruning(tmp_path / "mine", 10).hopeless(10, 3.0)
+    assert not MedianPruning(tmp_path / "mine", 10).should_prune(10, 3.0)
     assert capsys.readouterr().err == ""
 
 
 def test_the_best_score_so_far_counts_after_a_resume_too(tmp_path):
     runs(tmp_path, *[{10: 3.0, 20: 3.0}] * 4)
     (tmp_path / "mine").mkdir()
-    assert not MedianPruning(tmp_path / "mine", 10).hopeless(10, 3.5)
-    assert not MedianPruning(tmp_path / "mine", 10).hopeless(20, 1.0)
+    assert not MedianPruning(tmp_path / "mine", 10).should_prune(10, 3.5)
+    assert not MedianPruning(tmp_path / "mine", 10).should_prune(20, 1.0)
     assert history(tmp_path / "mine") == {"10": 3.5, "20": 3.5}
     # Step 10 is done again, worse: what came after it does not count.
-    assert MedianPruning(tmp_path / "mine", 10).hopeless(10, 2.0)
+    assert MedianPruning(tmp_path / "mine", 10).should_prune(10, 2.0)
 
 
 @pytest.mark.parametrize(("after", "others"), [(11, 4), (10, 3)])
 def test_no_run_ends_before_its_time_or_beside_a_few(after, others, tmp_path):
     runs(tmp_path, *[{10: 3.0}] * others)
     (tmp_path / "mine").mkdir()
-    assert not MedianPruning(tmp_path / "mine", after).hopeless(10, 0.0)
+    assert not MedianPruning(tmp_path / "mine", after).should_prune(10, 0.0)
 
 
 def test_a_sweep_ends_the_run_that_falls_behind_and_says_where(tmp_path):

@@ -283,7 +283,7 @@ def test_what_fid_needs_is_named(tmp_path, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("ud2m.evaluation.features.version", missing)
-    with pytest.raises(ValueError, match=r"the metric kid_inception cannot be computed: .*pip install 'ud2m\[fid\]'"):
+    with pytest.raises(ValueError, match=r"the metric kid_inception cannot be computed: .*pip install torch-fidelity"):
         check_scores(["kid_inception"], 100, 1, (3, 32, 32))
 
 

@@ -1,4 +1,4 @@
-"""Files: results that are never half-written, and reading what may be damaged or a stranger's."""
+"""Files: results that are never half-written, and reading what may be damaged or comes from an untrusted source."""
 
 import errno
 import json

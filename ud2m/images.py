@@ -96,7 +96,9 @@ def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Ten
     """Return the image in the bytes of a PNG, JPEG, WebP or BMP file as ``read_image`` does.
 
     Args:
-        data: the whole file. name: what messages call it. channels: as in ``read_image``.
+        data: the whole file.
+        name: what messages call it.
+        channels: as in ``read_image``.
 
     Raises:
         ValueError: as ``read_image``.
@@ -175,7 +177,7 @@ def _deep_png(levels: np.ndarray, profile: bytes | None) -> bytes:
 def std_scale(std: Tensor) -> float:
     """Return a readable upper end for a map of standard deviations [C, H, W], in image units.
 
-    The 99.5 % quantile over pixels of the mean over channels, rounded up to two digits: a single wild pixel
+    The 99.5 % quantile over pixels of the mean over channels, rounded up to two digits: a single outlier
     does not darken the rest. At least one grey level (1 / 255): rounding noise must not look like structure.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Turn what a user can mend into one line and a non-zero exit."""
+"""Turn errors that a user can correct into one line and a non-zero exit."""
 
 import functools
 import os

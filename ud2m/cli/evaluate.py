@@ -251,3 +251,7 @@ def label(entry: str, default: str) -> str:
             return word.removeprefix(LABEL).replace("_", " ")
     words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
     return f"{default} ({', '.join(words)})" if words else default
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: run `ud2m evaluate` or `python -m ud2m evaluate`")

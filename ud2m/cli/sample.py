@@ -58,7 +58,8 @@ class SamplingRun:
         config: of conf/sample.yaml.
 
     Raises:
-        ValueError, FileNotFoundError: for settings that do not fit together, and missing models.
+        ValueError: for settings that do not fit together.
+        FileNotFoundError: for missing models.
     """
 
     def __init__(self, config: DictConfig):
@@ -292,7 +293,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    The export may be a stranger's, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
+    The export may come from an untrusted source, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
 
     Raises:
         ValueError: when the description names no such family.
@@ -310,3 +311,7 @@ def _parts(value: Any) -> Any:
     if isinstance(value, list):
         return [_parts(part) for part in value]
     return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: run `ud2m sample` or `python -m ud2m sample`")

@@ -191,7 +191,8 @@ def export(config: DictConfig, folder: Path) -> Path:
     """Write the model of a checkpoint of the run in ``folder`` and return where it is: ``export-<checkpoint>`` there.
 
     Raises:
-        ValueError: when there is no such run. FileNotFoundError: when it has no such checkpoint.
+        ValueError: when there is no such run.
+        FileNotFoundError: when it has no such checkpoint.
     """
     path, target = folder / CHECKPOINTS / config.export, folder / f"export-{Path(config.export).stem}"
     if not path.is_file():

@@ -25,8 +25,10 @@ class FolderData(ImageDataModule):
     Args:
         root: folder of images of any sizes, searched with all its subfolders. If it has a subfolder
             ``train``, ``val`` or ``test``, these are the splits; otherwise `split_files` splits the files.
-        scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
-        augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
+        scales: pyramid levels of the training crops.
+        probabilities: their shares (see ``RandomCrops``).
+        augment: keyword arguments of ``Augmentation``.
+        candidates: places per crop (see ``RandomCrops``).
         cache_mb: memory per process for decoded images, in MiB.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey, 3 repeats grey.
     """
@@ -107,7 +109,8 @@ def find_images(folder: Path) -> list[str]:
     """Return the names of all image files below ``folder``, relative to it and sorted, without hidden ones.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: when there is no such folder.
+        FileNotFoundError: when there is no such folder.
+        NotADirectoryError: when it is a file.
         ValueError: when it holds no image.
     """
     if not folder.exists():

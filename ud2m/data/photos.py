@@ -110,8 +110,10 @@ class PhotoData(ImageDataModule):
     """``data=photos``: trains on crops, validates on tiles of china, tests on tiles of chelsea and coffee.
 
     Args:
-        scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
-        augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
+        scales: pyramid levels of the training crops.
+        probabilities: their shares (see ``RandomCrops``).
+        augment: keyword arguments of ``Augmentation``.
+        candidates: places per crop (see ``RandomCrops``).
         common: the arguments of ``ImageDataModule``; ``channels`` must be 3.
     """
 

@@ -24,9 +24,11 @@ def fetch_index(address: str, cache: Path) -> ShardIndex:
     Args:
         address: of a folder, as ``https://server/shards/train``; a ``pipe:`` command has {} where the name of a file
             belongs, as ``pipe:ssh server cat shards/train/{}``.
+        cache: folder for shards from all addresses.
 
     Raises:
-        OSError: when it cannot be fetched. ValueError: when it is no index.
+        OSError: when it cannot be fetched.
+        ValueError: when it is no index.
     """
     content = fetch(address, INDEX_FILE)
     folder = cache / hashlib.sha256(content).hexdigest()[:16]
@@ -45,7 +47,8 @@ def shard_path(index: ShardIndex, shard: Shard) -> Path:
     Processes that want the same shard at once each fetch it, and the last one's file stays.
 
     Raises:
-        OSError: when it cannot be fetched. ValueError: when it is not what the index says.
+        OSError: when it cannot be fetched.
+        ValueError: when it is not what the index says.
     """
     path = index.folder / shard.name
     if index.address is None or path.is_file():

@@ -20,8 +20,10 @@ class StreamSampler(Sampler[int]):
         batch_size: samples of a batch over all ranks together; a multiple of ``world_size``.
         seed: another seed is another order (of a data set with a size).
         size: number of items of the data set; None for an endless one.
-        rank: this process. world_size: number of processes.
-        epoch: the first epoch. batches_done: batches of it to leave out; later epochs are whole.
+        rank: this process.
+        world_size: number of processes.
+        epoch: the first epoch.
+        batches_done: batches of it to leave out; later epochs are whole.
 
     Raises:
         ValueError: when a batch does not divide over the ranks or does not fit into an epoch.

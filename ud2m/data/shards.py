@@ -50,11 +50,13 @@ class ShardData(ImageDataModule):
         root: folder of finished shards to train on, or an address of one (``remote.fetch_index``).
         held_out: another one, of other images. Its images number 0, 2, 4, ... (over all shards) are for
             validation, 1, 3, 5, ... for the test, as tiles of side ``tile_size``.
-        val_list, test_list: files that name the held-out images of a split instead, one per line (what follows a blank
-            is ignored, as are folders and endings), in the order in which they are used. Where only ``test_list`` is
-            given, validation has the even ones of the others.
-        scales: pyramid levels of the training crops. probabilities: their shares (see ``RandomCrops``).
-        augment: keyword arguments of ``Augmentation``. candidates: places per crop (see ``RandomCrops``).
+        val_list: file that names the held-out images of validation instead, one per line (what follows a blank is
+            ignored, as are folders and endings), in the order in which they are used.
+        test_list: the same for the test. Where only this one is given, validation has the even ones of the others.
+        scales: pyramid levels of the training crops.
+        probabilities: their shares (see ``RandomCrops``).
+        augment: keyword arguments of ``Augmentation``.
+        candidates: places per crop (see ``RandomCrops``).
         buffer: samples among which each reader shuffles, on top of the order of shards that each pass draws; 1 keeps
             the order within the shards.
         check_hashes: compare the SHA-256 of all shards with the index before anything starts. Otherwise only that
@@ -123,7 +125,8 @@ class ShardData(ImageDataModule):
         """Return the tiles of the held-out images of a split: listed ones, or even numbers (``val``) and odd ones.
 
         Raises:
-            FileNotFoundError, ValueError: when a list is missing, names an image twice, or one that is not there.
+            FileNotFoundError: when a list is missing.
+            ValueError: when one names an image twice, or one that is not there.
         """
         index = self._index(self.held_out, self.tile_size)
         listed = {kind: listed_numbers(index, Path(file)) for kind, file in self.lists.items() if file is not None}
@@ -201,9 +204,15 @@ class ShardSampler(StreamSampler):
     (After a resume within an epoch the workers may have swapped their pieces, which costs nothing.)
 
     Args:
-        samples_per_epoch, batch_size, rank, world_size, epoch, batches_done: as in ``StreamSampler``.
+        samples_per_epoch: positions per epoch, over all ranks.
+        batch_size: samples of a batch over all ranks together; a multiple of ``world_size``.
         seed: another seed is another order within the buffers.
-        workers: loader processes per rank. buffer: positions that wait in it to be drawn from, at least 1.
+        workers: loader processes per rank.
+        buffer: positions that wait in it to be drawn from, at least 1.
+        rank: this process.
+        world_size: number of processes.
+        epoch: the first epoch.
+        batches_done: batches of it to leave out; later epochs are whole.
 
     Raises:
         ValueError: for a buffer below 1; for batches as in ``StreamSampler``.
@@ -271,7 +280,8 @@ class ShardReader:
     """Images by shard and number. The headers of a shard are read when it is first used, and then kept.
 
     Args:
-        index: of the folder. channels: 1 or 3.
+        index: of the folder.
+        channels: 1 or 3.
     """
 
     def __init__(self, index: ShardIndex, channels: int):
@@ -323,7 +333,14 @@ class ShardCrops(Dataset[Tensor]):
     has as its item q: a level of the pyramid, a place, a flip, and what ``augmentation`` makes of it.
 
     Args:
-        stream: which image comes where. reader: loads it. The others: as in ``RandomCrops``.
+        stream: which image comes where.
+        reader: loads it.
+        crop_size: side of the crops in pixels.
+        seed: every seed is another endless sequence.
+        scales: see ``RandomCrops``.
+        probabilities: see ``RandomCrops``.
+        augmentation: further random changes; none by default.
+        candidates: see ``RandomCrops``.
 
     Returns (per item):
         float32 [C, crop_size, crop_size] in [0, 1].

@@ -15,7 +15,8 @@ def ranks(samples: Tensor, x0: Tensor, generator: torch.Generator | None = None)
     al., 2018). Ties, as at the limits of clipped images, are broken at random.
 
     Args:
-        samples: [B, S, ...]. x0: [B, ...].
+        samples: [B, S, ...].
+        x0: [B, ...].
         generator: breaks ties.
 
     Raises:
@@ -52,7 +53,8 @@ def energy_score(samples: Tensor, x0: Tensor) -> Tensor:
     the Euclidean norm over all pixels.
 
     Args:
-        samples: [B, S, ...], S >= 2. x0: [B, ...].
+        samples: [B, S, ...], S >= 2.
+        x0: [B, ...].
 
     Raises:
         ValueError: for a single sample.

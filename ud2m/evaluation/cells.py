@@ -25,8 +25,9 @@ class Result:
     """What a cell holds.
 
     Args:
-        row: numbers and names, flat. curves: what is more than a number. pictures: of the shown images, by number:
-            ``x0``, ``y``, ``sample``, ``mean`` [C, H, W].
+        row: numbers and names, flat.
+        curves: what is more than a number.
+        pictures: of the shown images, by number: ``x0``, ``y``, ``sample``, ``mean`` [C, H, W].
     """
 
     row: Mapping[str, Any]

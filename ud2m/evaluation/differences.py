@@ -28,7 +28,9 @@ def with_differences(
     bootstrap interval over images. Values that are infinite (equal images) have no difference.
 
     Args:
-        rows: of ``metrics.json``. results: the cell of each row.
+        rows: of ``metrics.json``.
+        results: the cell of each row.
+        reference: name of a method, as in the rows.
 
     Raises:
         ValueError: when the reference is missing for some operator or data set.

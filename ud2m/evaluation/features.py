@@ -259,8 +259,8 @@ class InceptionFeatures(nn.Module):
     [B, C, H, W] in [0, 1] -> [B, 2048]. Images of any size are resized to 299 x 299 as the original does.
 
     Raises:
-        FileNotFoundError: when the weights are not in the torch cache. ValueError: for a file that does not hold them,
-            or without torch-fidelity.
+        FileNotFoundError: when the weights are not in the torch cache.
+        ValueError: for a file that does not hold them, or without torch-fidelity.
     """
 
     num_features = 2048

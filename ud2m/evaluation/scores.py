@@ -522,8 +522,8 @@ def build_score(name: str) -> Score:
     """Return a fresh score by its name: one of ``SCORES``, or ``frechet_NET``, ``kid_NET``, ``cfid_NET`` (``_SIDE``).
 
     Raises:
-        ValueError: for an unknown name, or without the package of its network. FileNotFoundError: when the weights of
-            its network are not in the torch cache.
+        ValueError: for an unknown name, or without the package of its network.
+        FileNotFoundError: when the weights of its network are not in the torch cache.
     """
     kind, _, rest = name.partition("_")
     net, _, side = rest.partition("_")

@@ -268,7 +268,7 @@ def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
 def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> set[tuple[int, str]]:
     """Return (row index, key) of the winners, among rows of the same data, size, operator and noise.
 
-    Values that look equal as shown win together; where there is nothing to compare with, nobody wins.
+    Values that look equal as shown win together; where there is nothing to compare with, none does.
     """
     best = set()
     for column in columns:

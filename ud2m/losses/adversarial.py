@@ -21,7 +21,8 @@ class Discriminator(nn.Module):
     is smooth, as the penalty differentiates twice.
 
     Args:
-        channels: C of the images. condition_channels: those of the condition, C unless given.
+        channels: C of the images.
+        condition_channels: those of the condition, C unless given.
         widths: channels of the hidden layers.
 
     Raises:
@@ -118,7 +119,8 @@ class DiscriminatorLoss(nn.Module):
         Beside them ``accuracy/real`` and ``accuracy/generated``: shares of logits on the right side of 0.
 
         Args:
-            discriminator: (images, condition) -> logits. prediction: the generator's, still with its graph.
+            discriminator: (images, condition) -> logits.
+            prediction: the generator's, still with its graph.
             generator: of u, one for all or one per sample.
 
         Raises:

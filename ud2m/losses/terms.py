@@ -32,7 +32,8 @@ class Prediction:
     Args:
         x0: clean images [B, C, H, W].
         outputs: the network's [B, M, C, H, W] for the same (x_sigma, sigma, y).
-        sigma: noise levels [B] of x_sigma, image units. condition: y brought to image size, [B, C', H, W].
+        sigma: noise levels [B] of x_sigma, image units.
+        condition: y brought to image size, [B, C', H, W].
 
     Raises:
         ValueError: when the shapes do not fit together.
@@ -214,7 +215,8 @@ class FeatureEnergyScore(LossTerm):
     Args:
         features: images [N, C, H, W] -> list of [N, c_l, h_l, w_l].
         patch_size: side of the patches in locations of each layer (at most the layer's size).
-        spread, num_outputs: as for ``EnergyScore``.
+        spread: weight of the second term, see ``EnergyScore``.
+        num_outputs: M >= 2.
     """
 
     def __init__(self, features: Features, patch_size: int = 1, spread: float = 1.0, num_outputs: int = 2):
@@ -241,7 +243,10 @@ def patch_energy(target: Tensor, outputs: Tensor, patch_size: int, spread: float
     The norm of a patch is the root of the average over its locations of the square summed over channels.
 
     Args:
-        target: [B, C, H, W]. outputs: [B, M, C, H, W], M >= 2. patch_size: at most H and W count.
+        target: [B, C, H, W].
+        outputs: [B, M, C, H, W], M >= 2.
+        patch_size: at most H and W count.
+        spread: weight of the second term.
     """
     first, second = torch.combinations(torch.arange(outputs.shape[1], device=outputs.device)).T
     error = _mean_patch_norm(target.unsqueeze(1) - outputs, patch_size)

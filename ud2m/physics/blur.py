@@ -131,7 +131,8 @@ class UniformBlur(Blur):
     """Blur by the mean over size x size pixels.
 
     Args:
-        size: side of the box in pixels, at least 1. boundary: see ``Blur``.
+        size: side of the box in pixels, at least 1.
+        boundary: see ``Blur``.
 
     Raises:
         ValueError: for another size.
@@ -221,7 +222,8 @@ def read_kernel(path: Path) -> Tensor:
     """Return a kernel [h, w] in float64 from a ``.npy`` or an image file.
 
     Raises:
-        FileNotFoundError: when there is no such file. ValueError: when it does not hold a finite matrix of numbers.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it does not hold a finite matrix of numbers.
     """
     try:
         values = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _grey(path)

@@ -69,6 +69,7 @@ class CircularFilter(Immutable):
             z: [B, C, H, W].
             y: [B, C, H / factor, W / factor].
             gamma: number or tensor of one element, or [B] or [B, 1, 1, 1]; receives a gradient.
+            kwargs: parameters of the operator, as deepinv's ``update_parameters`` takes them.
         """
         self.update_parameters(**kwargs)
         power = self._power(z, y)

@@ -63,7 +63,9 @@ class OperatorFamily(ABC):
         """Return y [1, ...] and its operator from a file that says both; None, the default: the file is a picture y.
 
         Args:
-            path: the user's file. channels: of the unknown image. device: for both results.
+            path: the user's file.
+            channels: of the unknown image.
+            device: for both results.
 
         Raises:
             ValueError: for a file that this family cannot read.

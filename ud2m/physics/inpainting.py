@@ -207,7 +207,7 @@ class MaskFile(FixedOperator):
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is not an image, or grey: a quarter of the range around half is nobody's black or white.
+        ValueError: when it is not an image, or has pixels that are neither black nor white (levels 97 to 159 of 255).
     """
 
     def __init__(self, path: str | Path):
@@ -245,7 +245,8 @@ class MaskCollection(RandomMask):
         size: side of the masks in pixels.
 
     Raises:
-        FileNotFoundError: when there is no such file. ValueError: when it is no such file or has no such array.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no such file or has no such array.
     """
 
     def __init__(self, path: str | Path, key: str = "20-30% freeform", size: int = 256):

@@ -35,8 +35,10 @@ class ConjugateGradients:
         """Return argmin_u gamma |A u - y|^2 / 2 + |u - z|^2 / 2.
 
         Args:
-            z: [B, C, H, W]. y: [B, ...].
+            z: [B, C, H, W].
+            y: [B, ...].
             gamma: number or tensor of one element, or [B] or [B, 1, 1, 1]; receives a gradient.
+            kwargs: parameters of the operator, as deepinv's ``update_parameters`` takes them.
 
         Warns:
             ConvergenceWarning: when the tolerance was not reached.

@@ -84,8 +84,10 @@ class JpegCodec(Immutable, Physics):
         """Return the point of the quantisation cell that is nearest to z (``CellProjection``).
 
         Args:
-            z: [B, C, H, W]. y: as ``A`` gives it.
+            z: [B, C, H, W].
+            y: as ``A`` gives it.
             gamma: the precision of other data terms; the indicator of a cell has none, and its derivative is 0.
+            kwargs: parameters of the operator, as deepinv's ``update_parameters`` takes them.
         """
         self.update_parameters(**kwargs)
         mean = z.to(at_least_float32(z, y))
@@ -311,7 +313,8 @@ def read_jpeg(
     orientation is not applied, since blocks would no longer lie where the encoder put them.
 
     Raises:
-        ImportError, ValueError: see ``Jpeg.read_observation``.
+        ImportError: see ``Jpeg.read_observation``.
+        ValueError: see ``Jpeg.read_observation``.
     """
     try:
         import jpeglib

@@ -160,7 +160,9 @@ class Layout:
     """Sizes of one kind of JPEG picture.
 
     Args:
-        height, width: of the picture in pixels. channels: 1 (grey) or 3.
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+        channels: 1 (grey) or 3.
         factors: pixels (down, across) per chroma value.
     """
 
@@ -190,6 +192,7 @@ def encode(x: Tensor, layout: Layout, tables: Tensor) -> list[Tensor]:
 
     Args:
         x: [B, C, H, W] in [0, 1]; rounded to 8 bits.
+        layout: sizes of the picture.
         tables: [B or 1, C, 8, 8].
 
     Returns:

@@ -57,7 +57,7 @@ def kept_gain(physics: DataTerm, like: Tensor) -> Tensor:
 
 
 def _white_noise(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(20_250_703)  # one that nobody draws masks with
+    generator = torch.Generator().manual_seed(20_250_703)  # a seed that no mask is drawn with
     return torch.randn(like.shape[1:], generator=generator).to(like).expand(like.shape)
 
 

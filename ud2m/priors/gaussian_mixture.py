@@ -79,7 +79,8 @@ class GaussianMixture(nn.Module):
         """Read what ``save`` wrote.
 
         Raises:
-            FileNotFoundError: when there is no such file. ValueError: when it holds no mixture.
+            FileNotFoundError: when there is no such file.
+            ValueError: when it holds no mixture.
         """
         if not path.is_file():
             raise FileNotFoundError(f"there is no mixture at {path}; fit one first")
@@ -133,7 +134,9 @@ class GaussianMixture(nn.Module):
         mean m_j + K_j (y - A m_j) and the covariance C_j - K_j A C_j.
 
         Args:
-            y: [1, ...]. physics: of that observation. sigma_y: > 0, image units.
+            y: [1, ...].
+            physics: of that observation.
+            sigma_y: > 0, image units.
 
         Raises:
             ValueError: when sigma_y is not positive, or there are several observations.
@@ -171,7 +174,8 @@ class AdaptedMixture(nn.Module):
     with a small dense network f whose last layer starts at 0.
 
     Args:
-        mixture: frozen. width: of the two hidden layers.
+        mixture: frozen.
+        width: of the two hidden layers.
     """
 
     def __init__(self, mixture: GaussianMixture, width: int = 128):

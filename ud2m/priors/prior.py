@@ -242,8 +242,9 @@ class Prior(nn.Module):
         """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
 
         Raises:
-            ValueError: when it is not an adapter of this one's ``LoraSpec``. OSError, SafetensorError: when a file is
-                missing or damaged.
+            ValueError: when it is not an adapter of this one's ``LoraSpec``.
+            OSError: when a file is missing.
+            SafetensorError: when one is damaged.
         """
         spec = self.lora
         if isinstance(self.unet, peft.PeftModel) and spec is not None:

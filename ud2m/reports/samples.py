@@ -24,7 +24,7 @@ class Entry:
 
     Args:
         name: heading.
-        reference: [C, H, W], or None when nobody knows it.
+        reference: [C, H, W], or None where it is unknown.
         observation: y [C, h, w]; another size, channel count or range than the image's is scaled to fit.
         samples: [S, C, H, W]; the first `MAX_SAMPLES` are shown.
         mean: [C, H, W].

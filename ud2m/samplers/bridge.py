@@ -35,7 +35,8 @@ class BridgeSchedule:
     sqrt(beta_max) at t = 1, until t = 1/2, and falls back. sigma_t^2 is its integral from 0 to t, in closed form.
 
     Args:
-        beta_min, beta_max: for images in [-1, 1], as in the authors' code; variances here are of images in [0, 1].
+        beta_min: beta at both ends, for images in [-1, 1] as in the authors' code (variances here: images in [0, 1]).
+        beta_max: what the rise would reach at t = 1, in the same units.
 
     Raises:
         ValueError: unless 0 < beta_min <= beta_max.
@@ -115,7 +116,8 @@ class Bridge(nn.Module):
         """Read a folder that ``save`` wrote.
 
         Raises:
-            FileNotFoundError: when there is none. ValueError: when it is no bridge, or damaged.
+            FileNotFoundError: when there is none.
+            ValueError: when it is no bridge, or damaged.
         """
         path = Path(folder) / SCHEDULER_FILE
         if not path.is_file():
@@ -161,7 +163,8 @@ class BridgeSampler(Sampler):
             options: of ``BridgeSampler``.
 
         Raises:
-            FileNotFoundError, ValueError: as ``Bridge.load``.
+            FileNotFoundError: as ``Bridge.load``.
+            ValueError: as ``Bridge.load``.
         """
         sampler = cls(Bridge.load(model).to(device).eval(), **options)
         sampler.fingerprint = weights_fingerprint(sampler.bridge.state_dict())

@@ -51,7 +51,9 @@ def model_card(name: str, content: Mapping[str, Any], nfe: int, metrics: Sequenc
     """Return the card of an export.
 
     Args:
-        name: hub id of the model. content: of its ``config.json``. nfe: network evaluations per sample.
+        name: hub id of the model.
+        content: of its ``config.json``.
+        nfe: network evaluations per sample.
         metrics: rows of ``metrics.json``.
     """
     sampler, network, prior = content["sampler"], content["network"], content["prior"]

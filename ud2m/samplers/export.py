@@ -61,7 +61,8 @@ def read_export(reference: str, prior: str | Path | None = None) -> tuple[Unfold
         prior: where the prior is, when it moved since the export.
 
     Raises:
-        FileNotFoundError: when nothing is there. ValueError: when the export is damaged or made for another prior.
+        FileNotFoundError: when nothing is there.
+        ValueError: when the export is damaged or made for another prior.
     """
     folder = _export_folder(reference)
     content = _read_config(folder)
@@ -92,11 +93,14 @@ def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) ->
     """Give a network, whose prior has an adapter, the trained parameters of a model: to train it further.
 
     Args:
+        network: the one to be trained.
+        prior: its prior.
         reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
             a learned warm start goes on from the model's where that has the same weights, and else begins anew.
 
     Raises:
-        FileNotFoundError: when nothing is there. ValueError: when it has another prior, adapter or kind of psi.
+        FileNotFoundError: when nothing is there.
+        ValueError: when it has another prior, adapter or kind of psi.
     """
     folder = _export_folder(str(reference))
     content = _read_config(folder)

@@ -177,7 +177,8 @@ class PosteriorSampler(Sampler):
             options: of ``SamplerConfig``, in place of the model's; None: the model's.
 
         Raises:
-            FileNotFoundError: when nothing is there. ValueError: when the export is damaged or made for another prior.
+            FileNotFoundError: when nothing is there.
+            ValueError: when the export is damaged or made for another prior.
         """
         network, base, config = read_export(str(model), prior)
         return cls(network.to(device), base, config.with_options(**options))

@@ -29,12 +29,20 @@ class BridgeModule(SteppedModule):
 
     Args:
         prior: whose network is what the bridge begins as, as in the authors' code.
-        operator: family that the physics are drawn from. sigma_y: noise level of the observations, image units.
-        scales, deviation: of the ``SmoothingStart`` that makes the degraded end.
-        beta_min, beta_max: see ``BridgeSchedule``.
-        num_steps: of the sampler that validates. validation: ``num_samples`` per image and ``lpips``; the PSNR of the
-            samples' mean selects the best checkpoint.
-        lr: peak learning rate of AdamW. The others: as of ``PriorModule``.
+        operator: family that the physics are drawn from.
+        sigma_y: noise level of the observations, image units.
+        validation: ``num_samples`` per image and ``lpips``; the PSNR of the samples' mean selects the best checkpoint.
+        scales: of the ``SmoothingStart`` that makes the degraded end.
+        deviation: of the same.
+        num_steps: of the sampler that validates.
+        beta_min: see ``BridgeSchedule``.
+        beta_max: see ``BridgeSchedule``.
+        lr: peak learning rate of AdamW.
+        warmup: steps of linear warm-up, then cosine to zero at the last step.
+        ema_decay: decay of the weight average that is validated and exported.
+        seed: of all randomness.
+        accumulate: batches summed into one step.
+        clip: largest gradient norm.
 
     Raises:
         ValueError: for numbers out of range.

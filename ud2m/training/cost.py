@@ -25,7 +25,8 @@ class Pass:
     Attributes:
         flops: of the step, forward and backward (a multiplication and an addition are two).
         activations: bytes that the forward pass keeps for the backward pass.
-        calls: evaluations of the prior's network. call_flops: forward, of all of them.
+        calls: evaluations of the prior's network.
+        call_flops: forward, of all of them.
         call_activations: bytes that one of them keeps.
     """
 
@@ -41,10 +42,16 @@ class Estimate:
     """The cost of a run.
 
     Attributes:
-        frozen, trained, discriminator: parameters.
-        flops, activations: of one image. recomputing: the same when each evaluation of the prior's network is computed
-            again in the backward pass, so that the activations of one are kept at a time.
-        batch: images per step. devices: that share them.
+        frozen: parameters that stay as they are.
+        trained: parameters of the generator that are trained.
+        discriminator: parameters of the discriminator.
+        flops: of one image.
+        flops_recomputing: the same when each evaluation of the prior's network is computed again in the backward pass,
+            so that the activations of one are kept at a time.
+        activations: bytes that the forward pass of one image keeps.
+        activations_recomputing: the same with recomputing.
+        batch: images per step.
+        devices: that share them.
         tflops: 10^12 operations per second that a device reaches.
     """
 

@@ -29,6 +29,10 @@ class OptimizerSettings(StepSettings):
         lr_discriminator: of D.
         steps: optimiser steps of the whole run, over which the rates fall to 0.
         weight_decay: of the adapter.
+        warmup: see ``StepSettings``.
+        accumulate: see ``StepSettings``.
+        clip: see ``StepSettings``.
+        ema_decay: see ``StepSettings``.
     """
 
     lr: float

@@ -30,7 +30,8 @@ def contact_sheet(x0: Tensor, y: Tensor, samples: Tensor) -> Tensor:
     """Return one picture: a row per image with reference, observation, mean, std (times 5) and up to four samples.
 
     Args:
-        x0: references [B, C, H, W]. y: observations; black is shown for those that are no images of C channels.
+        x0: references [B, C, H, W].
+        y: observations; black is shown for those that are no images of C channels.
         samples: [B, S, C, H, W].
     """
     std = 5 * samples.std(1) if samples.shape[1] > 1 else torch.zeros_like(x0)

@@ -32,10 +32,15 @@ class PriorModule(SteppedModule):
     Args:
         unet: keyword arguments of diffusers' ``UNet2DModel``.
         scheduler: the noise table in the keys of a diffusers ``scheduler_config.json``.
-        lr: peak learning rate of AdamW. warmup: steps of linear warm-up, then cosine to zero at the last step.
+        lr: peak learning rate of AdamW.
+        warmup: steps of linear warm-up, then cosine to zero at the last step.
         ema_decay: decay of the weight average that is validated and exported.
-        focus, focus_max: see above. levels: noise levels (image units) at which the validation PSNR is measured.
-        seed: of all randomness. accumulate: batches summed into one step. clip: largest gradient norm.
+        focus: probability of a level up to ``focus_max``.
+        focus_max: end of the range of low levels, image units.
+        levels: noise levels (image units) at which the validation PSNR is measured.
+        seed: of all randomness.
+        accumulate: batches summed into one step.
+        clip: largest gradient norm.
 
     Raises:
         ValueError: for numbers out of range, or an architecture that diffusers cannot build.

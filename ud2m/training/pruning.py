@@ -1,4 +1,4 @@
-"""Ending the hopeless runs of a sweep early."""
+"""Median pruning: runs of a sweep that fall behind the others end early."""
 
 import json
 import sys
@@ -25,7 +25,8 @@ class MedianPruning(L.Callback):
     step in ``scores.json``. A run that is stopped ends as others do, with its best parameters.
 
     Args:
-        folder: of this run; the other runs are in folders beside it. after: steps before which no run is stopped.
+        folder: of this run; the other runs are in folders beside it.
+        after: steps before which no run is stopped.
 
     Raises:
         ValueError: for ``after`` below 1.
@@ -40,11 +41,11 @@ class MedianPruning(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the score, and compare it; rank 0 decides for all."""
         step, score = pl_module.steps_done, trainer.callback_metrics["val/score"].item()
-        stops = trainer.is_global_zero and self.hopeless(step, score) and trainer.current_epoch + 1 < _epochs(trainer)
+        stops = trainer.is_global_zero and self.should_prune(step, score) and trainer.current_epoch + 1 < _epochs(trainer)
         if trainer.strategy.reduce_boolean_decision(stops, all=False):
             self.stopped_at, trainer.should_stop = step, True
 
-    def hopeless(self, step: int, score: float) -> bool:
+    def should_prune(self, step: int, score: float) -> bool:
         """Note the score of a step, and return whether the run should end there."""
         own = history(self.folder)
         best = max([score, *(value for s, value in own.items() if int(s) < step)])

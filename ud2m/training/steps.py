@@ -31,7 +31,9 @@ class StepSettings:
     """How gradients become steps.
 
     Args:
-        warmup: steps of linear warm-up. accumulate: batches summed into one step. clip: largest gradient norm.
+        warmup: steps of linear warm-up.
+        accumulate: batches summed into one step.
+        clip: largest gradient norm.
         ema_decay: decay of the average.
 
     Raises:
@@ -220,7 +222,8 @@ class SteppedModule(L.LightningModule, ABC):
         """Load parameters, averages and scores of a checkpoint of this run.
 
         Raises:
-            FileNotFoundError, ValueError: when it is missing, damaged, or of another model.
+            FileNotFoundError: when it is missing.
+            ValueError: when it is damaged, or of another model.
         """
         checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)

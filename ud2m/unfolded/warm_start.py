@@ -106,8 +106,10 @@ class NetworkStart(Start):
 
     Args:
         channels: C of the images.
-        widths: channels of DRUNet's four levels. num_blocks: residual blocks per level.
-        scales, deviation: see ``SmoothingStart``.
+        widths: channels of DRUNet's four levels.
+        num_blocks: residual blocks per level.
+        scales: see ``SmoothingStart``.
+        deviation: see ``SmoothingStart``.
 
     Raises:
         ValueError: when there are not four widths.
@@ -151,7 +153,8 @@ class RamStart(Start):
         fingerprint: SHA-256 that frozen weights must have.
 
     Raises:
-        FileNotFoundError, ValueError: when the weights are missing, damaged, or others than the fingerprint's.
+        FileNotFoundError: when the weights are missing.
+        ValueError: when they are damaged, or others than the fingerprint's.
     """
 
     evaluations = 1
