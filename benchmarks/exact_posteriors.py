@@ -146,9 +146,9 @@ def train(
     psi = [parameter for parameter in network.parameters() if id(parameter) not in adapter]
     groups = [{"params": psi, "lr": 1e-2}, {"params": list(network.denoiser.parameters()), "lr": 1e-3}]
     optimizers = [(torch.optim.AdamW(groups, weight_decay=0.0), [p for g in groups for p in g["params"]])]
-    judge, judge_loss = loss.discriminator, DiscriminatorLoss(gradient_penalty=1.0)
-    if judge is not None:
-        own = list(judge.parameters())
+    discriminator, discriminator_loss = loss.discriminator, DiscriminatorLoss(gradient_penalty=1.0)
+    if discriminator is not None:
+        own = list(discriminator.parameters())
         optimizers.append((torch.optim.AdamW(own, lr=1e-3, betas=(0.5, 0.99)), own))
     generator = torch.Generator().manual_seed(1)
     rows = torch.arange(batch).repeat_interleave(loss.num_outputs)
@@ -162,12 +162,12 @@ def train(
         observation = Observation(y, physics, noise)
         outputs = network(x_sigma[rows], sigma[rows], observation.rows(rows), generator).unflatten(0, (batch, -1))
         condition = x0
-        if judge is not None:
+        if discriminator is not None:
             condition = start_from_y(network.warm_start, observation).detach()
         prediction = Prediction(x0, outputs, sigma, condition)
         total, _ = loss(prediction)
-        if judge is not None:
-            total = total + judge_loss(judge, prediction, generator)[0]
+        if discriminator is not None:
+            total = total + discriminator_loss(discriminator, prediction, generator)[0]
         total.backward()
         for optimizer, parameters in optimizers:
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -154,10 +154,10 @@ def test_frozen_weights_in_bfloat16_are_half_the_bytes_and_train(prior, tmp_path
 def test_the_gradient_penalty_is_that_of_full_precision(precision, prior):
     generator = torch.Generator().manual_seed(0)
     x, condition = torch.rand(2, 2, 3, SIZE, SIZE, generator=generator)
-    judge = module_of(prior).discriminator
-    expected = gradient_square(judge, x, condition)
+    discriminator = module_of(prior).discriminator
+    expected = gradient_square(discriminator, x, condition)
     with torch.autocast("cpu", precision):
-        found = gradient_square(judge, x, condition)
+        found = gradient_square(discriminator, x, condition)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 

@@ -442,9 +442,9 @@ def test_every_trained_parameter_is_in_one_optimizer_once_and_no_frozen_one(prio
     assert len({id(p) for p in held}) == len(held)
     assert {id(p) for p in held} == {id(p) for p in trained(module).values()}
     assert all(p.requires_grad for p in held)
-    players = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
-    assert players[0] == {id(p) for p in trained(module.network).values()}
-    assert players[1] == {id(p) for p in module.discriminator.parameters()}
+    held_by = [{id(p) for g in o.param_groups for p in g["params"]} for o in optimizers]
+    assert held_by[0] == {id(p) for p in trained(module.network).values()}
+    assert held_by[1] == {id(p) for p in module.discriminator.parameters()}
     psi, adapter = optimizers[0].param_groups
     assert {id(p) for p in adapter["params"]} == {id(p) for p in trained(module.prior).values()}
     assert (psi["weight_decay"], adapter["weight_decay"]) == (0.0, 0.01)
@@ -768,7 +768,7 @@ def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tm
     untrained = distillation(prior)
     before = trained(untrained) | {f"d.{k}": p for k, p in untrained.discriminator.named_parameters()}
     expected, found = run("full"), run("half", plugins=half(2.0**8))
-    # the scale doubles after the first step: both players must be freed of that of their own step
+    # the scale doubles after the first step: both held_by must be freed of that of their own step
     growing = run("growing", plugins=half(2.0**7, growth_interval=1))
     for result in (found, growing):
         moved = torch.cat([(expected[k] - before[k]).flatten() for k in expected])

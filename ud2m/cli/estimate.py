@@ -32,13 +32,13 @@ def estimate(config: DictConfig) -> Estimate:
     # what does not grow with the batch, such as a copy of a weight, belongs to no image
     one, two = (cost_of(step, (images, *shape)) for images in (1, 2))
     image = Pass(*((getattr(two, f.name) - getattr(one, f.name)) for f in fields(Pass)))
-    judge = [] if step.discriminator is None else list(step.discriminator.parameters())
+    discriminator = [] if step.discriminator is None else list(step.discriminator.parameters())
     inputs = FLOAT * config.data.channels * config.data.crop_size**2
     recomputed = image.activations - (one.calls - 1) * image.call_activations + one.calls * inputs
     return Estimate(
         frozen=sum(p.numel() for p in step.prior.parameters() if not p.requires_grad),
         trained=sum(p.numel() for p in step.generator_parameters()),
-        discriminator=sum(p.numel() for p in judge),
+        discriminator=sum(p.numel() for p in discriminator),
         flops=image.flops,
         flops_recomputing=image.flops + image.call_flops,
         activations=image.activations,

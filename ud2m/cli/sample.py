@@ -293,7 +293,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    The export may come from an untrusted source, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
+    An export may not be trusted, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
 
     Raises:
         ValueError: when the description names no such family.

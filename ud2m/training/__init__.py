@@ -1,4 +1,4 @@
-"""Lightning modules: distillation of an unfolded network, training of a small prior, and of a bridge to compare with."""
+"""Lightning modules that train an unfolded network by distillation, a small prior, or a bridge to compare with."""
 
 from ud2m.training.bridge_training import BridgeModule
 from ud2m.training.distillation import DistillationModule

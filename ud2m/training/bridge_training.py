@@ -49,7 +49,7 @@ class BridgeModule(SteppedModule):
     """
 
     stream_name = "bridge"
-    players = ("network",)
+    optimized = ("network",)
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class DistillationModule(SteppedModule):
     """
 
     stream_name = "distillation"
-    players = ("generator", "discriminator")
+    optimized = ("generator", "discriminator")
     settings: OptimizerSettings
 
     def __init__(

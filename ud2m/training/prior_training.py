@@ -47,7 +47,7 @@ class PriorModule(SteppedModule):
     """
 
     stream_name = "prior"
-    players = ("network",)
+    optimized = ("network",)
 
     def __init__(
         self,

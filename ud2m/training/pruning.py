@@ -41,7 +41,9 @@ class MedianPruning(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the score, and compare it; rank 0 decides for all."""
         step, score = pl_module.steps_done, trainer.callback_metrics["val/score"].item()
-        stops = trainer.is_global_zero and self.should_prune(step, score) and trainer.current_epoch + 1 < _epochs(trainer)
+        stops = (
+            trainer.is_global_zero and self.should_prune(step, score) and trainer.current_epoch + 1 < _epochs(trainer)
+        )
         if trainer.strategy.reduce_boolean_decision(stops, all=False):
             self.stopped_at, trainer.should_stop = step, True
 

@@ -65,7 +65,7 @@ class SteppedModule(L.LightningModule, ABC):
 
     automatic_optimization = False
     stream_name: str
-    players: tuple[str, ...]
+    optimized: tuple[str, ...]
     """Name of each optimiser, for logs and messages."""
     ema: Ema
     total_steps = 0
@@ -149,17 +149,17 @@ class SteppedModule(L.LightningModule, ABC):
     def update(self) -> None:
         """Clip and step every optimiser at this step's learning rate, and move the average.
 
-        In float16 the losses were scaled up. Gradients that overflowed are left out: the player stands still in this
+        In float16 the losses were scaled up. Gradients that overflowed are left out: that network stands still in this
         step, and the next one is scaled less.
 
         Raises:
             FloatingPointError: when a gradient is not finite; the parameters are then still those of the last step.
         """
         factor = warmup_cosine(self.steps_done, self.settings.warmup, self.total_steps)
-        # Without an adversarial term there is no second player.
-        players = list(zip(self.players, _as_list(self.optimizers()), strict=False))
+        # Without an adversarial term there is no discriminator.
+        networks = list(zip(self.optimized, _as_list(self.optimizers()), strict=False))
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        for name, optimizer in players:
+        for name, optimizer in networks:
             if scaler is not None:
                 scaler.unscale_(optimizer.optimizer)
             groups = optimizer.param_groups
@@ -169,10 +169,10 @@ class SteppedModule(L.LightningModule, ABC):
             for group in groups:
                 group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
             self.log_dict({f"grad_norm/{name}": norm, f"lr/{name}": groups[-1]["lr"]})
-        for _, optimizer in players:
+        for _, optimizer in networks:
             if scaler is None:
                 optimizer.step()
-            else:  # Lightning's step unscales again, and moves the scale between the players
+            else:  # Lightning's step unscales again, and moves the scale between the networks
                 scaler.step(optimizer.optimizer)
             optimizer.zero_grad()
         if scaler is not None:
