@@ -768,7 +768,7 @@ def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tm
     untrained = distillation(prior)
     before = trained(untrained) | {f"d.{k}": p for k, p in untrained.discriminator.named_parameters()}
     expected, found = run("full"), run("half", plugins=half(2.0**8))
-    # the scale doubles after the first step: both held_by must be freed of that of their own step
+    # the scale doubles after the first step: both networks must be freed of that of their own step
     growing = run("growing", plugins=half(2.0**7, growth_interval=1))
     for result in (found, growing):
         moved = torch.cat([(expected[k] - before[k]).flatten() for k in expected])
