@@ -31,11 +31,11 @@ import ud2m.cli
 import ud2m.priors.store
 from ud2m.cli import evaluate
 from ud2m.cli.commands import TASKS
-from ud2m.evaluation.scores import SCORES, build_score
+from ud2m.evaluation.scores import SCORES, Draws, build_score
 from ud2m.images import read_image, write_image
 from ud2m.losses.generator import GeneratorLoss
 from ud2m.losses.terms import Prediction
-from ud2m.physics import GaussianBlur
+from ud2m.physics import Denoising, GaussianBlur, Observation
 from ud2m.priors.prior import Prior
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 from ud2m.unfolded.network import build_network
@@ -368,6 +368,7 @@ def extensions():
         exec(compile(block, "docs/extending.md", "exec"), scope)
     yield scope
     WARM_STARTS.pop("grey")
+    SCORES.pop("mae")
 
 
 def test_the_operator_of_the_guide(extensions, generator):
@@ -391,8 +392,19 @@ def test_the_warm_start_of_the_guide(extensions):
     block = next(b for b in blocks(REPOSITORY / "docs" / "extending.md", "yaml") if "grey" in b)
     network = build_network(torch.nn.Identity(), yaml.safe_load(block))
     x = torch.zeros(1, 3, 8, 8)
-    start = network.warm_start(x, torch.ones(1), x, GaussianBlur(0.5).draw(1, (3, 8, 8)), torch.ones(1))
+    observation = Observation.of(x, GaussianBlur(0.5).draw(1, (3, 8, 8)), 1.0)
+    start = network.warm_start(x, torch.ones(1), observation)
     assert torch.equal(start, torch.full_like(x, 0.5))
+
+
+def test_the_metric_of_the_guide(extensions, generator):
+    x0, errors = torch.full((4, 3, 8, 8), 0.5), torch.tensor([0.1, -0.1, 0.3, 0.5])
+    samples = (x0 + errors.view(4, 1, 1, 1)).unsqueeze(1).repeat(1, 2, 1, 1, 1)
+    score = build_score("mae")
+    score.add(Draws(x0, Observation.of(x0, Denoising().draw(4, (3, 8, 8)), 1.0), 1.0, samples))
+    found = score.numbers()
+    assert found["mae"] == pytest.approx(0.25)
+    assert 0.1 <= found["mae_low"] < 0.25 < found["mae_high"] <= 0.5
 
 
 def test_the_data_set_of_the_guide(extensions):
