@@ -1,20 +1,17 @@
 """Training modules of experiments, for benchmarks of a step."""
 
-from pathlib import Path
-
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 
 import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
+from ud2m.cli.commands import conf_folder
 from ud2m.training import DistillationModule
-
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
 def training_module(experiment: str, *overrides: str) -> DistillationModule:
     """Return the training module that ``python train.py experiment=...`` would train."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}", *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # settings may depend on the names of the chosen pages
     return instantiate(config.training, _convert_="all")

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from results import REPOSITORY
+from ud2m.cli.commands import conf_folder
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
@@ -46,7 +46,7 @@ def row_of(
 
 def best_latino(prior: nn.Module, problem: Problem, validation: Sequence[Tensor]) -> tuple[Sampler, str]:
     """Return LATINO with the setting of conf/method/latino.yaml that is best in the PSNR of the mean, and its words."""
-    page: Any = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "conf" / "method" / "latino.yaml"))
+    page: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "method" / "latino.yaml"))
     candidates = list(combinations(page["target"], page["tune"]))
 
     def build(target: dict[str, Any]) -> Sampler:

@@ -26,7 +26,7 @@ def images(count=5):
 
 def tiny_sampler(num_blocks):
     prior = adapted(tiny_prior())
-    return PosteriorSampler(tiny_network(prior, num_blocks), prior, SamplerConfig(num_steps=2, chunk_size=4))
+    return PosteriorSampler(tiny_network(prior, num_blocks), SamplerConfig(num_steps=2, chunk_size=4))
 
 
 def test_evaluations_are_counted_and_not_believed():

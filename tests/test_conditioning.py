@@ -135,7 +135,7 @@ def test_slopes_receive_gradients_and_are_exported(tmp_path):
     with torch.no_grad():
         for parameter in slopes.values():
             parameter += 0.3
-    sampler = PosteriorSampler(conditioned, prior, SamplerConfig())
+    sampler = PosteriorSampler(conditioned, SamplerConfig())
     sampler.save_pretrained(tmp_path / "export")
     again = PosteriorSampler.from_pretrained(tmp_path / "export")
     one, other = (s(y, physics, 0.05, generator=torch.Generator().manual_seed(3)) for s in (sampler, again))

@@ -343,7 +343,7 @@ def shipped(tmp_path, monkeypatch):
     model = adapted(Prior.from_pretrained(tmp_path / "prior"))
     info = {"physics": {"operator": {"class": "ud2m.physics.GaussianBlur", "width": 1.6}, "sigma_y": 0.01}}
     config = SamplerConfig(num_steps=2, info=info)
-    PosteriorSampler(tiny_network(model, 2), model, config).save_pretrained(tmp_path / "export")
+    PosteriorSampler(tiny_network(model, 2), config).save_pretrained(tmp_path / "export")
     ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior")
     return folder
 
@@ -621,7 +621,7 @@ def test_a_shipped_model_equals_the_export(shipped, tmp_path):
 
 def test_a_model_of_rank_zero_ships_without_adapter(shipped, tmp_path):
     prior = Prior.from_pretrained(tmp_path / "prior")
-    PosteriorSampler(tiny_network(prior, 1), prior).save_pretrained(tmp_path / "psi_only")
+    PosteriorSampler(tiny_network(prior, 1)).save_pretrained(tmp_path / "psi_only")
     folder = ship_model.ship(tmp_path / "psi_only", "psi_only", "photos_prior")
     assert {path.name for path in folder.iterdir()} == {"config.json", "psi.safetensors"}
 

@@ -30,7 +30,7 @@ def material(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     for name in ("gaussian_blur", "inpainting"):
         prior = adapted(Prior.from_pretrained(save_tiny_prior(folder / "prior")), scale=0.1 + len(name) / 100)
-        PosteriorSampler(tiny_network(prior), prior, SamplerConfig(num_steps=2)).save_pretrained(folder / name)
+        PosteriorSampler(tiny_network(prior), SamplerConfig(num_steps=2)).save_pretrained(folder / name)
     for split in ("train", "val", "test"):
         write_images(folder / "pictures" / split, 4, SIZE)
     return folder
@@ -171,7 +171,7 @@ def test_another_model_under_the_same_name_is_another_cell(material, tmp_path, m
     model = tmp_path / "model"
     for scale in (0.1, 0.2):
         prior = adapted(Prior.from_pretrained(str(material / "prior")), scale=scale)
-        PosteriorSampler(tiny_network(prior), prior).save_pretrained(model, overwrite=True)
+        PosteriorSampler(tiny_network(prior)).save_pretrained(model, overwrite=True)
         rows = run(material, tmp_path / "results", methods=f'["ud2m target.model={model}"]', operators="[inpainting]")
     assert len(measured) == 2
     assert len(rows) == 1

@@ -214,7 +214,7 @@ class SumOfSquares(LPIPSDistance):
 @pytest.fixture
 def weights_are_there(monkeypatch):
     monkeypatch.setattr(scores, "check_weights", lambda net: None)
-    monkeypatch.setattr(scores, "LPIPSDistance", SumOfSquares)
+    monkeypatch.setattr(scores, "lpips_distance", SumOfSquares)
 
 
 def test_every_lpips_comes_with_its_backend(weights_are_there):

@@ -40,7 +40,7 @@ def build(prior_folder, rank=LORA["rank"], num_blocks=3):
     prior = adapted(prior, rank=rank) if rank else prior.add_lora(LoraSpec(rank=0))
     network = tiny_network(prior, num_blocks)
     perturb((p for name, p in network.named_parameters() if name.startswith("blocks.")), scale=0.3)
-    return PosteriorSampler(network, prior, SamplerConfig(**CONFIG))
+    return PosteriorSampler(network, SamplerConfig(**CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_samplers_of_other_weights_or_options_are_told_apart(saved, prior_folder
 
 
 def test_levels_visited_are_those_of_the_grid(sampler):
-    sampler = PosteriorSampler(sampler.network, sampler.prior, SamplerConfig(num_steps=3, grid_power=4.0))
+    sampler = PosteriorSampler(sampler.network, SamplerConfig(num_steps=3, grid_power=4.0))
     visited = []
     handle = sampler.network.register_forward_pre_hook(lambda _, inputs: visited.append(inputs[1][0].item()))
     sampler(*observation(), generator=generator())
@@ -395,7 +395,7 @@ def test_a_shipped_model_is_found_by_name(sampler, prior_folder, tmp_path, monke
     shutil.copytree(prior_folder, tmp_path / "tiny_prior")
     prior = Prior.from_pretrained("tiny_prior")
     assert prior.reference == "tiny_prior"
-    PosteriorSampler(tiny_network(prior), prior).save_pretrained(tmp_path / "tiny_model")
+    PosteriorSampler(tiny_network(prior)).save_pretrained(tmp_path / "tiny_model")
     loaded = PosteriorSampler.from_pretrained("tiny_model")
     assert loaded.prior.reference == "tiny_prior"
 

@@ -30,7 +30,7 @@ def model(tmp_path_factory) -> str:
     prior = adapted(Prior.from_pretrained(save_tiny_prior(folder / "prior")))
     operator = {"class": "ud2m.physics.SuperResolution", "factor": 2}
     info = {"physics": {"operator": operator, "sigma_y": 0.05}}
-    sampler = PosteriorSampler(tiny_network(prior), prior, SamplerConfig(num_steps=2, sigma_y=0.05, info=info))
+    sampler = PosteriorSampler(tiny_network(prior), SamplerConfig(num_steps=2, sigma_y=0.05, info=info))
     sampler.save_pretrained(folder / "export")
     return str(folder / "export")
 

@@ -68,7 +68,7 @@ def test_the_sampler_takes_them_from_its_configuration_or_the_call():
 
     def run(default, **options):
         config = SamplerConfig(symmetries=default)
-        return PosteriorSampler(network, prior, config)(physics.A(x), physics, 0.05, generator=generator(2), **options)
+        return PosteriorSampler(network, config)(physics.A(x), physics, 0.05, generator=generator(2), **options)
 
     torch.testing.assert_close(run(8), run(1, symmetries=8))
     assert not torch.allclose(run(8), run(1), atol=1e-4)

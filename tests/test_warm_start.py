@@ -77,7 +77,7 @@ def test_a_trained_start_is_exported_whole_and_counted(start, prior, tmp_path):
     with torch.no_grad():
         for parameter in network.warm_start.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    sampler = PosteriorSampler(network, prior, SamplerConfig())
+    sampler = PosteriorSampler(network, SamplerConfig())
     assert sampler.nfe(3) == (2 + 1) * 3
     sampler.save_pretrained(tmp_path / "export")
     again = PosteriorSampler.from_pretrained(tmp_path / "export")
@@ -115,7 +115,7 @@ def test_a_run_trains_the_start_at_its_own_rate_unless_it_is_frozen(start, ram_f
 
 def test_a_frozen_ram_is_exported_by_reference_and_fingerprint(prior, ram_file, tmp_path):
     start = {"name": "ram", "weights": str(ram_file), "trainable": False}
-    sampler = PosteriorSampler(build_network(prior, spec(start)), prior, SamplerConfig())
+    sampler = PosteriorSampler(build_network(prior, spec(start)), SamplerConfig())
     assert not any(p.requires_grad for p in sampler.network.warm_start.parameters())
     sampler.save_pretrained(tmp_path / "export")
     assert sum(file.stat().st_size for file in (tmp_path / "export").iterdir()) < 1e6

@@ -14,8 +14,6 @@ from typing import Any, BinaryIO
 
 MARKER = ".ud2m"
 """Lies in every folder that `atomic_folder` made; only such folders are ever replaced."""
-
-
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 

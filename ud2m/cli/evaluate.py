@@ -193,13 +193,14 @@ class EvaluationRun:
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""
         store = CellStore(self.folder / "cells")
-        waiting = [job for job in self.jobs if store.load(job.settings) is None]
-        if len(waiting) < len(self.jobs):
-            print(f"{len(self.jobs) - len(waiting)} of {len(self.jobs)} cells are there already", flush=True)
-        work = sum(job.work for job in waiting)
+        found = [store.load(job.settings) for job in self.jobs]
+        work = sum(job.work for job, result in zip(self.jobs, found, strict=True) if result is None)
+        done = sum(result is not None for result in found)
+        if done:
+            print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
         with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work) as bar:
             results = measure_jobs(
-                self.jobs, store, lambda job: bar.set_description(f"{job.label}, {job.operator}"), bar.update
+                self.jobs, found, store, lambda job: bar.set_description(f"{job.label}, {job.operator}"), bar.update
             )
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:

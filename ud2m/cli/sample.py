@@ -17,7 +17,7 @@ from ud2m.data import ImageDataModule
 from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
-from ud2m.evaluation.table import column_of, format_table, without_bounds
+from ud2m.evaluation.table import column_of, format_table
 from ud2m.files import atomic_folder, write_json
 from ud2m.images import list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
@@ -34,8 +34,6 @@ OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile")
 """Keys that are options of the sampler."""
 METRICS = ("psnr", "ssim")
 """Besides LPIPS, the distance of the prior's features and the residual."""
-COUNTS = ("images", "samples", "peak_memory")
-"""Numbers of a measurement that the table leaves out."""
 
 Rows = list[dict[str, Any]]
 
@@ -222,8 +220,7 @@ class SamplingRun:
         measurement = Measurement(sampler, self.problem, scores, count, self.config.device)
         for x0 in tqdm(test, desc=name, unit="batch"):
             measurement.add(x0)
-        numbers = {k: v for k, v in without_bounds(measurement.row()).items() if k not in COUNTS}
-        return {"method": name, "nfe": numbers.pop("nfe")} | numbers
+        return {"method": name, "nfe": measurement.nfe} | measurement.means()
 
     def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
         """Return the sections of the report: evenly spaced test images, and one larger image."""

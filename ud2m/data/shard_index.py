@@ -11,15 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 INDEX_FILE = "index.json"
-
-
 VERSION = 1
-
-
 IMAGE_SUFFIXES = {"png": ".png", "jpg": ".jpg"}
 """Ending of the images inside a shard by the setting ``format``."""
-
-
 NAME_LENGTH = 60
 """Characters of an original name inside a key; a tar header holds 100."""
 

@@ -15,8 +15,6 @@ from ud2m.files import write_bytes, write_json
 
 FORMAT = 3
 """Part of every digest: raised when a method or a score changes its meaning, so that old numbers are not taken up."""
-
-
 PARTS = ("settings", "row", "curves")
 
 

@@ -191,18 +191,24 @@ class Job:
         )[by]
 
 
-def measure_jobs(jobs: Sequence[Job], store: CellStore, begin: Callable[[Job], Any], advance: Advance) -> list[Result]:
-    """Return the cells of all jobs; what the store holds is not measured again, and the rest is put into it.
+def measure_jobs(
+    jobs: Sequence[Job],
+    found: Sequence[Result | None],
+    store: CellStore,
+    begin: Callable[[Job], Any],
+    advance: Advance,
+) -> list[Result]:
+    """Return the cells of all jobs; those that were found are not measured again, the others are put into the store.
 
     Args:
         jobs: what is to be measured.
-        store: of finished cells.
+        found: the finished cell of each job, or None.
+        store: where new cells are kept.
         begin: is told which job comes next.
         advance: is told how many samples were drawn.
     """
     results = []
-    for job in jobs:
-        result = store.load(job.settings)
+    for job, result in zip(jobs, found, strict=True):
         if result is None:
             begin(job)
             result = job.measured(advance)

@@ -11,11 +11,9 @@ import torch
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.scores import VALUES, with_interval
-from ud2m.evaluation.table import SETTING
+from ud2m.evaluation.table import SETTING, setting_of
 
 DIFFERENCE = "_difference"
-
-
 REFERENCE = "reference"
 
 
@@ -36,16 +34,16 @@ def with_differences(
         ValueError: when the reference is missing for some operator or data set.
     """
     references = {
-        _setting(row): result for row, result in zip(rows, results, strict=True) if row["method"] == reference
+        setting_of(row): result for row, result in zip(rows, results, strict=True) if row["method"] == reference
     }
     found = []
     for row, result in zip(rows, results, strict=True):
-        if _setting(row) not in references:
+        if setting_of(row) not in references:
             raise ValueError(
                 f"there is no method {reference!r} on {row['operator']} and {row['data']} to take differences from"
             )
         numbers: dict[str, Any] = {REFERENCE: reference}
-        other = references[_setting(row)]
+        other = references[setting_of(row)]
         if other is not result:
             for key in [key for key in result.curves if key.endswith(VALUES) and key in other.curves]:
                 pair = [torch.tensor(curves[key], dtype=torch.float64) for curves in (result.curves, other.curves)]
@@ -70,7 +68,3 @@ def excludes_zero(row: Mapping[str, Any], key: str) -> bool:
     """Return whether the interval of a number lies on one side of 0."""
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
     return low is not None and high is not None and low * high > 0
-
-
-def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in SETTING)

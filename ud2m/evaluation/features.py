@@ -1,9 +1,11 @@
 """Networks that judge images, with their weights from where they are: LPIPS, DISTS, and features of sets."""
 
+import copy
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +28,6 @@ BACKBONES = {
 
 
 DOWNLOAD_URL = "https://download.pytorch.org/models/"
-
-
 CONNECT_SECONDS = 10.0
 
 
@@ -91,6 +91,16 @@ class LPIPSDistance(nn.Module):
         colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
         with full_precision(x.device):
             return self.network(*colour, normalize=True).flatten()
+
+
+def lpips_distance(net: str) -> LPIPSDistance:
+    """Return a distance of one's own, to be moved at will; building the network takes seconds, and is done once."""
+    return copy.deepcopy(_built_lpips(net, torch.hub.get_dir()))
+
+
+@cache
+def _built_lpips(net: str, folder: str) -> LPIPSDistance:
+    return LPIPSDistance(net)
 
 
 class DISTSDistance(nn.Module):
@@ -205,14 +215,8 @@ def _build(net: str, state: dict[str, Tensor], path: Path) -> lpips.LPIPS:
 
 
 INCEPTION = "inception"
-
-
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-
-
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-
-
 NETS = (*BACKBONES, INCEPTION)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.scores import Draws, Score
+from ud2m.evaluation.table import without_bounds
 from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
@@ -64,13 +65,22 @@ class Measurement:
         """
         if not self.count:
             raise ValueError("there are no images to evaluate")
-        drawn = self.count * self.num_samples
-        nfe = self.evaluations / drawn
-        row: dict[str, Any] = {"images": self.count, "samples": self.num_samples}
-        row["nfe"] = int(nfe) if nfe == int(nfe) else nfe
-        for score in self.scores:
-            row |= score.numbers()
-        return row | {"seconds_per_image": self.watch.seconds / drawn, "peak_memory": peak_memory(self.watch.device)}
+        row: dict[str, Any] = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
+        return row | self._numbers() | {"peak_memory": peak_memory(self.watch.device)}
+
+    def means(self) -> dict[str, Any]:
+        """Return the scores' numbers without intervals, and ``seconds_per_image``."""
+        return without_bounds(self._numbers())
+
+    @property
+    def nfe(self) -> float | int:
+        """Network evaluations of one sample."""
+        nfe = self.evaluations / (self.count * self.num_samples)
+        return int(nfe) if nfe == int(nfe) else nfe
+
+    def _numbers(self) -> dict[str, Any]:
+        numbers = {key: value for score in self.scores for key, value in score.numbers().items()}
+        return numbers | {"seconds_per_image": self.watch.seconds / (self.count * self.num_samples)}
 
     def curves(self) -> dict[str, Any]:
         """Return what is more than one number."""

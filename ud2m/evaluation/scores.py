@@ -30,9 +30,9 @@ from ud2m.evaluation.features import (
     INCEPTION,
     NETS,
     DISTSDistance,
-    LPIPSDistance,
     build_features,
     check_weights,
+    lpips_distance,
 )
 from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, spread_and_error, ssim
 from ud2m.physics import Observation, measured, residual
@@ -40,28 +40,16 @@ from ud2m.physics import Observation, measured, residual
 Numbers = dict[str, Any]
 DEFAULT_NET = "alex"
 """Backbone of the metric ``lpips``, the one that the field reports; others stand in the name."""
-
-
 LEVELS = (0.5, 0.8, 0.9)
 """Nominal coverages of the credible intervals that are reported by name."""
-
-
 SMALLEST_KID = 50
 """Images below which the kernel distance is mostly noise."""
-
-
 PER_BIN = 5
 """Images per possible rank that the chi^2 test of the ranks needs (Cochran's rule)."""
-
-
 VALUES = "_values"
 """End of the names of lists of values per image."""
-
-
 RESAMPLED = 100
 """Bootstrap repeats of distances between sets of features."""
-
-
 RESAMPLED_WIDE = 20
 """The same with thousands of numbers per image, where each costs seconds."""
 
@@ -459,7 +447,7 @@ def cast_picture(draws: Draws) -> Tensor:
 
 def lpips_score(net: str) -> PerImage:
     """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
-    distance = LPIPSDistance(net)
+    distance = lpips_distance(net)
     suffix = "" if net == DEFAULT_NET else f"_{net}"
 
     def values(draws: Draws) -> dict[str, Tensor]:

@@ -191,11 +191,7 @@ COLUMNS = (
 
 SETTING = ("data", "size", "operator", "sigma_y")
 """Keys of a row that say what was measured on: scores compare only where these agree."""
-
-
 _LPIPS_KEYS = ("lpips", "lpips_mean")
-
-
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
 
 
@@ -213,8 +209,12 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = [_aligned(line, widths, flush_left) for line in lines]
     table.insert(1, "  ".join("-" * width for width in widths))
     notes = ["* best in its column"] if best else []
-    notes += [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
-    return "\n".join([*table, "", *notes])
+    return "\n".join([*table, "", *notes, *meanings(columns)])
+
+
+def meanings(columns: Sequence[Column]) -> list[str]:
+    """Return what the columns mean, where their headings do not say it."""
+    return [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
 
 
 def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -226,17 +226,17 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     backends = {row[_LPIPS_BACKEND] for row in rows if row.get(_LPIPS_BACKEND) is not None}
     if len(backends) == 1:
         keys.remove(_LPIPS_BACKEND)
-    rank = {column.key: index for index, column in enumerate(COLUMNS)}
-    columns = sorted((column_of(key) for key in keys), key=lambda c: rank.get(_base(c.key), len(rank)))
+    columns = [column_of(key) for key in sorted(keys, key=_rank)]
     return [_with_backend(column, backends) for column in columns]
 
 
-def selecting(key: str, also: Sequence[str] = ()) -> Column:
-    """Return the record of a number that checkpoints or settings are chosen by.
+def _rank(key: str) -> int:
+    described = _described(key)
+    return len(COLUMNS) if described is None else COLUMNS.index(described)
 
-    Args:
-        key: its name.
-        also: further names that are allowed here.
+
+def selecting(key: str) -> Column:
+    """Return the record of a number that checkpoints or settings are chosen by.
 
     Raises:
         ValueError: for a number that they cannot be chosen by.
@@ -244,15 +244,14 @@ def selecting(key: str, also: Sequence[str] = ()) -> Column:
     column = column_of(key)
     if not column.selects:
         names = [column.key for column in COLUMNS if column.selects]
-        raise ValueError(f"{key!r} is no number to choose by; take one of {', '.join((*also, *names))}")
+        raise ValueError(f"{key!r} is no number to choose by; take one of {', '.join(names)}")
     return column
 
 
 def metric_of(key: str) -> str:
     """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_mean_vgg``."""
-    base = _base(key)
-    described = next((column for column in COLUMNS if column.key == base), None)
-    return key if described is None or described.of is None else described.of + key.removeprefix(base)
+    described = _described(key)
+    return key if described is None or described.of is None else described.of + key.removeprefix(described.key)
 
 
 def summary_keys() -> list[str]:
@@ -272,7 +271,7 @@ def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> 
     """
     best = set()
     for column in columns:
-        for group in _comparable(rows):
+        for group in by_setting(rows).values():
             scores = {i: column.quality(rows[i].get(column.key)) for i in group}
             valid = {i: score for i, score in scores.items() if score is not None}
             if len(valid) < 2:
@@ -300,28 +299,33 @@ def number_of(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
-def _comparable(rows: Sequence[Mapping[str, Any]]) -> Iterable[list[int]]:
-    groups: dict[str, list[int]] = {}
+def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a row was measured on: its values of ``SETTING``."""
+    return tuple(row.get(key) for key in SETTING)
+
+
+def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[int]]:
+    """Return the numbers of the rows that compare with one another, by what they were measured on."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(str([row.get(key) for key in SETTING]), []).append(index)
-    return groups.values()
+        groups.setdefault(setting_of(row), []).append(index)
+    return groups
 
 
-def _base(key: str) -> str:
-    """Return the key that describes ``key`` in COLUMNS: itself, or the longest that it is a variant of."""
-    known = [c.key for c in COLUMNS if key == c.key or (c.variants and key.startswith(c.key + "_"))]
-    return max(known, key=len, default=key)
+def _described(key: str) -> Column | None:
+    """Return the record in COLUMNS of a key: its own, or that of the longest key that it is a variant of."""
+    known = [c for c in COLUMNS if key == c.key or (c.variants and key.startswith(c.key + "_"))]
+    return max(known, key=lambda column: len(column.key), default=None)
 
 
 def column_of(key: str) -> Column:
     """Return the record of a key: that of ``COLUMNS``, with its suffix in the heading, or a plain one."""
-    base = _base(key)
-    described = next((column for column in COLUMNS if column.key == base), None)
+    described = _described(key)
     if described is None:
         return Column(key, key.replace("_", " "))
-    if key == base:
+    if key == described.key:
         return described
-    return replace(described, key=key, heading=f"{described.heading} ({key[len(base) + 1 :]})")
+    return replace(described, key=key, heading=f"{described.heading} ({key[len(described.key) + 1 :]})")
 
 
 def _with_backend(column: Column, backends: set[str]) -> Column:

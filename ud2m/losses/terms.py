@@ -12,8 +12,6 @@ from torch.nn.functional import avg_pool2d, normalize
 # use, and the energy score stays proper, since sqrt(|d|^2 + c) is, like |d|, conditionally negative definite
 # (Micchelli, 1986).
 ROOT_EPS = 1e-8
-
-
 Features = Callable[[Tensor], Sequence[Tensor]]
 
 

@@ -48,8 +48,6 @@ class AdmUNet2DModel(UNet2DModel):
 
 
 ADM_OPTIONS = ("num_heads", "time_channels", "time_scale")
-
-
 NETWORKS = {"UNet2DModel": UNet2DModel, "AdmUNet2DModel": AdmUNet2DModel}
 
 

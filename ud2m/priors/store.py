@@ -17,21 +17,11 @@ from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
 
 SCHEDULER_FILE = "scheduler_config.json"
-
-
 UNET_FILE = "config.json"
-
-
 SHIPPED = Path(__file__).parents[1] / "pretrained"
-
-
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 """Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
-
-
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
-
-
 LABEL = "class_label"
 """Key of the scheduler's file that names the fixed class of a class-conditional prior."""
 

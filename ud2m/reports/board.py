@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ud2m.evaluation.cells import Result
-from ud2m.evaluation.table import SETTING
+from ud2m.evaluation.table import SETTING, by_setting
 from ud2m.reports.figures import Figure, picture, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
-from ud2m.reports.tables import Rows, caption, difference_table, notes, setting_of, table_of, visible
+from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
 
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
 
@@ -41,9 +41,6 @@ class Board:
 def board_page(board: Board) -> str:
     """Return the report as one HTML page that loads nothing from anywhere."""
     differences = difference_table(board.rows)
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, row in enumerate(board.rows):
-        groups.setdefault(setting_of(row), []).append(index)
     return render_page(
         "board",
         title=board.title,
@@ -51,7 +48,7 @@ def board_page(board: Board) -> str:
         notes=["bold: best for the same data and operator", *notes(board.rows)],
         differences=differences,
         caption=caption(board.rows) if differences else "",
-        sections=[_section(board, setting, indices) for setting, indices in groups.items()],
+        sections=[_section(board, setting, indices) for setting, indices in by_setting(board.rows).items()],
         settings=board.settings,
     )
 

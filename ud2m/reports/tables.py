@@ -6,7 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ud2m.evaluation.differences import DIFFERENCE, REFERENCE, difference_rows, excludes_zero
-from ud2m.evaluation.table import BOUNDS, MISSING, SETTING, Column, best_cells, format_value, table_columns
+from ud2m.evaluation.table import (
+    BOUNDS,
+    MISSING,
+    SETTING,
+    Column,
+    best_cells,
+    format_value,
+    meanings,
+    setting_of,
+    table_columns,
+)
 
 HIDDEN = (*BOUNDS, "_nominal", "_backend", DIFFERENCE)
 """Ends of the names of numbers that have no column of their own."""
@@ -90,11 +100,6 @@ def cell_of(column: Column, row: Mapping[str, Any], bold: bool = False) -> Cell:
     return Cell(text, interval, bold, "" if text == MISSING else value)
 
 
-def setting_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a row was measured on: its values of ``SETTING``."""
-    return tuple(row.get(key) for key in SETTING)
-
-
 def difference_table(rows: Rows) -> Table | None:
     """Return the table of differences from the reference if there is one; bold: the interval does not contain 0.
 
@@ -143,11 +148,6 @@ def _lpips_network(row: Mapping[str, Any]) -> dict[str, str]:
 def notes(rows: Rows) -> list[str]:
     """Return what belongs beside the numbers: meanings, and what ``circumstances`` returns."""
     return [*meanings(visible(rows)), *circumstances(rows)]
-
-
-def meanings(columns: Sequence[Column]) -> list[str]:
-    """Return what the columns mean, where their headings do not say it."""
-    return [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
 
 
 def circumstances(rows: Rows) -> list[str]:

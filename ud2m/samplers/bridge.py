@@ -22,8 +22,6 @@ from ud2m.samplers.base import Sampler, check_count
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
 KIND = "Bridge"
-
-
 LAST_TIME = 999
 """Time that the network is told at t = 1, where a prior that it begins as has its last one."""
 

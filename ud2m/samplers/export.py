@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -23,21 +23,19 @@ PSI_MEANS = ("num_blocks", "rule", "conditioning")
 """Parts of a network's description without which psi means nothing."""
 
 
-def write_export(
-    folder: str | Path, network: UnfoldedNetwork, prior: Prior, config: SamplerConfig, overwrite: bool = False
-) -> None:
+def write_export(folder: str | Path, network: UnfoldedNetwork, config: SamplerConfig, overwrite: bool = False) -> None:
     """Write ``config.json``, the adapter (peft), the other trained parameters (safetensors), the prior by reference.
 
     Args:
         folder: to be made, whole or not at all.
-        network: whose description and parameters are written.
-        prior: whose adapter, reference and fingerprint are written.
+        network: whose description and parameters are written, and the adapter, reference and fingerprint of its prior.
         config: of sampling.
         overwrite: replace an export that is there.
 
     Raises:
         OSError: when the place cannot be written, or is taken.
     """
+    prior = cast(Prior, network.denoiser)
     content = {
         "format": FORMAT,
         "network": network.spec,
@@ -53,8 +51,8 @@ def write_export(
             file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def read_export(reference: str, prior: str | Path | None = None) -> tuple[UnfoldedNetwork, Prior, SamplerConfig]:
-    """Return the frozen network of an export, its prior with the adapter merged, and its configuration.
+def read_export(reference: str, prior: str | Path | None = None) -> tuple[UnfoldedNetwork, SamplerConfig]:
+    """Return the frozen network of an export, the adapter of its prior merged, and its configuration.
 
     Args:
         reference: name of a shipped model, export folder or hub id.
@@ -86,15 +84,14 @@ def read_export(reference: str, prior: str | Path | None = None) -> tuple[Unfold
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the export {folder} is damaged or incomplete ({error}); export the model again") from error
     base.merge_adapter()
-    return network.requires_grad_(False).eval(), base, config
+    return network.requires_grad_(False).eval(), config
 
 
-def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) -> None:
+def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
     """Give a network, whose prior has an adapter, the trained parameters of a model: to train it further.
 
     Args:
         network: the one to be trained.
-        prior: its prior.
         reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
             a learned warm start goes on from the model's where that has the same weights, and else begins anew.
 
@@ -104,6 +101,7 @@ def start_from(network: UnfoldedNetwork, prior: Prior, reference: str | Path) ->
     """
     folder = _export_folder(str(reference))
     content = _read_config(folder)
+    prior = cast(Prior, network.denoiser)
     here = {
         "prior": prior.fingerprint,
         "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import create_repo, upload_folder
@@ -31,15 +31,14 @@ class PosteriorSampler(Sampler):
         samples = sampler(y, physics, sigma_y=0.01, num_samples=8)   # [B, 8, C, H, W] in [0, 1]
 
     Args:
-        network: L, whose denoiser is the prior with its adapter.
-        prior: the same.
+        network: L, whose denoiser is a prior with its adapter.
         config: options of sampling.
     """
 
-    def __init__(self, network: UnfoldedNetwork, prior: Prior, config: SamplerConfig | None = None):
-        self.network, self.prior, self.config = network, prior, config or SamplerConfig()
+    def __init__(self, network: UnfoldedNetwork, config: SamplerConfig | None = None):
+        self.network, self.prior, self.config = network, cast(Prior, network.denoiser), config or SamplerConfig()
         starts: list[nn.Module] = [network.warm_start] if network.warm_start.evaluations else []
-        super().__init__([prior, *starts], self.config.chunk_size)
+        super().__init__([self.prior, *starts], self.config.chunk_size)
 
     @property
     def device(self) -> torch.device:
@@ -83,9 +82,7 @@ class PosteriorSampler(Sampler):
         Raises:
             ValueError: for numbers out of range, or an image size that the prior cannot take.
         """
-        sampler = (
-            self if not options else PosteriorSampler(self.network, self.prior, self.config.with_options(**options))
-        )
+        sampler = PosteriorSampler(self.network, self.config.with_options(**options)) if options else self
         y = y.to(next(self.network.blocks.parameters()).dtype)  # of psi: frozen weights may be stored in less
         observation = Observation.of(y, physics, self.config.sigma_y if sigma_y is None else sigma_y)
         return sampler.sample(observation, num_samples, generator)
@@ -121,7 +118,7 @@ class PosteriorSampler(Sampler):
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the export folder: ``config.json``, adapter (peft), psi (safetensors), the prior by reference."""
-        write_export(folder, self.network, self.prior, self.config, overwrite)
+        write_export(folder, self.network, self.config, overwrite)
 
     def push_to_hub(
         self,
@@ -180,5 +177,5 @@ class PosteriorSampler(Sampler):
             FileNotFoundError: when nothing is there.
             ValueError: when the export is damaged or made for another prior.
         """
-        network, base, config = read_export(str(model), prior)
-        return cls(network.to(device), base, config.with_options(**options))
+        network, config = read_export(str(model), prior)
+        return cls(network.to(device), config.with_options(**options))

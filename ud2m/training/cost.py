@@ -12,8 +12,6 @@ from ud2m.training.distillation_step import DistillationStep
 
 FLOAT = 4
 """Bytes of a float32 number."""
-
-
 STATES = 4
 """Numbers per trained parameter besides itself: gradient, two moments of AdamW, average."""
 

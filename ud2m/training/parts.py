@@ -1,7 +1,7 @@
 """Builds a distillation from the plain values of conf/training/distillation.yaml."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -66,10 +66,11 @@ def build_distillation(
     bounds = None if sigma_y_range is None else (float(sigma_y_range[0]), float(sigma_y_range[1]))
     problem = Problem(operator, sigma_y, seed, noise, bounds)
     config = SamplerConfig(**sampling, sigma_y=float(sigma_y), info=dict(info or {}))
-    unfolded, prior = build_trained_network(**network)
+    unfolded = build_trained_network(**network)
+    prior = cast(Prior, unfolded.denoiser)
     terms = loss(features=prior.features, discriminator=lambda: discriminator(channels=prior.channels))
     step = DistillationStep(unfolded, problem, levels, terms, discriminator_loss)
-    sampler = PosteriorSampler(unfolded, prior, config)
+    sampler = PosteriorSampler(unfolded, config)
     return DistillationModule(step, sampler, Validation(sampler, problem, **validation), settings)
 
 
@@ -84,8 +85,8 @@ def build_trained_network(
     frozen_bfloat16: bool = False,
     channels_last: bool = False,
     compile: str | None = None,
-) -> tuple[UnfoldedNetwork, Prior]:
-    """Return the network that is trained, and the prior with its adapter, which is its denoiser.
+) -> UnfoldedNetwork:
+    """Return the network that is trained; its denoiser is the prior with its adapter.
 
     Args:
         prior: reference of the frozen prior.
@@ -110,7 +111,7 @@ def build_trained_network(
     adapted = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
     unfolded = build_network(adapted, network, None if checkpointing == "none" else kept_modules)
     if start_from is not None:
-        export.start_from(unfolded, adapted, start_from)
+        export.start_from(unfolded, start_from)
     if checkpointing == "all":
         adapted.checkpoint_layers()
     if frozen_bfloat16:
@@ -119,4 +120,4 @@ def build_trained_network(
         adapted.use_channels_last()
     if compile is not None:
         adapted.compile_network(compile)
-    return unfolded, adapted
+    return unfolded

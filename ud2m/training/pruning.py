@@ -11,8 +11,6 @@ import lightning as L
 from ud2m.files import write_json
 
 HISTORY_FILE = "scores.json"
-
-
 FEWEST = 4
 """Other runs that must have come as far: the median of fewer says little."""
 

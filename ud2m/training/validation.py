@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, build_score, fitting_scores, lpips_metric
-from ud2m.evaluation.table import metric_of, selecting, without_bounds
+from ud2m.evaluation.table import metric_of, selecting
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler, check_count
 
@@ -71,9 +71,7 @@ class Validation:
         """
         if self.measurement is None:
             raise ValueError("there are no validation images")
-        row = without_bounds(self.measurement.row())
-        for key in ("images", "samples", "nfe", "peak_memory"):
-            row.pop(key)
+        row = self.measurement.means()
         if self.metric not in row:
             raise ValueError(
                 f"validation.metric={self.metric} is not defined for {self.num_samples} samples of these images; take "

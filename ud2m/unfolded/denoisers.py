@@ -8,8 +8,6 @@ from torch import Tensor
 from ud2m.random import Generators, rand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-
 OVERLAP = 0.25
 """Share of a tile's side that it has in common with the next one, at least."""
 
