@@ -18,9 +18,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import ud2m.priors.adm
+import ud2m.priors.shipped
 from ud2m.files import write_json
 from ud2m.priors.prior import Prior
-from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE, shipped_folder
+from ud2m.priors.shipped import shipped_folder
+from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE
 from ud2m.samplers.export import CONFIG_FILE, PSI_FILE
 from ud2m.samplers.ud2m import PosteriorSampler
 
@@ -41,7 +43,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         FileNotFoundError: when a file is missing.
         ValueError: when it is too large, is there already, or was trained on another prior than ``prior``.
     """
-    target = ud2m.priors.store.SHIPPED / name
+    target = ud2m.priors.shipped.SHIPPED / name
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"a shipped model needs a plain name, got {name!r}")
     if target.exists() and not replace:

@@ -70,6 +70,22 @@ def test_misspelt_names_are_answered_before_heavy_imports(without_heavy_modules,
     page = without_heavy_modules("-m", "ud2m", "train", "experiment=phtos", place=tmp_path)
     assert page.returncode == 1
     assert "Could not find 'experiment/phtos'" in page.stderr
+    for arguments, answer in {
+        ("sample", "model=photos_gausian_blur"): "did you mean photos_gaussian_blur?",
+        ("sample", "prior=photo_prior"): "unknown prior 'photo_prior' (did you mean photos_prior?)",
+        ("train", "prior=photo_prior"): "(did you mean photos_prior?); known: micro_prior, ",
+        ("train", "training.start_from=photos"): "(did you mean photos_general?); known: photos_gauss",
+        ("evaluate", "methods=[latinoo]"): "unknown method 'latinoo' (did you mean latino?)",
+        ("evaluate", "operators=[inpaiting]"): "unknown physics 'inpaiting' (did you mean inpainting?)",
+        ("evaluate", "datasets=[photo]"): "unknown data 'photo' (did you mean photos?)",
+        ("evaluate", 'methods=["ud2m target.model=photos_blur"]'): "unknown model 'photos_blur'",
+        ("evaluate", 'operators=["gaussian_blur operator.widht=2"]'): "Could not override 'physics.operator.widht'",
+    }.items():
+        told = without_heavy_modules("-m", "ud2m", *arguments, place=tmp_path)
+        assert told.returncode == 1
+        assert answer in told.stderr
+        assert len(told.stderr.splitlines()) == 1
+        assert not any(path.is_file() for path in tmp_path.rglob("*"))
     command = without_heavy_modules("-m", "ud2m", "trian", place=tmp_path)
     assert command.returncode == 1
     assert command.stderr == "error: no command 'trian'; there are train, sample, evaluate (ud2m --help)\n"

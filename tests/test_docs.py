@@ -28,8 +28,8 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import command_line, composed, tiny_overrides, write_images
 
 import ud2m.cli
-import ud2m.priors.store
-from ud2m.cli import evaluate
+import ud2m.priors.shipped
+from ud2m.cli import pages
 from ud2m.cli.commands import TASKS
 from ud2m.evaluation.scores import SCORES, Draws, build_score
 from ud2m.images import read_image, write_image
@@ -158,8 +158,8 @@ def compose_all(command: Command, folder: Path) -> None:
         if name == "evaluate":
             with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
                 for group, entries in (("method", config.methods), ("physics", config.operators)):
-                    assert all(evaluate.part(group, evaluate.filled(entry, "x")) for entry in entries)
-                assert all(evaluate.part("data", entry) for entry in config.datasets)
+                    assert all(pages.part(group, pages.filled(entry, "x")) for entry in entries)
+                assert all(pages.part("data", entry) for entry in config.datasets)
             assert all(build_score(metric) for metric in config.metrics if metric in SCORES and "lpips" not in metric)
 
 
@@ -337,7 +337,7 @@ def test_every_difference_from_the_paper_has_its_row():
 def shipped(tmp_path, monkeypatch):
     """Ship a micro prior and a micro model under the names of the documents; return the folder."""
     folder = tmp_path / "pretrained"
-    monkeypatch.setattr(ud2m.priors.store, "SHIPPED", folder)
+    monkeypatch.setattr(ud2m.priors.shipped, "SHIPPED", folder)
     save_tiny_prior(tmp_path / "prior")
     ship_model.ship(tmp_path / "prior", "photos_prior", "photos_prior")
     model = adapted(Prior.from_pretrained(tmp_path / "prior"))

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ud2m.cli.estimate import estimate
 from ud2m.priors.prior import Prior
-from ud2m.priors.store import ARCHITECTURES, fingerprint
+from ud2m.priors.shipped import ARCHITECTURES
+from ud2m.priors.store import fingerprint
 from ud2m.training.cost import Estimate
 
 BATCH = 6

@@ -240,10 +240,10 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
     [
         (
             {"methods": "[pinv,ddrn]"},
-            "unknown method 'ddrn'; known: cddb, ddrm, diffpir, dps, i2sb, langevin, latino, pinv, pnp_flow",
+            r"unknown method 'ddrn' \(did you mean ddrm\?\); known: cddb, ddrm, diffpir, dps, i2sb, ",
         ),
-        ({"operators": "[blur]"}, "unknown physics 'blur'; known: boxes"),
-        ({"datasets": "[imagenet]"}, "unknown data 'imagenet'; known: .*folder"),
+        ({"operators": "[blur]"}, r"unknown physics 'blur' \(did you mean .*\?\); known: boxes"),
+        ({"datasets": "[imagenet]"}, r"unknown data 'imagenet' \(did you mean imagenet256\?\); known: .*folder"),
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),
         ({"metrics": "[psnr,coverage]"}, "the metric coverage: .* at least 13 samples"),
         ({"metrics": "[sbc]"}, "the metric sbc: .* at least 15 images"),
@@ -253,7 +253,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
             {"methods": '["ddrm target.steps=3"]'},
             "Could not override 'method.target.steps'.*; settings of method ddrm are label, target._target_",
         ),
-        ({"methods": '["ud2m target.model=nowhere"]'}, "no model at 'nowhere'"),
+        ({"methods": '["ud2m target.model=nowhere"]'}, "unknown model 'nowhere'; known: photos_gaussian_blur, "),
         (
             {"methods": "[latino]", "datasets": f'["folder root={{root}} channels=1 crop_size={SIZE}"]'},
             "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",

@@ -19,7 +19,7 @@ from tiny_training import command_line, composed, write_images
 import ud2m.cli  # noqa: F401  # its resolvers
 from ud2m.losses.generator import GeneratorLoss
 from ud2m.priors.schedule import VPSchedule
-from ud2m.priors.store import SHIPPED
+from ud2m.priors.shipped import SHIPPED
 from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.unfolded.warm_start import PinvStart, RamStart, SmoothingStart, load_ram
 

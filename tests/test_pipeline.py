@@ -12,7 +12,7 @@ from operators import generator
 from tiny import LORA, SIZE, adapted, perturb, save_tiny_prior, tiny_network
 
 import ud2m
-import ud2m.priors.store
+import ud2m.priors.shipped
 import ud2m.samplers.export
 import ud2m.samplers.ud2m
 from ud2m.physics import GaussianBlur, Inpainting, Observation, SuperResolution, observe, select_samples
@@ -391,7 +391,7 @@ def test_an_interrupted_export_leaves_nothing(sampler, tmp_path, monkeypatch):
 
 
 def test_a_shipped_model_is_found_by_name(sampler, prior_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(ud2m.priors.store, "SHIPPED", tmp_path)
+    monkeypatch.setattr(ud2m.priors.shipped, "SHIPPED", tmp_path)
     shutil.copytree(prior_folder, tmp_path / "tiny_prior")
     prior = Prior.from_pretrained("tiny_prior")
     assert prior.reference == "tiny_prior"

@@ -2,7 +2,6 @@ import copy
 import math
 import random
 import signal
-import time
 
 import numpy as np
 import pytest

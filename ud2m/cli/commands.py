@@ -13,6 +13,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from ud2m.cli.errors import user_facing
+from ud2m.cli.pages import check_evaluation, check_sampling, check_training
+from ud2m.cli.sweep import survives_sweep
+
 USAGE = """ud2m COMMAND [KEY=VALUE ...]
 
   ud2m train      train a sampler, or a prior; -m sweeps
@@ -77,19 +81,25 @@ def explained(name: str) -> str:
     return "\n".join([*head, "", "Keys and defaults:", *keys, "", "Pages:", *names, "", FLAGS])
 
 
+@survives_sweep
 def _train(config: DictConfig) -> float | None:
+    check_training(config)
     from ud2m.cli.train import main
 
     return main(config)
 
 
+@user_facing
 def _sample(config: DictConfig) -> None:
+    check_sampling(config)
     from ud2m.cli.sample import main
 
     main(config)
 
 
+@user_facing
 def _evaluate(config: DictConfig) -> None:
+    check_evaluation(config)
     from ud2m.cli.evaluate import main
 
     main(config)

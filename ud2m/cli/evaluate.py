@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
 from ud2m.cli.errors import user_facing
-from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
+from ud2m.cli.methods import build_sampler, combinations, shares_prior
+from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job, Tuning, flattened, measure_jobs
+from ud2m.evaluation.comparison import Images, Job, Tuning, measure_jobs
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import format_table, selecting
@@ -32,8 +30,6 @@ from ud2m.reports.page import write_page
 from ud2m.reports.tables import visible
 from ud2m.reports.text_tables import latex, markdown
 from ud2m.samplers.base import Sampler, check_count
-
-LABEL = "label="
 
 
 @user_facing
@@ -106,10 +102,7 @@ class EvaluationRun:
             for entry, physics in operators.items():
                 problem = self._problem(entry, physics, images)
                 for name in self.config.methods:
-                    # filled before too: in an override of Hydra a brace begins a dictionary
-                    kind = entry.split()[0]
-                    method = filled(part("method", filled(name, kind)), kind)
-                    job = self._job(name, method, entry, physics, problem, images)
+                    job = self._job(name, method_page(name, entry), entry, physics, problem, images)
                     if job is not None:
                         yield job
 
@@ -219,39 +212,6 @@ class EvaluationRun:
         write_bytes(self.folder / "table.tex", latex(rows).encode())
         write_page(self.folder / "report.html", board_page(board))
         write_json(self.folder / "metrics.json", rows)
-
-
-def part(group: str, entry: str) -> dict[str, Any]:
-    """Return a configuration ``NAME [key=value ...]`` of a group as plain values.
-
-    Raises:
-        ValueError: for an unknown name or key.
-    """
-    name, *overrides = [word for word in entry.split() if not word.startswith(LABEL)] or [""]
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
-    if name not in known:
-        raise ValueError(f"unknown {group} {name!r}; known: {', '.join(known)}")
-    fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
-    chosen = [f"+{group}={name}", *fixed]
-    try:
-        composed = compose(overrides=[*chosen, *(f"{group}.{text}" for text in overrides)])
-    except HydraException as error:
-        keys = flattened(part(group, name))
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{entry!r}: {first}; settings of {group} {name} are {', '.join(keys)}") from error
-    container = OmegaConf.to_container(composed[group], resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def label(entry: str, default: str) -> str:
-    """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
-    words = entry.split()[1:]
-    for word in words:
-        if word.startswith(LABEL):
-            return word.removeprefix(LABEL).replace("_", " ")
-    words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
-    return f"{default} ({', '.join(words)})" if words else default
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from torch import nn
 
 from ud2m.samplers.base import Sampler
 
-PLACE = "{physics}"
-
 
 def build_sampler(target: Mapping[str, Any], prior: nn.Module, device: torch.device | str) -> Sampler:
     """Return the sampler of a page's ``target``; it gets the prior and the device where it has such an argument."""
@@ -32,13 +30,6 @@ def shares_prior(target: Mapping[str, Any]) -> bool:
 
 def _arguments(target: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(hydra.utils.get_object(target["_target_"])).parameters
-
-
-def filled(value: Any, physics: str) -> Any:
-    """Return a page with ``{physics}``, the name of the operator's page, replaced in all its texts."""
-    if isinstance(value, Mapping):
-        return {key: filled(item, physics) for key, item in value.items()}
-    return value.replace(PLACE, physics) if isinstance(value, str) else value
 
 
 def combinations(target: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

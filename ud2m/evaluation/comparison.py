@@ -11,6 +11,7 @@ from ud2m.evaluation.cells import CellStore, Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
 from ud2m.evaluation.table import metric_of, selecting
+from ud2m.names import flattened
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
 
@@ -226,11 +227,3 @@ def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]
         for key in chosen
         if len({str(other[key]) for other in flat}) > 1
     )
-
-
-def flattened(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= flattened(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return found

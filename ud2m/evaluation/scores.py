@@ -35,6 +35,7 @@ from ud2m.evaluation.features import (
     lpips_distance,
 )
 from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, spread_and_error, ssim
+from ud2m.names import unknown
 from ud2m.physics import Observation, measured, residual
 
 Numbers = dict[str, Any]
@@ -518,8 +519,8 @@ def build_score(name: str) -> Score:
     is_set = kind in SETS and net in NETS and (not side or (side.isdigit() and int(side) > 0 and kind != "cfid"))
     if name not in SCORES and not is_set:
         raise ValueError(
-            f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the networks "
-            f"{', '.join(NETS)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
+            f"{unknown('metric', name, SCORES)}, and with one of the networks {', '.join(NETS)}: "
+            f"{', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
     needed = net if is_set else NETWORK_OF.get(name)
     if needed is not None:

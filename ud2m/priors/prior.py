@@ -16,17 +16,15 @@ from torch import Tensor, nn
 
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.schedule import VPSchedule, abar
+from ud2m.priors.shipped import ARCHITECTURES, inside, shipped_folder
 from ud2m.priors.store import (
-    ARCHITECTURES,
     LABEL,
     SCHEDULER_FILE,
     UNET_FILE,
-    _inside,
     _locate,
     _read_json,
     fingerprint,
     load_unet,
-    shipped_folder,
 )
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -112,7 +110,7 @@ class Prior(nn.Module):
         """
         reference = str(reference)
         on_meta = torch.get_default_device().type == "meta"
-        where = str((on_meta and _inside(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
+        where = str((on_meta and inside(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
         scheduler = _read_json(_locate(where, SCHEDULER_FILE))
         architecture = _read_json(_locate(where, UNET_FILE))
         network = NETWORKS.get(str(architecture.get("_class_name")))

@@ -15,25 +15,13 @@ from torch import Tensor, nn
 
 from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.shipped import check_reference
 
 SCHEDULER_FILE = "scheduler_config.json"
 UNET_FILE = "config.json"
-SHIPPED = Path(__file__).parents[1] / "pretrained"
-ARCHITECTURES = Path(__file__).parents[1] / "architectures"
-"""Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 LABEL = "class_label"
 """Key of the scheduler's file that names the fixed class of a class-conditional prior."""
-
-
-def shipped_folder(name: str) -> Path | None:
-    """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
-    return _inside(SHIPPED, name)
-
-
-def _inside(parent: Path, name: str) -> Path | None:
-    folder = parent / name
-    return folder if name and Path(name).name == name and folder.is_dir() else None
 
 
 def load_unet(network: type[UNet2DModel], where: str, reference: str | None = None) -> UNet2DModel:
@@ -92,6 +80,7 @@ def _locate(reference: str, file: str) -> Path:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"the prior folder {folder} has no {file}; is it a diffusers UNet2DModel folder?")
         return folder / file
+    check_reference("prior", reference)
     try:
         return Path(hf_hub_download(reference, file))
     except (OSError, HfHubHTTPError, HFValidationError) as error:

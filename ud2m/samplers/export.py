@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ud2m.files import atomic_folder
 from ud2m.priors.prior import LoraSpec, Prior
-from ud2m.priors.store import shipped_folder
+from ud2m.priors.shipped import check_reference, shipped_folder
 from ud2m.samplers.config import SamplerConfig
 from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
@@ -123,12 +123,13 @@ def _export_folder(reference: str) -> Path:
     folder = shipped_folder(reference) or Path(reference)
     if folder.is_dir():
         return folder
+    check_reference("model", reference)
     try:
         return Path(snapshot_download(reference))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"no model at {reference!r}: it is no shipped model, no folder, and no hub repository that can be reached "
-            f"from here ({type(error).__name__})"
+            f"no model at {reference!r}: it is neither an existing folder nor a hub repository that can be "
+            f"reached from here ({type(error).__name__})"
         ) from error
 
 

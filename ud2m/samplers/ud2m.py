@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ud2m.files import MARKER
 from ud2m.physics import DataTerm, Observation
 from ud2m.priors.prior import Prior
-from ud2m.priors.store import shipped_folder, weights_fingerprint
+from ud2m.priors.shipped import shipped_folder
+from ud2m.priors.store import weights_fingerprint
 from ud2m.samplers.base import Sampler
 from ud2m.samplers.card import model_card
 from ud2m.samplers.config import SamplerConfig

@@ -1,0 +1,38 @@
+"""Priors and models that ship with the package, by name. Imports nothing heavy: a wrong name is answered at once."""
+
+from pathlib import Path
+
+from ud2m.names import unknown
+
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+ARCHITECTURES = Path(__file__).parents[1] / "architectures"
+"""Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
+MARKS = {"prior": "scheduler_config.json", "model": "psi.safetensors"}
+"""The file by which a folder is known, by kind."""
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
+    return inside(SHIPPED, name)
+
+
+def inside(parent: Path, name: str) -> Path | None:
+    """Return the folder of this name directly below another one, or None when there is none."""
+    folder = parent / name
+    return folder if name and Path(name).name == name and folder.is_dir() else None
+
+
+def check_reference(kind: str, reference: str) -> None:
+    """Refuse a name that can be no reference: nothing shipped, no folder, and no hub id, which has a slash.
+
+    Args:
+        kind: ``prior`` or ``model``.
+        reference: what the user wrote.
+
+    Raises:
+        FileNotFoundError: with the nearest name and all shipped ones.
+    """
+    if shipped_folder(reference) or Path(reference).is_dir() or "/" in reference:
+        return
+    known = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MARKS[kind]}"))
+    raise FileNotFoundError(f"{unknown(kind, reference, known)}; or give a folder, or a hub id OWNER/NAME")
