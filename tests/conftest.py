@@ -25,3 +25,27 @@ def shared() -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory) -> str:
+    """Return the folder of a micro prior."""
+    from tiny import save_tiny_prior
+
+    return save_tiny_prior(tmp_path_factory.mktemp("prior"))
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory) -> str:
+    """Return the folder, named ``tiny``, of the prior of ``sampler``."""
+    from tiny import save_tiny_prior
+
+    return save_tiny_prior(tmp_path_factory.mktemp("prior") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def sampler(prior_folder):
+    """Return a micro sampler in the state in which training leaves it."""
+    from tiny_sampler import build
+
+    return build(prior_folder)

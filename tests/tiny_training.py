@@ -27,6 +27,7 @@ from ud2m.losses.terms import L2, EnergyScore
 from ud2m.physics import Inpainting
 from ud2m.training import DistillationModule, Levels, PriorModule, build_distillation
 from ud2m.training.checkpoints import Checkpoints
+from ud2m.training.random_streams import row_streams
 
 STEPS, EPOCHS = 2, 2
 """Optimiser steps per epoch, and epochs, of a micro run."""
@@ -67,6 +68,17 @@ class TinyData(ImageDataModule):
 
     def all_images(self, split: str) -> FixedGradients:
         return FixedGradients()
+
+
+def images(count: int) -> Tensor:
+    """Return the first images of the training set."""
+    data = TinyData().train_set()
+    return torch.stack([data[i] for i in range(count)])
+
+
+def streams(module: DistillationModule | PriorModule, count: int) -> list[torch.Generator]:
+    """Return the random numbers of the first rows that a module trains on."""
+    return row_streams("cpu", list(range(count)), module.seed, module.stream_name)
 
 
 def distillation(prior: str, adversarial: float = 0.1, **overrides: Any) -> DistillationModule:
@@ -131,6 +143,11 @@ def trainer(
     return L.Trainer(callbacks=list(callbacks), default_root_dir=folder, **(defaults | options))
 
 
+def checkpoint(folder: Path, name: str = "last") -> Path:
+    """Return the path of a checkpoint of the run in a folder."""
+    return folder / "checkpoints" / f"{name}.ckpt"
+
+
 def fit(
     module: L.LightningModule,
     folder: Path,
@@ -140,8 +157,7 @@ def fit(
 ) -> L.Trainer:
     """Train and return the trainer; ``resume`` goes on from the folder's last checkpoint."""
     made = trainer(folder, **options)
-    checkpoint = folder / "checkpoints" / "last.ckpt" if resume else None
-    made.fit(module, data or TinyData(), ckpt_path=checkpoint, weights_only=True)
+    made.fit(module, data or TinyData(), ckpt_path=checkpoint(folder) if resume else None, weights_only=True)
     return made
 
 

@@ -1,0 +1,157 @@
+"""Stored results: collected whole, shown in the documents, and nothing else is stored."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "data_prep")]
+results = importlib.import_module("results")
+
+ROWS = [
+    {"method": "A | b", "data": "photos", "size": "32x32", "nfe": 0, "psnr": 20.004, "r": None, "setting": "x"},
+    {"method": "ours", "data": "photos", "size": "32x32", "nfe": 9, "psnr": 30.0, "r": 0.5, "setting": None},
+]
+
+
+def output_folder(path: Path, rows: list[dict], **config: object) -> Path:
+    """Write what sample.py leaves behind."""
+    trained = {
+        "sigma_y": 0.01,
+        "info": {"physics": {"operator": {"class": "ud2m.physics.GaussianBlur"}, "sigma_y": 0.01}},
+    }
+    settings = {
+        "data": {"_target_": "ud2m.data.PhotoData", "crop_size": 32, "tile_size": None},
+        "physics": None,
+        "sigma_y": None,
+        "output": str(path),
+        "trained": trained,
+    }
+    path.mkdir(parents=True)
+    (path / "metrics.json").write_text(json.dumps(rows))
+    (path / "config.json").write_text(json.dumps(settings | config))
+    return path
+
+
+def test_documents_show_the_stored_results():
+    assert results.DOCUMENT.read_text() == results.render_document(), "run: python benchmarks/results.py render"
+    readme = results.README.read_text()
+    assert readme == results.render_readme(readme), "run: python benchmarks/results.py render"
+
+
+def test_every_stored_result_is_whole_and_shown():
+    names = {section.name for section in results.SECTIONS}
+    for path in results.RESULTS.glob("*.json"):
+        assert path.stem in names
+        content = results.load(path.stem)
+        assert content["command"]
+        assert content["machine"]
+        assert not re.search(r'[" =]/\w', path.read_text()), "an absolute path"
+
+
+def test_the_readme_shows_sections_that_exist():
+    names = {section.name for section in results.SECTIONS}
+    shown = [
+        name for match in results.MARKED.finditer(results.README.read_text()) for name in match["names"].split(",")
+    ]
+    assert len(shown) > 8
+    assert set(shown) <= names
+
+
+def test_a_table_has_the_formats_of_the_report():
+    assert results.table(ROWS, ["method", "nfe", "psnr", "r"]).splitlines() == [
+        "| Method | NFE | PSNR [dB] | r |",
+        "| --- | ---: | ---: | ---: |",
+        "| A \\| b | 0 | 20.00 | – |",
+        "| ours | 9 | **30.00** | 0.50 |",
+    ]
+
+
+def test_levels_of_denoising_get_headings_and_winners():
+    rows = [{"method": "a", "psnr@0.05": 30.123}, {"method": "b", "psnr@0.05": 31.0}]
+    assert results.table(rows).splitlines() == [
+        "| Method | σ = 0.05 |",
+        "| --- | ---: |",
+        "| a | 30.12 |",
+        "| b | **31.00** |",
+    ]
+
+
+def test_missing_results_are_named(tmp_path):
+    text = "a\n<!-- results:prior,losses method psnr -->\nold\n<!-- /results -->\nz\n"
+    expected = (
+        "a\n<!-- results:prior,losses method psnr -->\nNot measured yet: `prior`, `losses`.\n<!-- /results -->\nz\n"
+    )
+    assert results.render_readme(text, tmp_path) == expected
+    assert results.render_document(tmp_path).count(results.NOT_MEASURED) == len(results.SECTIONS)
+    results.store("prior", "python x.py", {}, ROWS, folder=tmp_path)
+    once = results.render_readme(text, tmp_path)
+    assert "| ours | **30.00** |" in once
+    assert "\n\nNot measured yet: `losses`.\n" in once
+    assert "old" not in once
+    assert results.render_readme(once, tmp_path) == once
+    assert "```bash\npython x.py\n```" in results.render_document(tmp_path)
+
+
+def test_collecting_takes_all_rows_or_the_last_one_under_a_label(tmp_path):
+    whole = output_folder(tmp_path / "a", [{"method": "LATINO", "psnr": 1.0}, {"method": "UD2M", "psnr": 2.0}])
+    labelled = output_folder(
+        tmp_path / "b",
+        [{"method": "LATINO", "psnr": 3.0}, {"method": "UD2M", "psnr": 4.0}],
+        sigma_y=0.05,
+        physics={"operator": {"_target_": "ud2m.physics.SuperResolution"}, "sigma_y": 0.02},
+        data={"_target_": "ud2m.data.MnistData", "crop_size": 32, "tile_size": 64},
+    )
+    rows, configs = results.collect([str(whole), f"UD2M, sigma_y = 0.05={labelled}"])
+    assert [(row["method"], row["psnr"]) for row in rows] == [
+        ("LATINO", 1.0),
+        ("UD2M", 2.0),
+        ("UD2M, sigma_y = 0.05", 4.0),
+    ]
+    settings = [tuple(row[key] for key in results.SETTING) for row in rows]
+    assert settings[0] == settings[1] == ("photos", "32x32", "Gaussian blur", 0.01)
+    assert settings[2] == ("mnist", "64x64", "Super resolution", 0.05)
+    assert set(configs) == {"a", "b"}
+    assert "output" not in configs["a"]
+    with pytest.raises(FileNotFoundError, match="output folder of sample"):
+        results.collect([str(tmp_path / "c")])
+
+
+def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
+    common = {"data": "photos", "size": "32x32", "sigma_y": 0.01, "images": 5, "samples": 2, "seed": 0, "nfe": 9}
+    common |= {"lpips": 0.1, "lpips_backend": "alex 1", "peak_memory": 77.0}
+    rows = [
+        {"method": name, "operator": operator, "psnr": psnr, "psnr_low": psnr - 1, "psnr_high": psnr + 1} | common
+        for operator in ("blur", "jpeg")
+        for name, psnr in (("a", 30.0), ("b", 31.0))
+    ]
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(rows))
+    (folder / "settings.json").write_text(json.dumps({"config": {"name": "evaluated"}, "cells": []}))
+    found, configs = results.collect([str(folder)])
+    assert found == rows
+    assert configs == {"evaluated": {"name": "evaluated"}}
+    content = {"rows": found, "note": "", "command": "python x.py", "machine": "m"}
+    text = results.render_section(results.SECTIONS[0], content)
+    assert "| blur | b | 9 | **31.00 [30.00, 32.00]** | 0.100 |" in text.replace("**0.100**", "0.100")
+    assert (
+        "lpips: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets" in text
+    )
+    assert "77" not in text
+
+
+def test_what_must_not_be_stored_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="paths of this machine"):
+        results.store("prior", "python x.py --prior /somewhere/else", {}, ROWS, folder=tmp_path)
+    with pytest.raises(ValueError, match="no section"):
+        results.store("priors", "python x.py", {}, ROWS, folder=tmp_path)
+    path = results.store("prior", f"python {REPOSITORY}/x.py", {}, ROWS, folder=tmp_path)
+    assert json.loads(path.read_text())["command"] == "python x.py"
+    path.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="measure it again"):
+        results.load("prior", tmp_path)

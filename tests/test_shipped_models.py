@@ -1,0 +1,137 @@
+"""Shipped models: how they are shipped, the examples that load them, and what is measured with them."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from documents import blocks
+from safetensors.torch import load_file
+from tiny import adapted, save_tiny_prior, tiny_network
+
+import ud2m.priors.shipped
+from ud2m.images import read_image, write_image
+from ud2m.priors.prior import Prior
+from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+
+sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "data_prep")]
+ship_model = importlib.import_module("ship_model")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Ship a micro prior and a micro model under the names of the documents; return the folder."""
+    folder = tmp_path / "pretrained"
+    monkeypatch.setattr(ud2m.priors.shipped, "SHIPPED", folder)
+    save_tiny_prior(tmp_path / "prior")
+    ship_model.ship(tmp_path / "prior", "photos_prior", "photos_prior")
+    model = adapted(Prior.from_pretrained(tmp_path / "prior"))
+    info = {"physics": {"operator": {"class": "ud2m.physics.GaussianBlur", "width": 1.6}, "sigma_y": 0.01}}
+    config = SamplerConfig(num_steps=2, info=info)
+    PosteriorSampler(tiny_network(model, 2), config).save_pretrained(tmp_path / "export")
+    ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior")
+    return folder
+
+
+# --- examples in Python ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/sampling.md"])
+def test_the_python_example_runs(name, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(torch.rand(3, 24, 32), Path("blurred.png"))
+    (block,) = blocks(REPOSITORY / name, "python")
+    scope: dict = {}
+    exec(compile(block, name, "exec"), scope)
+    assert scope["samples"].shape == (1, 8, 3, 24, 32)
+    if name != "README.md":
+        assert read_image("mean.png").shape == read_image("std.png").shape == (3, 24, 32)
+
+
+# --- the prior beside classical methods ------------------------------------------------------------------------------
+
+
+def test_the_best_setting_is_the_one_of_highest_psnr():
+    denoising = importlib.import_module("prior_denoising")
+    x0 = torch.full((4, 3, 32, 32), 0.5)
+    noisy = denoising.add_noise(x0, 0.1)
+    assert (noisy - x0).std().item() == pytest.approx(0.1, rel=0.05)
+    settings = [denoising.Setting(f"{w:g}", lambda y, w=w: 0.5 + w * (y - 0.5)) for w in (1.0, 0.2, 0.6)]
+    assert denoising.best_setting(settings, noisy, x0).words == "0.2"
+    # white noise of standard deviation w sigma
+    assert denoising.mean_psnr(settings[2].denoise, noisy, x0) == pytest.approx(24.437, abs=0.1)
+
+
+def test_the_prior_is_measured_beside_classical_methods(shipped):
+    denoising = importlib.import_module("prior_denoising")
+    ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
+    rows = denoising.measure(Prior.from_pretrained("photos_prior"), {32: ramp}, levels=(0.1,))
+    scores = {row["method"]: row["psnr@0.1"] for row in rows}
+    assert scores["noisy image"] == pytest.approx(20.5, abs=0.5)
+    assert min(scores["non-local means"], scores["total variation (Chambolle)"]) > 25
+    assert "σ = 0.1: weight" in rows[1]["setting"]
+    assert rows[-1]["method"] == "prior"
+
+
+def test_the_picture_has_a_row_per_operator(shipped, tmp_path, monkeypatch):
+    overview = importlib.import_module("overview_picture")
+    monkeypatch.setattr(overview, "SIDE", 32)
+    path = tmp_path / "new" / "overview.png"
+    overview.main(["--models", *["photos_gaussian_blur"] * 3, "--output", str(path)])
+    _, height, width = read_image(path).shape
+    assert width / height == pytest.approx(7 / 3, rel=0.15)
+
+
+# --- shipping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_shipped_model_equals_the_export(shipped, tmp_path):
+    files = {path.name for path in (shipped / "photos_gaussian_blur").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "config.json", "psi.safetensors"}
+    adapter = load_file(shipped / "photos_gaussian_blur" / "adapter_model.safetensors")
+    assert {value.dtype for value in adapter.values()} == {torch.float16}
+    ours = PosteriorSampler.from_pretrained("photos_gaussian_blur")
+    export = PosteriorSampler.from_pretrained(tmp_path / "export")
+    assert ours.prior.reference == "photos_prior"
+    assert ours.config == export.config
+    theirs = export.network.state_dict()
+    for name, value in ours.network.state_dict().items():
+        assert value.dtype == theirs[name].dtype
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_of_rank_zero_ships_without_adapter(shipped, tmp_path):
+    prior = Prior.from_pretrained(tmp_path / "prior")
+    PosteriorSampler(tiny_network(prior, 1)).save_pretrained(tmp_path / "psi_only")
+    folder = ship_model.ship(tmp_path / "psi_only", "psi_only", "photos_prior")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "psi.safetensors"}
+
+
+def test_what_must_not_be_shipped_is_refused(shipped, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+    save_tiny_prior(tmp_path / "other", seed=1)
+    ship_model.ship(tmp_path / "other", "other_prior", "")
+    with pytest.raises(ValueError, match="fingerprint"):
+        ship_model.ship(tmp_path / "export", "model", "other_prior")
+    with pytest.raises(ValueError, match="ship it first"):
+        ship_model.ship(tmp_path / "export", "model", "no_prior")
+    with pytest.raises(ValueError, match="--replace"):
+        ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior")
+    with pytest.raises(ValueError, match="plain name"):
+        ship_model.ship(tmp_path / "export", "../model", "photos_prior")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        ship_model.ship(tmp_path / "nowhere", "model", "photos_prior")
+    monkeypatch.setattr(ship_model, "MODEL_LIMIT", 1000)
+    with pytest.raises(ValueError, match="too many"):
+        ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior", replace=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in shipped.iterdir()} == {"photos_prior", "photos_gaussian_blur", "other_prior"}
+
+
+def test_replacing_a_shipped_prior(shipped, tmp_path):
+    save_tiny_prior(tmp_path / "other", seed=1)
+    ship_model.ship(tmp_path / "other", "photos_prior", "", replace=True)
+    assert Prior.from_pretrained("photos_prior").fingerprint == Prior.from_pretrained(tmp_path / "other").fingerprint
+    assert not list(shipped.glob(".*"))

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from tiny import LORA, save_tiny_prior, trained
+from tiny_training import distillation, fit
+
+from ud2m.physics import Inpainting
+
+
+def without_judge(module):
+    """The parameters that an export holds."""
+    return {name: p for name, p in trained(module).items() if not name.startswith(("discriminator.", "loss."))}
+
+
+def test_a_run_starts_from_a_trained_model(prior, tmp_path):
+    first = distillation(prior)
+    fit(first, tmp_path / "first")
+    first.export(tmp_path / "export")
+    with first.ema.applied():
+        expected = {name: parameter.detach().clone() for name, parameter in without_judge(first).items()}
+    module = distillation(prior, start_from=str(tmp_path / "export"), operator=Inpainting(0.2), sigma_y=0.1)
+    found = without_judge(module)
+    assert expected.keys() == found.keys()
+    assert any(not torch.equal(p, found[name]) for name, p in without_judge(distillation(prior)).items())
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name])
+    # the average of the new run begins there too
+    with module.ema.applied():
+        assert all(torch.equal(p, found[name]) for name, p in without_judge(module).items())
+    fit(module, tmp_path / "run")
+    assert any(not torch.equal(p, expected[name]) for name, p in without_judge(module).items())
+
+
+@pytest.mark.parametrize("widths", [None, (4, 4, 4, 4), (8, 8, 8, 8)])
+def test_a_run_with_a_trained_start_goes_on_from_a_model_with_another(prior, tmp_path, widths):
+    def network(start):
+        return {"num_blocks": 2, "rule": {"name": "annealed"}, "warm_start": start}
+
+    def learned(widths):
+        return network({"name": "network", "channels": 3, "widths": list(widths), "num_blocks": 1})
+
+    theirs = network({"name": "pinv"}) if widths is None else learned(widths)
+    first = distillation(prior, network=theirs)
+    with torch.no_grad():
+        for value in first.network.own_state().values():
+            value.add_(0.25)
+    first.ema.update()
+    first.export(tmp_path / "export")
+    with first.ema.applied():
+        expected = {name: value.clone() for name, value in first.network.own_state().items()}
+    module = distillation(prior, network=learned((4, 4, 4, 4)), start_from=str(tmp_path / "export"))
+    found = module.network.own_state()
+    starts = [name for name in found if name.startswith("warm_start.")]
+    assert 0 < len(starts) < len(found)
+    for name, value in found.items():
+        if name in starts and widths != (4, 4, 4, 4):
+            # its last layer is still 0: the smoothing start
+            assert not name.endswith("m_tail.weight") or not value.any()
+        else:
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
+    distillation(prior).export(tmp_path / "export")
+    start = {"start_from": str(tmp_path / "export")}
+    with pytest.raises(ValueError, match=r"cannot start from the model .*it has another lora: "):
+        distillation(prior, lora={**LORA, "rank": 1}, **start)
+    network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
+    with pytest.raises(ValueError, match="it has another num_blocks"):
+        distillation(prior, network=network, **start)
+    with pytest.raises(ValueError, match="it has another prior"):
+        distillation(save_tiny_prior(tmp_path / "other", seed=5), **start)
+    (tmp_path / "export" / "psi.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot start from the model"):
+        distillation(prior, **start)
+    with pytest.raises(FileNotFoundError, match="no model at 'nowhere'"):
+        distillation(prior, start_from="nowhere")
