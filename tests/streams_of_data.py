@@ -59,6 +59,7 @@ def equal(one, other):
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+# (how the checkpoint is made, after how many batches the one resumed from was made)
 INTERRUPTIONS = {
     "within an epoch": ({"every_n_train_steps": 6}, {}, 6),
     "at the last batch of an epoch": ({"every_n_train_steps": 8}, {}, 8),

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
 from tiny import save_tiny_prior
-from tiny_training import composed
+from tiny_training import composed, write_images
 
 from ud2m.cli.train import build_trainer, prepare
 from ud2m.data import ImageDataModule
@@ -47,6 +47,9 @@ def test_every_experiment_composes_instantiates_and_takes_a_step(experiment, pri
     with composed(f"experiment={experiment}", f"run_dir={tmp_path}", folder=tmp_path) as config:
         assert config.name == experiment
         config.prior = priors[config.data.channels]
+        if OmegaConf.is_missing(config.data, "root"):  # images of one's own
+            write_images(tmp_path / "images", 12, side=128)
+            config.data.root = str(tmp_path / "images")
         resolved = prepare(config, tmp_path)
         assert OmegaConf.load(tmp_path / "config.yaml") == resolved
         data = load_data(resolved, request)

@@ -1,17 +1,10 @@
 """Warnings of runs that go wrong, and their absence in runs that do not."""
 
-import pytest
 import torch
-from tiny import save_tiny_prior
 from tiny_training import TinyData, distillation, fit
 
 from ud2m.training import health
 from ud2m.training.health import Health
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory):
-    return save_tiny_prior(tmp_path_factory.mktemp("prior"))
 
 
 def warnings_of(module, folder, capsys, monkeypatch, window=3):

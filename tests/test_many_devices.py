@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from processes import ranks
-from tiny import save_tiny_prior, trained
+from tiny import trained
 from tiny_training import (
     TinyData,
     composed,
@@ -90,11 +90,6 @@ def ended(processes, seconds=60):
         for process in processes:
             process.kill()
     return [process.exitcode for process in processes]
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory):
-    return save_tiny_prior(tmp_path_factory.mktemp("prior"))
 
 
 @pytest.fixture(scope="module")

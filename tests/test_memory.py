@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY
-from tiny import SIZE, perturb, save_tiny_prior, trained
+from tiny import SIZE, perturb, trained
 from tiny_training import distillation, fit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +19,6 @@ from ud2m.training.random_streams import row_streams
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from memory import peak
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory):
-    return save_tiny_prior(tmp_path_factory.mktemp("prior"))
 
 
 def module_of(prior, num_blocks=3, **options):
@@ -183,6 +178,7 @@ def test_channels_last_changes_nothing_but_the_layout(prior, tmp_path):
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "modules"])
 def test_a_compiled_network_has_the_same_gradients(checkpointing, prior):
     expected = gradients(module_of(prior))

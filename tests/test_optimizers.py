@@ -44,6 +44,7 @@ def test_accumulation_equals_the_big_batch(make, prior, tmp_path):
     assert all(not torch.equal(start[k].double(), big[k].double()) for k in big)  # everything moved
 
 
+@pytest.mark.slow
 def test_accumulation_in_float32_and_it_is_no_coincidence(prior, tmp_path):
     def run(name, batch_size, accumulate, samples):
         module = distillation(prior, optimizer={"steps": 3, "accumulate": accumulate})

@@ -8,6 +8,7 @@ from tiny_training import TinyData, fit, images, prior_module, streams
 from ud2m.priors.prior import Prior
 
 
+@pytest.mark.slow
 def test_training_a_prior_lowers_the_loss_and_raises_the_psnr(tmp_path):
     module = prior_module(lr=1e-2, levels=[0.1, 0.5])
     data = TinyData(16)

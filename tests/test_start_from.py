@@ -72,5 +72,5 @@ def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
     (tmp_path / "export" / "psi.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot start from the model"):
         distillation(prior, **start)
-    with pytest.raises(FileNotFoundError, match="no model at 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match="unknown model 'nowhere'"):
         distillation(prior, start_from="nowhere")

@@ -82,6 +82,7 @@ def samples():
     return x0[0], made
 
 
+@pytest.mark.slow
 def test_samples_in_tiles_are_as_good_as_whole_ones(samples):
     x0, made = samples
     error = {tile: (sample - x0).square().mean().sqrt().item() for tile, sample in made.items()}

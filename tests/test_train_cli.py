@@ -279,6 +279,7 @@ def test_an_interruption_before_training_is_one_line_too(tiny, tmp_path, monkeyp
     assert only_line(capsys) == "interrupted"
 
 
+@pytest.mark.slow
 def test_resume_auto_starts_goes_on_and_refuses_another_run(tiny, finished, tmp_path, monkeypatch, capsys):
     run = [*tiny, "loss.adversarial=0.01", f"run_dir={tmp_path}", "resume=auto"]
     monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: At(3, lambda: signal.raise_signal(signal.SIGTERM)))

@@ -70,7 +70,7 @@ def test_ram_is_deepinvs_ram_told_the_noise_of_each_sample(ram_file):
     torch.testing.assert_close(y, kept)
 
 
-@pytest.mark.parametrize("start", [SMALL, {"name": "ram", "weights": None}])
+@pytest.mark.parametrize("start", [SMALL, pytest.param({"name": "ram", "weights": None}, marks=pytest.mark.slow)])
 def test_a_trained_start_is_exported_whole_and_counted(start, prior, tmp_path):
     seed_everything(0)
     network = build_network(prior, spec(start, num_blocks=2))
@@ -113,6 +113,7 @@ def test_a_run_trains_the_start_at_its_own_rate_unless_it_is_frozen(start, ram_f
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_a_frozen_ram_is_exported_by_reference_and_fingerprint(prior, ram_file, tmp_path):
     start = {"name": "ram", "weights": str(ram_file), "trainable": False}
     sampler = PosteriorSampler(build_network(prior, spec(start)), SamplerConfig())
@@ -132,6 +133,7 @@ def test_a_frozen_ram_is_exported_by_reference_and_fingerprint(prior, ram_file, 
         PosteriorSampler.from_pretrained(tmp_path / "export")
 
 
+@pytest.mark.slow
 def test_other_sizes_than_multiples_of_eight_are_taken():
     for start in (NetworkStart(widths=(4, 4, 4, 4)), RamStart()):
         for side in (36, 44):
@@ -143,6 +145,7 @@ def test_other_sizes_than_multiples_of_eight_are_taken():
             assert x.isfinite().all()
 
 
+@pytest.mark.slow
 def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
     with pytest.raises(ValueError, match="RAM that is not trained needs weights"):
         RamStart(trainable=False)
@@ -161,6 +164,7 @@ def test_what_no_start_can_use_is_refused(tmp_path, ram_file):
     )
 
 
+@pytest.mark.slow
 def test_ram_sees_the_decoded_picture_of_a_jpeg_as_a_noisy_image(ram_file):
     start, sigma_y = RamStart(str(ram_file)), torch.full((1,), 0.05)
     x0 = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -172,6 +176,7 @@ def test_ram_sees_the_decoded_picture_of_a_jpeg_as_a_noisy_image(ram_file):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [Inpainting(), GaussianBlur(), SuperResolution(4), Jpeg()])
 def test_ram_takes_images_of_several_scales(ram_file, family):
     """At 64 pixels it asks the operator at its own size for a prox, with a solver, which small images never do."""
