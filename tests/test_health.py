@@ -12,12 +12,13 @@ def warnings_of(module, folder, capsys, monkeypatch, window=3):
     monkeypatch.setattr(health, "WINDOW", window)
     data = TinyData()
     data.samples_per_epoch = 4 * 8
-    fit(module, folder, data, max_epochs=1, callbacks=(Health(),))
+    fit(module, folder, data, max_epochs=1, callbacks=(Health(),), log_every_n_steps=1)
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
 
 
 def test_a_healthy_run_is_silent(prior, tmp_path, capsys, monkeypatch):
-    assert warnings_of(distillation(prior, optimizer={"steps": 8}), tmp_path, capsys, monkeypatch) == []
+    module = distillation(prior, optimizer={"steps": 8, "discriminator_warmup": 7})  # it takes longer to learn
+    assert warnings_of(module, tmp_path, capsys, monkeypatch) == []
 
 
 def test_a_discriminator_that_has_won_is_reported_once(prior, tmp_path, capsys, monkeypatch):
@@ -27,12 +28,34 @@ def test_a_discriminator_that_has_won_is_reported_once(prior, tmp_path, capsys, 
     def knows_it_all(x, condition):  # real images are those of the data
         real = torch.stack([reference[i] for i in range(32)])
         distance = (x.unsqueeze(1) - real).abs().flatten(2).amax(2).amin(1)
-        return torch.where(distance < 1e-6, 5.0, -5.0) + 0 * sum(p.sum() for p in module.discriminator.parameters())
+        logits = torch.where(distance < 1e-6, 5.0, -5.0) + 0 * x.mean((1, 2, 3))
+        return logits + 0 * sum(p.sum() for p in module.discriminator.parameters())
 
     module.discriminator.forward = knows_it_all
     module.step.discriminator_loss.gradient_penalty = 0.0
     (line,) = warnings_of(module, tmp_path, capsys, monkeypatch)
     assert "the discriminator has won: over the last 3 steps 100.0 % of its decisions were right" in line
+
+
+def test_a_discriminator_that_has_learned_nothing_is_reported_once(prior, tmp_path, capsys, monkeypatch):
+    module = distillation(prior, optimizer={"steps": 8, "discriminator_warmup": 2})
+
+    def undecided(x, condition):
+        return 0.01 * x.mean((1, 2, 3)) + 0 * sum(p.sum() for p in module.discriminator.parameters())
+
+    module.discriminator.forward = undecided
+    module.step.discriminator_loss.gradient_penalty = 0.0
+    lines = warnings_of(module, tmp_path, capsys, monkeypatch)
+    assert ["the discriminator is undecided" in line for line in lines] == [True]
+    assert "its loss was 1.386, and 1.386 is that of one that says the same" in lines[0]
+
+
+def test_a_term_that_is_hardly_felt_is_reported_once(prior, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(health, "MEASURED", 2)
+    module = distillation(prior, adversarial=1e-9, optimizer={"steps": 8})
+    (line,) = warnings_of(module, tmp_path, capsys, monkeypatch, window=100)
+    assert "the loss term adversarial is hardly felt: at most" in line
+    assert "Raise loss.adversarial; gradient/adversarial is in the log" in line
 
 
 def test_an_adapter_that_does_not_move_is_reported_once(prior, tmp_path, capsys, monkeypatch):

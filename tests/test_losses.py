@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import sigmoid, softplus
 
-from ud2m.losses.adversarial import Adversarial, DiscriminatorLoss
+from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss, gradient_square
 from ud2m.losses.generator import GeneratorLoss, build_generator_loss
 from ud2m.losses.terms import (
     L2,
@@ -327,15 +328,33 @@ def penalty_of(discriminator, p, seed=0):
     return DiscriminatorLoss(10.0)(discriminator, p, generator)[1]["gradient_penalty"]
 
 
+REFERENCE = 8 * 8 / 256**2 / 4  # of images of 8x8 in [0, 1] to those of 256x256 in [-1, 1]
+
+
 def test_gradient_penalty_in_closed_form():
     p = prediction()
     linear, patches, quadratic = Linear((3, 8, 8)), PatchMap(), Linear((3, 8, 8), b=0.7)
-    torch.testing.assert_close(penalty_of(linear, p), linear.a.square().sum().detach())
-    torch.testing.assert_close(penalty_of(patches, p), torch.tensor(14.0 / 64, dtype=torch.float64))
+    torch.testing.assert_close(penalty_of(linear, p), REFERENCE * linear.a.square().sum().detach())
+    torch.testing.assert_close(penalty_of(patches, p), torch.tensor(REFERENCE * 14.0 / 64, dtype=torch.float64))
     u = torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(3, 1, 1, 1)
     mixed = u * p.x0 + (1 - u) * p.outputs[:, 0]
     expected = (quadratic.a + 0.7 * mixed).square().sum((1, 2, 3)).mean().detach()
-    torch.testing.assert_close(penalty_of(quadratic, p), expected)
+    torch.testing.assert_close(penalty_of(quadratic, p), REFERENCE * expected)
+
+
+def test_the_penalty_depends_neither_on_the_size_of_crops_nor_on_the_range_of_images():
+    torch.manual_seed(0)
+    discriminator = Discriminator(3, widths=(8, 16)).double()
+    found = []
+    for side in (32, 64, 128):
+        x = torch.rand(4, 3, side, side, dtype=torch.float64)
+        found.append(gradient_square(discriminator, x, x).mean().item())
+    assert max(found) < 1.15 * min(found)  # the border counts more in small crops; the plain square differs 16 times
+    signed = torch.rand(1, 3, 256, 256, dtype=torch.float64).mul(2).sub(1).requires_grad_()
+    image = (signed + 1) / 2
+    (gradient,) = torch.autograd.grad(discriminator(image, image.detach()).mean(), signed)
+    expected = gradient.square().sum()
+    torch.testing.assert_close(gradient_square(discriminator, image, image.detach())[0].detach(), expected)
 
 
 def test_gradient_penalty_is_differentiable_in_the_discriminator():
@@ -348,7 +367,7 @@ def test_gradient_penalty_is_differentiable_in_the_discriminator():
     (gradient,) = torch.autograd.grad(total - plain, quadratic.b)
     u = torch.rand(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(3, 1, 1, 1)
     mixed = u * p.x0 + (1 - u) * p.outputs[:, 0]
-    expected = 10 * (2 * (quadratic.a + 0.7 * mixed) * mixed).sum((1, 2, 3)).mean()
+    expected = REFERENCE * 10 * (2 * (quadratic.a + 0.7 * mixed) * mixed).sum((1, 2, 3)).mean()
     torch.testing.assert_close(gradient, expected.detach())
 
 
@@ -558,3 +577,33 @@ def test_terms_share_one_discriminator():
     terms = {name: {"weight": 1, "term": partial(Adversarial)} for name in ("a", "b")}
     loss = build_generator_loss(terms, features=Bank(), discriminator=lambda: Linear((3, 8, 8)))
     assert loss.terms["a"].discriminator is loss.terms["b"].discriminator
+
+
+def test_gradient_norms_are_those_of_the_weighted_terms():
+    p = prediction()
+    loss = GeneratorLoss({"l2": (3.0, L2()), "mean_l2": (0.5, MeanL2())})
+    norms = loss.gradient_norms(p)
+    # d/dL of 3 |x0 - L|^2 averaged over all outputs and entries
+    expected = 3 * 2 * (p.outputs - p.x0.unsqueeze(1)) / p.outputs.numel()
+    torch.testing.assert_close(norms["l2"], expected.square().mean().sqrt())
+    step = 1e-6 * torch.randn(p.outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = [replace(p, outputs=p.outputs + sign * step) for sign in (1, -1)]
+    along = (0.5 * MeanL2()(moved[0]) - 0.5 * MeanL2()(moved[1])) / 2
+    outputs = p.outputs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(0.5 * MeanL2()(replace(p, outputs=outputs)), outputs)
+    torch.testing.assert_close(along, (gradient * step).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms["mean_l2"], gradient.square().mean().sqrt())
+
+
+def test_while_the_discriminator_learns_the_sum_leaves_its_term_out():
+    p, discriminator = prediction(), Linear((3, 8, 8))
+    loss = GeneratorLoss({"l2": (1.0, L2()), "adversarial": (2.0, Adversarial(discriminator))})
+    total, values = loss(p)
+    alone, same = loss(p, judged=False)
+    torch.testing.assert_close(alone, values["l2"])
+    torch.testing.assert_close(total, values["l2"] + 2 * values["adversarial"])
+    assert same == values
+    only = GeneratorLoss({"adversarial": (2.0, Adversarial(discriminator))})
+    outputs = p.outputs.clone().requires_grad_()
+    only(replace(p, outputs=outputs), judged=False)[0].backward()
+    assert outputs.grad.abs().max() == 0

@@ -6,6 +6,7 @@ from tiny import SIZE, perturb, trained
 from tiny_training import (
     EPOCHS,
     STEPS,
+    At,
     TinyData,
     distillation,
     fit,
@@ -125,6 +126,8 @@ def test_neither_player_leaves_a_gradient_with_the_other_and_one_backward_gives_
     assert all(torch.allclose(p.grad, of_discriminator[k], atol=1e-7) for k, p in theirs.items())
     losses = {"total", "l2", "energy", "adversarial", "discriminator", "gradient_penalty"}
     assert set(values) == losses | {"accuracy/real", "accuracy/generated"}
+    _, logged = module.losses(x0, streams(module, 3), logged=True)
+    assert set(logged) - set(values) == {"gradient/l2", "gradient/energy", "gradient/adversarial"}
     frozen = [p for p in module.prior.parameters() if not p.requires_grad]
     assert frozen
     assert all(p.grad is None for p in frozen)
@@ -200,3 +203,22 @@ def test_learning_rates_move_once_per_optimizer_step(accumulate, prior, tmp_path
     fit(module, tmp_path, TinyData(accumulate=accumulate))
     factors = [warmup_cosine_oracle(n, 2, STEPS * EPOCHS) for n in range(STEPS * EPOCHS)]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([[0.2 * f, 0.1 * f, 0.3 * f] for f in factors]))
+
+
+def test_the_generator_feels_the_discriminator_after_its_warmup(prior, tmp_path):
+    """Until then the run is the one without the term, but for D."""
+
+    def run(name, steps, **options):
+        module = distillation(prior, optimizer={"steps": 8, "discriminator_warmup": 4}, **options)
+        at = At(steps, lambda: kept.append([p.detach().clone() for p in module.step.generator_parameters()]))
+        kept = []
+        data = TinyData()
+        data.samples_per_epoch = 4 * 8
+        fit(module, tmp_path / name, data, max_epochs=1, callbacks=(at,))
+        return kept[0]
+
+    for steps, felt in ((4, False), (5, True)):
+        one, other = run(f"with-{steps}", steps), run(f"without-{steps}", steps, adversarial=0.0)
+        assert felt != all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    with pytest.raises(ValueError, match="discriminator_warmup must be at least 0 and below the 8 steps"):
+        distillation(prior, optimizer={"steps": 8, "discriminator_warmup": 8})

@@ -10,6 +10,9 @@ from torch.nn.functional import softplus
 from ud2m.losses.terms import LossTerm, Prediction, _check_weight, _finite, _full
 from ud2m.precision import full_precision
 
+REFERENCE_SIDE = 256
+"""Side of the images, in pixels, for which the weight of the gradient penalty is given."""
+
 
 class Discriminator(nn.Module):
     """Map an image and its condition (y at image size) to a patch map of raw logits, D(x, condition).
@@ -96,11 +99,11 @@ class DiscriminatorLoss(nn.Module):
 
     softplus(-D(x0, y)) + softplus(D(L, y)) + w_gs |grad_x D(u x0 + (1 - u) L, y)|^2, u ~ U(0, 1) per sample.
     D returns logits: the first two terms are log 4 for an undecided D and fall to 0 for a perfect one. The
-    outputs are detached. In the penalty D is averaged over its patches and the gradient's square is summed
-    over C, H, W; of the M exchangeable outputs only the first is interpolated: two derivatives cost.
+    outputs are detached. The square is that of ``gradient_square``, whose size does not depend on that of the
+    crops; of the M exchangeable outputs only the first is interpolated: two derivatives cost.
 
     Args:
-        gradient_penalty: w_gs >= 0; with 0 the penalty is not computed.
+        gradient_penalty: w_gs >= 0, the number of the paper at any size; with 0 the penalty is not computed.
     """
 
     def __init__(self, gradient_penalty: float = 10.0):
@@ -143,7 +146,11 @@ class DiscriminatorLoss(nn.Module):
 
 
 def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor, condition: Tensor) -> Tensor:
-    """Return |grad_x D(x, condition)|^2 per sample [B], D averaged over its logits; differentiable in D.
+    """Return |grad_x D(x, condition)|^2 per sample [B], for x in [-1, 1] and of 256x256 pixels; differentiable in D.
+
+    D is averaged over its logits and the square summed over C, H, W. The same D then has a square that falls as
+    1 / (H W), since the average has more terms. So it is multiplied by H W / 256^2, and by 1/4 since images here lie in
+    [0, 1]: a weight means what it means for the priors of 256x256 pixels that [UD2M] trains.
 
     In full precision whatever the rest is in: this gradient is not scaled, and vanishes in float16.
     """
@@ -151,7 +158,7 @@ def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor
     with full_precision(x.device):
         logits = discriminator(x, condition).reshape(len(x), -1).mean(1)
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
+    return gradient.square().flatten(1).sum(1) * x.shape[2] * x.shape[3] / REFERENCE_SIDE**2 / 4
 
 
 def _uniform(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

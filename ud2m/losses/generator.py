@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -45,8 +46,12 @@ class GeneratorLoss(nn.Module):
         """The discriminator that an active term is judged by, or None."""
         return next((term.discriminator for term in self._active() if isinstance(term, Adversarial)), None)
 
-    def forward(self, prediction: Prediction) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, prediction: Prediction, judged: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum, and the unweighted values of the terms (detached) by name.
+
+        Args:
+            prediction: the network's.
+            judged: False: the adversarial term is in the values and not in the sum, while D learns.
 
         Raises:
             ValueError: when the prediction holds fewer outputs than ``num_outputs``.
@@ -55,8 +60,25 @@ class GeneratorLoss(nn.Module):
         if prediction.outputs.shape[1] < self.num_outputs:
             raise ValueError(f"the loss needs {self.num_outputs} outputs per sample, got {prediction.outputs.shape[1]}")
         values = {name: _finite(name, term(prediction)) for name, term in self.terms.items()}
-        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        counted = [self.weights[n] * v for n, v in values.items() if judged or not self._is_adversarial(n)]
+        total = torch.stack(counted or [0 * prediction.outputs.sum()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
+
+    def gradient_norms(self, prediction: Prediction) -> dict[str, Tensor]:
+        """Return by name the root mean square of each weighted term's gradient with respect to the outputs.
+
+        It says what a weight is worth: a term whose gradient is far below the others' changes nothing.
+        """
+        outputs = prediction.outputs.detach().requires_grad_()
+        free = replace(prediction, outputs=outputs)
+        norms = {}
+        for name, term in self.terms.items():
+            (gradient,) = torch.autograd.grad(self.weights[name] * term(free), outputs)
+            norms[name] = gradient.square().mean().sqrt()
+        return norms
+
+    def _is_adversarial(self, name: str) -> bool:
+        return isinstance(self.terms[name], Adversarial)
 
     def _active(self) -> Iterator[LossTerm]:
         return iter(self.terms.values())  # type: ignore[arg-type]  # typed as plain modules

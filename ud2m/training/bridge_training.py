@@ -81,7 +81,9 @@ class BridgeModule(SteppedModule):
         self.validation = Validation(self.sampler, self.problem, **validation)
         self.ema = Ema(self.bridge.parameters(), ema_decay)
 
-    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of clean images x0 [B, C, H, W]."""
         schedule = self.bridge.schedule
         with full_precision(self.device), torch.no_grad():

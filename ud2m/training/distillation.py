@@ -27,6 +27,7 @@ class OptimizerSettings(StepSettings):
         lr_psi: of psi (logarithms).
         lr_start: of a learned warm start.
         lr_discriminator: of D.
+        discriminator_warmup: first steps, in which D learns and the generator does not feel it.
         steps: optimiser steps of the whole run, over which the rates fall to 0.
         weight_decay: of the adapter.
         warmup: see ``StepSettings``.
@@ -41,6 +42,7 @@ class OptimizerSettings(StepSettings):
     lr_discriminator: float
     steps: int
     weight_decay: float = 0.0
+    discriminator_warmup: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +51,11 @@ class OptimizerSettings(StepSettings):
                 "learning rates must be positive and weight_decay at least 0, got "
                 f"lr={self.lr}, lr_psi={self.lr_psi}, lr_start={self.lr_start}, "
                 f"lr_discriminator={self.lr_discriminator}, weight_decay={self.weight_decay}"
+            )
+        if not 0 <= self.discriminator_warmup < self.steps:
+            raise ValueError(
+                f"discriminator_warmup must be at least 0 and below the {self.steps} steps of the run, after which the "
+                f"generator would never feel D, got {self.discriminator_warmup}"
             )
 
     @classmethod
@@ -92,9 +99,12 @@ class DistillationModule(SteppedModule):
         """Return what adapts the frozen prior."""
         return self.step.adapter_parameters()
 
-    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what ``DistillationStep`` makes of clean images x0."""
-        return self.step(x0, streams)
+    def losses(
+        self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what ``DistillationStep`` makes of clean images x0, and where it is logged the terms' gradients."""
+        judged = self.steps_done >= self.settings.discriminator_warmup
+        return self.step(x0, streams, judged, measured=logged)
 
     def on_train_start(self) -> None:
         """Check that the rates fall to 0 where the run ends.
@@ -110,7 +120,10 @@ class DistillationModule(SteppedModule):
             )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator."""
+        """AdamW for psi, adapter and a learned warm start at their rates, and a second one for a discriminator.
+
+        D decays with torch's 0.01 (a factor 1 - 0.01 lr per step), the generator as the settings say.
+        """
         settings = self.settings
         adapter = self.adapter_parameters()
         start = [p for p in self.network.warm_start.parameters() if p.requires_grad]

@@ -66,7 +66,9 @@ class DistillationStep:
         """Return the LoRA factors and the copy of the output convolution."""
         return [p for p in self.prior.parameters() if p.requires_grad]
 
-    def __call__(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, x0: Tensor, streams: list[torch.Generator], judged: bool = True, measured: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the generator's and the discriminator's losses, and their terms (detached) by name.
 
         One backward pass serves both: D's parameters are constants of the generator's loss and the outputs are
@@ -75,14 +77,19 @@ class DistillationStep:
         Args:
             x0: clean images [B, C, H, W] in [0, 1].
             streams: sources of randomness, one for each image.
+            judged: False: D learns, and the generator does not feel it.
+            measured: also return ``gradient/NAME``, what each weighted term asks of the outputs
+                (``GeneratorLoss.gradient_norms``).
 
         Raises:
             ValueError: as ``predict``.
             NonFiniteLossError: naming the term.
         """
         prediction = self.predict(x0, streams)
-        total, terms = self.loss(prediction)
+        total, terms = self.loss(prediction, judged)
         values = {"total": total.detach()} | terms
+        if measured:
+            values |= {f"gradient/{name}": norm for name, norm in self.loss.gradient_norms(prediction).items()}
         if self.discriminator is None:
             return total, values
         total_d, terms_d = self.discriminator_loss(self.discriminator, prediction, streams)

@@ -79,7 +79,9 @@ class PriorModule(SteppedModule):
         self.ema = Ema(self.unet.parameters(), ema_decay)
         self.lr, self.focus, self.focus_max, self.levels = lr, focus, focus_max, tuple(levels)
 
-    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the eps-prediction loss of clean images x0 [B, C, H, W]."""
         sigma = self.draw_sigma(rand((len(x0), 2), streams, self.device)).to(x0.dtype)
         eps = randn_like(x0, streams)

@@ -77,10 +77,13 @@ class SteppedModule(L.LightningModule, ABC):
         self.scores: dict[str, Any] = {}
 
     @abstractmethod
-    def losses(self, x0: Tensor, streams: list[torch.Generator]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(
+        self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what to back-propagate for clean images x0 [B, C, H, W], and values to log; ``total`` is shown.
 
-        Values are losses, unless their name holds a slash.
+        Values are losses, unless their name holds a slash. ``logged`` tells that these reach the loggers: then values
+        that cost something are worth it.
 
         Raises:
             NonFiniteLossError: naming the term.
@@ -121,7 +124,7 @@ class SteppedModule(L.LightningModule, ABC):
         """
         accumulate = self.settings.accumulate
         try:
-            total, values = self.losses(x0, self.streams(len(x0), batch_idx))
+            total, values = self.losses(x0, self.streams(len(x0), batch_idx), logs_now(self.trainer))
         except NonFiniteLossError as error:
             raise FloatingPointError(self.stopped(str(error))) from error
         last = (batch_idx + 1) % accumulate == 0
@@ -228,6 +231,11 @@ class SteppedModule(L.LightningModule, ABC):
         checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
+
+
+def logs_now(trainer: Any) -> bool:
+    """Return whether the values of this batch reach the loggers."""
+    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0
 
 
 def _as_list(value: Any) -> list[Any]:
