@@ -2,7 +2,6 @@ import copy
 import math
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ from torch import nn
 
 from ud2m.losses.generator import build_generator_loss
 from ud2m.losses.terms import L2
-from ud2m.physics import Inpainting, observe
+from ud2m.physics import GaussianBlur, Inpainting, observe
 from ud2m.priors.prior import Prior
 from ud2m.training import Levels
 from ud2m.training.checkpoints import PREEMPTED, read_checkpoint
@@ -598,6 +597,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(term, prior, tmp_pat
     assert kept["scores"]["step"] == STEPS
     assert all(v.isfinite().all() for v in kept["state_dict"].values())
     distillation(prior).restore(checkpoint(tmp_path))
+
+
+def test_a_network_that_gives_nan_to_the_solver_stops_with_the_step(prior, tmp_path):
+    module = distillation(prior, operator=GaussianBlur(0.5, boundary="valid"))
+    start = module.network.warm_start
+    forward = start.forward
+    start.forward = lambda *args: forward(*args) * (float("nan") if module.steps_done == 1 else 1)
+    with pytest.raises(FloatingPointError, match=r"stopped at step 1: .* BoundedBlur got NaN or infinity in z"):
+        fit(module, tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_parameters(prior, tmp_path):
