@@ -36,7 +36,7 @@ def parameters(node: Definition) -> set[str]:
 def entries(docstring: str, headings: str) -> list[str]:
     """Return the entries of the sections ``headings``, each with the lines that are indented below it."""
     sections = re.findall(rf"^(?:{headings}):\n((?:(?: {{4}}.*)?\n)*)", docstring + "\n", re.MULTILINE)
-    lines = "".join(map(textwrap.dedent, sections)).strip()
+    lines = "\n".join(textwrap.dedent(section).strip() for section in sections)
     return re.split(r"\n(?! )", lines) if lines else []
 
 

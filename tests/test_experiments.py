@@ -229,6 +229,14 @@ def test_every_experiment_runs_from_end_to_end(overrides, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_demo_trains_with_valid_boundaries(tmp_path):
+    """Samples of one batch need other numbers of steps of the solver, since their noise levels differ."""
+    chosen = ["experiment=demo", "physics.operator.boundary=valid", "scale=tiny", "steps=4", "validate_every=2"]
+    (row,) = train_and_sample(tmp_path / "run", *chosen)
+    assert row["psnr"] > 15
+
+
+@pytest.mark.slow
 def test_an_experiment_with_ram_runs_from_end_to_end(tmp_path):
     torch.save(load_ram(None, (1, 2, 3)).state_dict(), tmp_path / "ram.pth.tar")
     # frozen: checkpoints of 34 million trained parameters take a minute to write

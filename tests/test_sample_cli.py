@@ -269,7 +269,10 @@ def test_a_residual_far_from_one_is_explained(capsys, model, picture, tmp_path, 
     assert hint in (tmp_path / "out" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("value", "silent"), [(0.59, False), (0.61, True), (1.0, True), (1.49, True), (1.51, False)])
+@pytest.mark.parametrize(
+    ("value", "silent"),
+    [(0.59, False), (0.61, True), (1.0, True), (1.49, True), (1.51, False), (float("nan"), False)],
+)
 def test_residuals_near_one_are_left_alone(value, silent):
     physics = SuperResolution(2).draw(1, (3, SIZE, SIZE))
     assert (misfit(physics, value) == "") == silent

@@ -3,6 +3,7 @@ import torch
 from tiny import trained
 from tiny_training import STEPS, checkpoint, distillation, fit, prior_module
 
+from ud2m.physics import GaussianBlur
 from ud2m.training.checkpoints import read_checkpoint
 
 
@@ -27,6 +28,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(term, prior, tmp_pat
     assert kept["scores"]["step"] == STEPS
     assert all(v.isfinite().all() for v in kept["state_dict"].values())
     distillation(prior).restore(checkpoint(tmp_path))
+
+
+def test_a_network_that_gives_nan_to_the_solver_stops_with_the_step(prior, tmp_path):
+    module = distillation(prior, operator=GaussianBlur(0.5, boundary="valid"))
+    start = module.network.warm_start
+    forward = start.forward
+    start.forward = lambda *args: forward(*args) * (float("nan") if module.steps_done == 1 else 1)
+    with pytest.raises(FloatingPointError, match=r"stopped at step 1: .* BoundedBlur got NaN or infinity in z"):
+        fit(module, tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_parameters(prior, tmp_path):

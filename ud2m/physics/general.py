@@ -8,14 +8,16 @@ from typing import Any
 import deepinv
 import numpy as np
 import torch
-from deepinv.physics import LinearPhysics
+from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor
 
 from ud2m.images import LUMINANCE
+from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.iterative import ConjugateGradients
+from ud2m.physics.measurement import image_shape
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.precision import full_precision
 
@@ -171,7 +173,7 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(img_size=tuple(image_shape))
-        self.img_size, self.y_shape = tuple(image_shape), y_shape
+        self.img_size, self.y_shape = image_shape, y_shape
         self.inner, self.dtype = inner, dtype
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
@@ -189,6 +191,32 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
             raise ValueError(f"the operator takes [B, {', '.join(map(str, shape))}] here, got {list(x.shape)}")
         with full_precision(x.device):
             return product(x.to(self.dtype or at_least_float32(x))).to(x.dtype)
+
+
+@image_shape.register
+def _(physics: Adopted, y: Tensor) -> tuple[int, int, int]:
+    return physics.img_size
+
+
+def adopt(physics: DataTerm, y: Tensor) -> DataTerm:
+    """Return an operator whose prox deepinv would iterate as an ``Adopted`` one, and any other as it is.
+
+    deepinv's iteration stops at 50 steps without a word, and its samples disturb each other when their weights differ.
+
+    Args:
+        physics: the operator of these observations.
+        y: [B, ...].
+    """
+    if not isinstance(physics, LinearPhysics) or not isinstance(y, Tensor) or not _iterates(physics):
+        return physics
+    channels, height, width = physics.A_adjoint(y.to(at_least_float32(y))).shape[1:]
+    return Adopted(physics, (channels, height, width), tuple(y.shape[1:]))
+
+
+def _iterates(physics: LinearPhysics) -> bool:
+    """Return whether the prox is one of deepinv's own but for those with singular values, which have closed forms."""
+    whose = type(physics).prox_l2.__module__
+    return whose.startswith("deepinv.") and not isinstance(physics, DecomposablePhysics)
 
 
 def _value(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """JPEG as an observation: an image known up to the quantisation of its DCT coefficients."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
+from ud2m.physics.iterative import ConvergenceWarning
 from ud2m.physics.jpeg_codec import (
     FACTORS,
     YCBCR,
@@ -225,19 +227,30 @@ class CellProjection(torch.autograd.Function):
 
 def take_turns(codec: JpegCodec, x: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return the projection of x onto the set where ``nearest(i, T_i x) = T_i x`` for all components, and the duals."""
-    scale = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    limit = TOLERANCE / 128 * x.flatten(1).abs().amax(1).clamp(min=torch.finfo(x.dtype).tiny)
     components = range(codec.layout.channels)
     duals = [torch.zeros_like(codec.forward_component(x, i)) for i in components]
+    active = torch.ones_like(limit, dtype=torch.bool)  # a sample's result must not depend on the others of its batch
     for _ in range(MAX_SWEEPS if len(components) > 1 else 1):
-        change = x.new_zeros(())
+        change = torch.zeros_like(limit)
         for i in components:
             without = codec.forward_component(x, i) + codec.gain(i) * duals[i]
             step = (without - nearest(i, without)) / codec.gain(i) - duals[i]
+            step = step.masked_fill(~active.view(-1, *(1,) * (step.ndim - 1)), 0)
             x = x - codec.adjoint_component(step, i)
             duals[i] = duals[i] + step
-            change = torch.maximum(change, step.abs().amax())
-        if change <= TOLERANCE * scale / 128:
-            break
+            change = torch.maximum(change, step.flatten(1).abs().amax(1))
+        active = change > limit  # NaN is no reason to go on
+        if not active.any():
+            return x, duals
+    excess = (change / limit).max().item()
+    if len(components) > 1 and excess > 100:  # a tenth of a grey level
+        warnings.warn(
+            f"the projection onto the cell of a JPEG stopped after {MAX_SWEEPS} sweeps, with changes of {excess:.1g} "
+            "times the tolerance",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
     return x, duals
 
 

@@ -103,7 +103,7 @@ def residual(physics: DataTerm, x: Tensor, y: Tensor, sigma_y: Tensor | float) -
 @singledispatch
 def misfit(physics: DataTerm, value: float) -> str:
     """Return a hint where the ``residual`` of samples says that they do not fit the observation, else nothing."""
-    if value > 1.5:
+    if not value <= 1.5:  # nor NaN
         return (
             f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): the operator is "
             f"another one than given, or sigma_y is too small"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import OperatorFamily
+from ud2m.physics.general import adopt
 from ud2m.physics.measurement import image_shape, observe
 from ud2m.physics.rows import select_samples
 
@@ -29,6 +30,8 @@ class Observation:
     def of(cls, y: Tensor, physics: DataTerm, sigma_y: float | Tensor) -> "Observation":
         """Return the observation for a noise level that is one number, or [B].
 
+        An operator of deepinv whose prox has no closed form is solved by ``ConjugateGradients`` from here on.
+
         Raises:
             ValueError: unless all levels are positive and finite, and one or as many as observations.
         """
@@ -38,7 +41,7 @@ class Observation:
                 f"sigma_y must be a positive noise level in image units (images lie in [0, 1]), one number or one per "
                 f"observation ({len(y)}); got {levels.tolist()}"
             )
-        return cls(y, physics, levels.expand(len(y)))
+        return cls(y, adopt(physics, y), levels.expand(len(y)))
 
     def __len__(self) -> int:
         return len(self.y)

@@ -60,7 +60,7 @@ def sample_case(
     generator = torch.Generator(observation.y.device).manual_seed(seed)
     try:
         samples = sampler(observation.y, observation.physics, observation.sigma_y, num_samples, generator=generator)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise ValueError(f"{case.name}: {error}") from error
     mean, std = samples[0].mean(0), samples[0].std(0) if num_samples > 1 else None
     draws = Draws(samples.mean(1) if case.x0 is None else case.x0, observation, case.noise, samples)

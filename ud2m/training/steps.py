@@ -120,12 +120,12 @@ class SteppedModule(L.LightningModule, ABC):
         """Back-propagate the losses of one batch x0 [B, C, H, W] in [0, 1]; step when enough are accumulated.
 
         Raises:
-            FloatingPointError: when a loss is not finite; names the step and the term.
+            FloatingPointError: when a loss, or what a prox is given, is not finite; names the step and the term.
         """
         accumulate = self.settings.accumulate
         try:
             total, values = self.losses(x0, self.streams(len(x0), batch_idx), logs_now(self.trainer))
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, FloatingPointError) as error:
             raise FloatingPointError(self.stopped(str(error))) from error
         last = (batch_idx + 1) % accumulate == 0
         with nullcontext() if last else self.local_gradients():
