@@ -85,6 +85,12 @@ SECTIONS = (
         "photographs. The strength of each classical method is searched on the test images themselves, per level and "
         "size, which favours it.",
     ),
+    Section(
+        "cbsd68",
+        "Denoising CBSD68",
+        "PSNR in dB of one network evaluation on the 68 test images at full size, one network for all levels, beside "
+        "published figures. The priors are diffusion networks that were trained for all levels.",
+    ),
     *_operator_sections(),
     Section(
         "losses",
