@@ -23,14 +23,14 @@ from ud2m.evaluation.cells import CellStore, Result, images_digest
 from ud2m.evaluation.comparison import Images, Job, Tuning, flattened, measure_jobs
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
-from ud2m.evaluation.table import format_table, selecting
+from ud2m.evaluation.table import selecting
 from ud2m.files import write_bytes, write_json
 from ud2m.physics import Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
 from ud2m.reports.tables import visible
-from ud2m.reports.text_tables import latex, markdown
+from ud2m.reports.text_tables import format_table, latex, markdown
 from ud2m.samplers.base import Sampler, check_count
 
 LABEL = "label="

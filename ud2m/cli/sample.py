@@ -17,7 +17,7 @@ from ud2m.data import ImageDataModule
 from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
-from ud2m.evaluation.table import column_of, format_table
+from ud2m.evaluation.table import column_of
 from ud2m.files import atomic_folder, write_json
 from ud2m.images import list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
@@ -26,6 +26,7 @@ from ud2m.priors.prior import Prior
 from ud2m.reports.cases import Case, sample_case
 from ud2m.reports.page import write_page
 from ud2m.reports.samples import Entry, Report, Section, samples_page
+from ud2m.reports.text_tables import format_table
 from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 

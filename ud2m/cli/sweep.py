@@ -16,10 +16,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
-from ud2m.evaluation.table import summary_keys
+from ud2m.evaluation.table import markdown_line
 from ud2m.files import write_bytes
 
-SCORES = ("score", *summary_keys(), "seconds_per_image", "gave_up_at")
+SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")
 """Columns of the table that are neither settings nor scores."""
 ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"
@@ -143,8 +143,6 @@ def _row(run: Path) -> dict[str, Any]:
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
-    from ud2m.evaluation.table import markdown_line
-
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     lines = [markdown_line(columns), "|" + " --- |" * len(columns), *(markdown_line(row) for row in cells)]

@@ -1,4 +1,4 @@
-"""How numbers are shown: the columns of tables, their best values, and tables as plain text and Markdown."""
+"""How numbers are shown: the columns of tables, the texts of their cells, and their best values."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 MISSING = "–"
+BETTER: dict[str | None, str] = {"max": "; higher is better", "min": "; lower is better"}
 BOUNDS = ("_low", "_high")
 """Ends of the names of the bounds of an interval."""
 
@@ -18,14 +19,12 @@ class Column:
     Attributes:
         key: name in ``metrics.json``.
         heading: of its column.
-        meaning: in words.
+        meaning: in words; ``legend`` adds which values are better.
         format: of its values.
         best: which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
-        variants: whether it also describes keys with a suffix (``lpips_vgg``).
-        of: metric that computes it (``ud2m.evaluation.scores``), where that has another name; a suffix goes along.
         selects: whether checkpoints and settings may be chosen by it.
         plotted: whether it is plotted against cost.
-        summary: whether short tables, of a sweep or a model card, show it.
+        variants: whether it also describes keys with a suffix (``lpips_vgg``).
     """
 
     key: str
@@ -33,11 +32,14 @@ class Column:
     meaning: str = ""
     format: str = ".4g"
     best: str | None = None
-    variants: bool = False
-    of: str | None = None
     selects: bool = False
     plotted: bool = False
-    summary: bool = False
+    variants: bool = False
+
+    @property
+    def legend(self) -> str:
+        """What the number means and which values are better; empty where the heading says it."""
+        return f"{self.meaning}{BETTER.get(self.best, '')}" if self.meaning else ""
 
     def quality(self, value: Any) -> float | None:
         """Return a number that is higher for better values; None where there is no value, or no contest."""
@@ -56,113 +58,45 @@ COLUMNS = (
     Column("operator", "Operator"),
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),
+    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True, plotted=True),
+    Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True, plotted=True),
+    Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
     Column(
-        "psnr_mean",
-        "PSNR of mean [dB]",
-        "of the samples' mean, peak 1; higher is better",
-        ".2f",
-        "max",
-        of="psnr",
-        selects=True,
-        plotted=True,
-        summary=True,
+        "ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True, plotted=True
     ),
-    Column(
-        "psnr",
-        "PSNR [dB]",
-        "of single samples, peak 1; higher is better",
-        ".2f",
-        "max",
-        selects=True,
-        plotted=True,
-        summary=True,
-    ),
-    Column(
-        "ssim_mean",
-        "SSIM of mean",
-        "structural similarity of the mean; 1 is equal",
-        ".3f",
-        "max",
-        of="ssim",
-        selects=True,
-    ),
-    Column(
-        "ssim", "SSIM", "structural similarity of single samples; 1 is equal", ".3f", "max", selects=True, plotted=True
-    ),
-    Column(
-        "lpips_mean",
-        "LPIPS of mean",
-        "perceptual distance of the mean; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        of="lpips",
-        selects=True,
-    ),
+    Column("lpips_mean", "LPIPS of mean", "perceptual distance of the mean", ".3f", "min", selects=True, variants=True),
     Column(
         "lpips",
         "LPIPS",
-        "perceptual distance of single samples; lower is better",
+        "perceptual distance of single samples",
         ".3f",
         "min",
-        variants=True,
         selects=True,
         plotted=True,
-        summary=True,
+        variants=True,
     ),
     Column("lpips_backend", "LPIPS network"),
-    Column(
-        "dists_mean",
-        "DISTS of mean",
-        "structure and texture distance of the mean; lower is better",
-        ".3f",
-        "min",
-        of="dists",
-        selects=True,
-    ),
-    Column(
-        "dists",
-        "DISTS",
-        "structure and texture distance of single samples; lower is better",
-        ".3f",
-        "min",
-        selects=True,
-    ),
-    Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
+    Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean", ".3f", "min", selects=True),
+    Column("dists", "DISTS", "structure and texture distance of single samples", ".3f", "min", selects=True),
+    Column("prior_features", "Prior features", "distance in the prior's own features", ".3f", "min"),
     Column(
         "frechet",
         "Fréchet distance",
-        "between the sets of samples and references; lower is better",
+        "between sets of samples and references",
         ".3f",
         "min",
-        variants=True,
         plotted=True,
+        variants=True,
     ),
     Column("frechet_backend", "Fréchet features"),
-    Column(
-        "kid",
-        "Kernel distance",
-        "between both sets, unbiased (KID); lower is better",
-        ".4g",
-        "min",
-        variants=True,
-        plotted=True,
-    ),
-    Column(
-        "cfid",
-        "CFID",
-        "Fréchet distance given the observation; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        plotted=True,
-    ),
-    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
+    Column("kid", "Kernel distance", "between both sets, unbiased (KID)", ".4g", "min", plotted=True, variants=True),
+    Column("cfid", "CFID", "Fréchet distance given the observation", ".3f", "min", plotted=True, variants=True),
+    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y", ".4f", "min"),
     Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
     Column(
         "energy",
         "Energy score",
-        "proper score of the samples together, per pixel; lower is better",
+        "proper score of the samples together, per pixel",
         ".4f",
         "min",
         selects=True,
@@ -175,7 +109,7 @@ COLUMNS = (
     Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
     Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
     Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
-    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one", summary=True),
+    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column(
         "residual",
         "Residual",
@@ -195,26 +129,9 @@ _LPIPS_KEYS = ("lpips", "lpips_mean")
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as an aligned plain-text table; ``*`` marks the best value of a column."""
-    if not rows:
-        return "(no results)"
-    columns = table_columns(rows)
-    best = best_cells(rows, columns)
-    lines = [[column.heading for column in columns]]
-    for index, row in enumerate(rows):
-        lines.append([_console_cell(column, row, (index, column.key) in best) for column in columns])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    flush_left = [all(number_of(row.get(column.key)) is None for row in rows) for column in columns]
-    table = [_aligned(line, widths, flush_left) for line in lines]
-    table.insert(1, "  ".join("-" * width for width in widths))
-    notes = ["* best in its column"] if best else []
-    return "\n".join([*table, "", *notes, *meanings(columns)])
-
-
 def meanings(columns: Sequence[Column]) -> list[str]:
     """Return what the columns mean, where their headings do not say it."""
-    return [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
+    return [f"{column.heading}: {column.legend}" for column in columns if column.legend]
 
 
 def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -227,7 +144,8 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     if len(backends) == 1:
         keys.remove(_LPIPS_BACKEND)
     columns = [column_of(key) for key in sorted(keys, key=_rank)]
-    return [_with_backend(column, backends) for column in columns]
+    network = f" ({backends.pop()})" if len(backends) == 1 else ""
+    return [replace(c, heading=c.heading + network) if c.key in _LPIPS_KEYS else c for c in columns]
 
 
 def _rank(key: str) -> int:
@@ -250,13 +168,7 @@ def selecting(key: str) -> Column:
 
 def metric_of(key: str) -> str:
     """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_mean_vgg``."""
-    described = _described(key)
-    return key if described is None or described.of is None else described.of + key.removeprefix(described.key)
-
-
-def summary_keys() -> list[str]:
-    """Return the keys of the numbers that short tables show."""
-    return [column.key for column in COLUMNS if column.summary]
+    return key.replace("_mean", "", 1)
 
 
 def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,24 +238,6 @@ def column_of(key: str) -> Column:
     if key == described.key:
         return described
     return replace(described, key=key, heading=f"{described.heading} ({key[len(described.key) + 1 :]})")
-
-
-def _with_backend(column: Column, backends: set[str]) -> Column:
-    if len(backends) != 1 or column.key not in _LPIPS_KEYS:
-        return column
-    (name,) = backends
-    return replace(column, heading=f"{column.heading} ({name})")
-
-
-def _console_cell(column: Column, row: Mapping[str, Any], is_best: bool) -> str:
-    text = format_value(column, row.get(column.key))
-    room = " " if column.best else ""  # keeps the decimal points of marked and unmarked values in line
-    return "".join(c if c.isprintable() else " " for c in text) + ("*" if is_best else room)
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], flush_left: Sequence[bool]) -> str:
-    columns = zip(cells, widths, flush_left, strict=True)
-    return "  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns).rstrip()
 
 
 def markdown_line(cells: Iterable[str]) -> str:

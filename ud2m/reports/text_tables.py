@@ -1,10 +1,31 @@
-"""The tables of an evaluation as Markdown and as LaTeX."""
+"""The tables of an evaluation as plain text, as Markdown and as LaTeX."""
 
-from ud2m.evaluation.table import markdown_line
+from ud2m.evaluation.table import markdown_line, meanings, table_columns
 from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
 
 LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "σ_y": r"$\sigma_y$"}
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
+
+
+def format_table(rows: Rows) -> str:
+    """Return the rows as an aligned plain-text table; ``*`` marks the best value of a column."""
+    if not rows:
+        return "(no results)"
+    table = table_of(rows, table_columns(rows))
+    lines = [[column.heading for column in table.columns]]
+    for cells in table.lines:
+        # a blank keeps the decimal points of marked and unmarked values in line
+        marks = ["*" if cell.bold else " " if c.best else "" for c, cell in zip(table.columns, cells, strict=True)]
+        lines.append([_printable(cell.text) + mark for cell, mark in zip(cells, marks, strict=True)])
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+    sides = ["<" if table.kind(column) == "text" else ">" for column in table.columns]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = ["  ".join(map("{:{}{}}".format, texts, sides, widths)).rstrip() for texts in lines]
+    return "\n".join([*shown, "", *(["* best in its column"] if table.has_bold else []), *meanings(table.columns)])
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def markdown(rows: Rows) -> str:
