@@ -12,7 +12,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from tqdm import tqdm
 
 from ud2m.cli.errors import user_facing
@@ -20,7 +19,7 @@ from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job, Tuning, flattened, measure_jobs
+from ud2m.evaluation.comparison import Images, Job, Tuning, evenly_spaced, flattened
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
@@ -60,7 +59,7 @@ class EvaluationRun:
         self.folder = Path(config.results) / config.name
         self.metrics = list(config.metrics)
         self._check_config()
-        self.prior = cache(self._prior)
+        self.prior = Prior.from_pretrained(config.prior).to(config.device)
         self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
         if not self.jobs:
@@ -96,9 +95,6 @@ class EvaluationRun:
                     "reference"
                 )
 
-    def _prior(self) -> nn.Module:
-        return Prior.from_pretrained(self.config.prior).to(self.config.device)
-
     def _jobs(self) -> Iterator[Job]:
         operators = {entry: part("physics", entry) for entry in self.config.operators}
         for data in self.config.datasets:
@@ -118,8 +114,7 @@ class EvaluationRun:
         device = self.config.device
         test = [x0.to(device) for x0 in data.test_dataloader()]
         validation = torch.cat([x0.to(device) for x0 in data.val_dataloader()])
-        count = self.config.tune_images
-        picked = validation[[k * len(validation) // count for k in range(min(count, len(validation)))]]
+        picked = validation[evenly_spaced(len(validation), self.config.tune_images)]
         return Images(entry, test, picked.split(data.batch_size), data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
@@ -158,20 +153,20 @@ class EvaluationRun:
         settings = {
             "method": target,
             "model": sampler.fingerprint,
-            "prior": getattr(self.prior(), "fingerprint", None) if shares_prior(target) else None,
+            "prior": getattr(self.prior, "fingerprint", None) if shares_prior(target) else None,
             "operator": physics,
             "first_observation": images_digest([observation.y]),
             "images": images_digest(images.test),
             "seed": config.seed,
             "num_samples": num_samples,
             "metrics": metrics,
-            "shown": images.shown(config.show),
+            "shown": evenly_spaced(images.count, config.show),
             "device": str(torch.device(config.device).type),
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
         if tuning is not None:
             settings["tuned"] = vars(tuning) | {"images": images_digest(images.validation)}
-        return Job(label(name, method["label"]), entry, images, problem, target, settings, self._build, tuning)
+        return Job(label(name, method["label"]), entry, images, problem, settings, self._build, tuning)
 
     def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
         for network in sampler.networks:
@@ -188,7 +183,7 @@ class EvaluationRun:
         return Tuning(list(combinations(target, method["tune"])), self.config.tune_by, self.config.tune_samples)
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
-        return build_sampler(target, self.prior(), self.config.device)
+        return build_sampler(target, self.prior, self.config.device)
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""
@@ -198,10 +193,14 @@ class EvaluationRun:
         done = sum(result is not None for result in found)
         if done:
             print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
+        results = []
         with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work) as bar:
-            results = measure_jobs(
-                self.jobs, found, store, lambda job: bar.set_description(f"{job.label}, {job.operator}"), bar.update
-            )
+            for job, result in zip(self.jobs, found, strict=True):
+                if result is None:
+                    bar.set_description(f"{job.label}, {job.operator}")
+                    result = job.measured(bar.update)
+                    store.save(job.settings, result)
+                results.append(result)
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)

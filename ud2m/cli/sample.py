@@ -14,7 +14,7 @@ from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
-from ud2m.evaluation.comparison import best_settings, difference
+from ud2m.evaluation.comparison import best_settings, difference, evenly_spaced
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of
@@ -204,7 +204,6 @@ class SamplingRun:
                 by,
                 self.config.tune_samples,
                 bar.update,
-                self.config.device,
             )
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
@@ -226,7 +225,7 @@ class SamplingRun:
     def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
         """Return the sections of the report: evenly spaced test images, and one larger image."""
         images = data.evaluation_set("test")
-        picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
+        picked = evenly_spaced(len(images), self.config.show)
         shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
         entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
         sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from ud2m.evaluation.cells import CellStore, Result
+from ud2m.evaluation.cells import Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
 from ud2m.evaluation.table import metric_of, selecting
@@ -26,7 +25,6 @@ def best_settings(
     by: Sequence[str],
     num_samples: int,
     advance: Advance = lambda samples: None,
-    device: torch.device | str = "cpu",
 ) -> dict[str, Setting]:
     """Return the best setting on validation images by each of several numbers, such as ``psnr_mean`` and ``lpips``.
 
@@ -38,7 +36,6 @@ def best_settings(
         by: names of numbers, of ``COLUMNS`` those that select.
         num_samples: S, per observation.
         advance: is told how many samples were drawn.
-        device: where the images are.
 
     Raises:
         ValueError: for a number that nothing can be chosen by.
@@ -53,7 +50,7 @@ def best_settings(
             [build_score(name) for name in metrics],
             num_samples,
             advance=lambda images: advance(images * num_samples),
-            device=device,
+            device=batches[0].device,
         ).row
         for candidate in candidates
     ]
@@ -92,11 +89,6 @@ class Images:
         """Number of test images."""
         return sum(len(x0) for x0 in self.test)
 
-    def shown(self, most: int) -> list[int]:
-        """Return the numbers of at most so many test images, evenly spaced."""
-        count = min(most, self.count)
-        return [k * self.count // count for k in range(count)]
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -116,8 +108,7 @@ class Job:
         operator: how the operator is called.
         images: the set.
         problem: how they are observed.
-        method: plain description of the sampler.
-        settings: all that determines the numbers, plain.
+        settings: all that determines the numbers, plain; ``method`` describes the sampler.
         build: makes the sampler of a description.
         tuning: None: the description is taken as it is.
     """
@@ -126,7 +117,6 @@ class Job:
     operator: str
     images: Images
     problem: Problem
-    method: Mapping[str, Any]
     settings: Mapping[str, Any]
     build: Callable[[Mapping[str, Any]], Sampler]
     tuning: Tuning | None = None
@@ -146,8 +136,11 @@ class Job:
 
     def measured(self, advance: Advance) -> Result:
         """Return the cell; with a tuned setting, the row says which under ``setting``."""
-        device = self.images.test[0].device
-        method = self._tuned(advance, device)
+        method, tuning, found = self.settings["method"], self.tuning, {}
+        if tuning is not None:
+            by, samples, validation = tuning.by, tuning.num_samples, self.images.validation
+            best = best_settings(tuning.candidates, self.build, self.problem, validation, [by], samples, advance)
+            method, found = best[by], {"setting": difference(best[by], tuning.candidates)}
         result = measure(
             self.build(method),
             self.problem,
@@ -156,11 +149,9 @@ class Job:
             self.num_samples,
             self.settings["shown"],
             lambda images: advance(images * self.num_samples),
-            device,
+            self.images.test[0].device,
         )
-        if self.tuning is None:
-            return result
-        return replace(result, row=dict(result.row) | {"setting": difference(method, self.tuning.candidates)})
+        return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:
         """Return the row of ``metrics.json``."""
@@ -175,46 +166,11 @@ class Job:
         }
         return setting | dict(result.row)
 
-    def _tuned(self, advance: Advance, device: torch.device) -> Mapping[str, Any]:
-        if self.tuning is None:
-            return self.method
-        by, samples = self.tuning.by, self.tuning.num_samples
-        return best_settings(
-            self.tuning.candidates,
-            self.build,
-            self.problem,
-            self.images.validation,
-            [by],
-            samples,
-            advance,
-            device,
-        )[by]
 
-
-def measure_jobs(
-    jobs: Sequence[Job],
-    found: Sequence[Result | None],
-    store: CellStore,
-    begin: Callable[[Job], Any],
-    advance: Advance,
-) -> list[Result]:
-    """Return the cells of all jobs; those that were found are not measured again, the others are put into the store.
-
-    Args:
-        jobs: what is to be measured.
-        found: the finished cell of each job, or None.
-        store: where new cells are kept.
-        begin: is told which job comes next.
-        advance: is told how many samples were drawn.
-    """
-    results = []
-    for job, result in zip(jobs, found, strict=True):
-        if result is None:
-            begin(job)
-            result = job.measured(advance)
-            store.save(job.settings, result)
-        results.append(result)
-    return results
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers 0 to ``count`` - 1, evenly spaced."""
+    chosen = min(count, most)
+    return [k * count // chosen for k in range(chosen)]
 
 
 def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:

@@ -177,11 +177,14 @@ class PerImage(Score):
         return {f"{name}{VALUES}": values.tolist() for name, values in self.rows.items()}
 
 
-def with_interval(name: str, values: Tensor) -> Numbers:
-    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images)."""
+def with_interval(name: str, values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: means) -> Numbers:
+    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images).
+
+    Or a function of several means of values [n, F]: ``of`` takes [..., F] to [...].
+    """
     defined = len(values) > 1 and bool(values.isfinite().all())
-    low, high = bootstrap_interval(values, generator=_seeded()) if defined else (None, None)
-    return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
+    low, high = bootstrap_interval(values, generator=_seeded(), of=of) if defined else (None, None)
+    return {name: of(values.mean(0)).item(), f"{name}_low": low, f"{name}_high": high}
 
 
 def with_spread(name: str, distance: Callable[..., float], sets: Sequence[Tensor], repeats: int) -> Numbers:
@@ -241,8 +244,8 @@ class Ratio(Score):
         rows = self.rows["r"]
         if not rows[:, 1].sum() > 0:
             return {"r": None}
-        low, high = bootstrap_interval(rows, generator=_seeded(), of=lambda means: (means[:, 0] / means[:, 1]).sqrt())
-        return {"r": calibration_ratio(*rows.unbind(1)), "r_low": low, "r_high": high}
+        found = with_interval("r", rows, lambda means: (means[..., 0] / means[..., 1]).sqrt())
+        return found | {"r": calibration_ratio(*rows.unbind(1))}
 
 
 class Coverage(Score):
