@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.table import SETTING, by_setting
-from ud2m.reports.figures import Figure, picture, viewable
+from ud2m.reports.figures import Picture, picture, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
 from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
@@ -73,7 +73,7 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
     }
 
 
-def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Figure]:
+def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
     """Return the pictures of one image: what is known of it, and a sample and the mean of each method."""
     shown = [_figure(pictures[0]["x0"], "Reference"), _figure(viewable(pictures[0]["y"])[0], "Observation")]
     for method, kinds in zip(methods, pictures, strict=True):
@@ -83,5 +83,5 @@ def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> 
     return shown
 
 
-def _figure(image: Tensor, caption: str) -> Figure:
-    return Figure(picture(image, caption), caption, _DISPLAY)
+def _figure(image: Tensor, caption: str) -> Picture:
+    return picture(image, caption, caption=caption, display=_DISPLAY)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ud2m.evaluation.table import format_value, table_columns
 from ud2m.images import std_scale
-from ud2m.reports.figures import MAX_SIDE, Figure, display_width, figure, std_figure, viewable
+from ud2m.reports.figures import MAX_SIDE, Picture, display_width, figure, std_figure, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.tables import Rows, meanings, table_of
 
@@ -123,7 +123,7 @@ def _entry(entry: Entry, scale: float) -> dict[str, Any]:
     }
 
 
-def _summary(entry: Entry, scale: float) -> list[Figure]:
+def _summary(entry: Entry, scale: float) -> list[Picture]:
     count = len(entry.samples)
     mean = f"Mean of {count} sample{'' if count == 1 else 's'}"
     shown = [_observation(entry), figure(entry.mean, mean, f"{entry.name}: mean of the samples")]
@@ -134,7 +134,7 @@ def _summary(entry: Entry, scale: float) -> list[Figure]:
     return shown
 
 
-def _observation(entry: Entry) -> Figure:
+def _observation(entry: Entry) -> Picture:
     y, remark = viewable(entry.observation)
     if entry.measured is not None:
         y = torch.where(entry.measured.bool().cpu(), y, torch.tensor(_HOLE))
