@@ -83,10 +83,8 @@ class Draws:
 class Score(ABC):
     """Gathers one or more numbers of a sampler.
 
-    Attributes:
-        modules: the networks that it judges with.
-        smallest: side of images, in pixels, below which there is no number.
-        least: samples of each observation that are needed.
+    ``modules`` are the networks that it judges with, ``smallest`` is the side of images in pixels below which there is
+    no number, and ``least`` the number of samples of each observation that are needed.
     """
 
     modules: tuple[nn.Module, ...] = ()
