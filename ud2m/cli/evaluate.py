@@ -19,7 +19,7 @@ from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job, Tuning, evenly_spaced, flattened
+from ud2m.evaluation.comparison import Images, Job, evenly_spaced, flattened
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
@@ -41,8 +41,7 @@ def main(config: DictConfig) -> None:
     quiet_libraries()
     evaluation = EvaluationRun(config)
     rows = evaluation.run()
-    keys = [column.key for column in visible(rows)]
-    print(format_table([{key: row[key] for key in keys if key in row} for row in rows]))
+    print(format_table(rows, visible(rows)))
     print(f"report: {evaluation.folder / 'report.html'}")
 
 
@@ -101,13 +100,8 @@ class EvaluationRun:
             images = self._images(data)
             for entry, physics in operators.items():
                 problem = self._problem(entry, physics, images)
-                for name in self.config.methods:
-                    # filled before too: in an override of Hydra a brace begins a dictionary
-                    kind = entry.split()[0]
-                    method = filled(part("method", filled(name, kind)), kind)
-                    job = self._job(name, method, entry, physics, problem, images)
-                    if job is not None:
-                        yield job
+                jobs = [self._job(name, entry, physics, problem, images) for name in self.config.methods]
+                yield from (job for job in jobs if job is not None)
 
     def _images(self, entry: str) -> Images:
         data: ImageDataModule = instantiate(part("data", entry), _convert_="all")
@@ -126,16 +120,11 @@ class EvaluationRun:
             raise ValueError(f"{entry} on {images.label}: {error}") from error
         return problem
 
-    def _job(
-        self,
-        name: str,
-        method: Mapping[str, Any],
-        entry: str,
-        physics: Mapping[str, Any],
-        problem: Problem,
-        images: Images,
-    ) -> Job | None:
-        config, target = self.config, method["target"]
+    def _job(self, name: str, entry: str, physics: Mapping[str, Any], problem: Problem, images: Images) -> Job | None:
+        config, kind = self.config, entry.split()[0]
+        # filled before too: in an override of Hydra a brace begins a dictionary
+        method = filled(part("method", filled(name, kind)), kind)
+        target = method["target"]
         sampler = self._build(target)
         self._check_channels(name, sampler, images)
         observation = problem.observe(images.test[0][:1])
@@ -149,7 +138,6 @@ class EvaluationRun:
         num_samples = config.num_samples if sampler.draws else 1
         metrics = [m for m in self.metrics if sampler.draws or build_score(m).least == 1]
         self.check_scores(tuple(metrics), images.count, num_samples, images.shape)
-        tuning = self._tuning(target, method)
         settings = {
             "method": target,
             "model": sampler.fingerprint,
@@ -164,9 +152,14 @@ class EvaluationRun:
             "device": str(torch.device(config.device).type),
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
-        if tuning is not None:
-            settings["tuned"] = vars(tuning) | {"images": images_digest(images.validation)}
-        return Job(label(name, method["label"]), entry, images, problem, settings, self._build, tuning)
+        if config.tune and method.get("tune"):
+            settings["tuned"] = {
+                "candidates": list(combinations(target, method["tune"])),
+                "by": config.tune_by,
+                "num_samples": config.tune_samples,
+                "images": images_digest(images.validation),
+            }
+        return Job(label(name, method["label"]), entry, images, problem, settings, self._build)
 
     def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
         for network in sampler.networks:
@@ -176,11 +169,6 @@ class EvaluationRun:
                     f"{name}: its prior draws images with {channels} channels, {images.label} has {images.shape[0]}; "
                     "choose other datasets, another prior or model"
                 )
-
-    def _tuning(self, target: Mapping[str, Any], method: Mapping[str, Any]) -> Tuning | None:
-        if not self.config.tune or not method.get("tune"):
-            return None
-        return Tuning(list(combinations(target, method["tune"])), self.config.tune_by, self.config.tune_samples)
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
         return build_sampler(target, self.prior, self.config.device)
@@ -246,9 +234,9 @@ def part(group: str, entry: str) -> dict[str, Any]:
 def label(entry: str, default: str) -> str:
     """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
     words = entry.split()[1:]
-    for word in words:
-        if word.startswith(LABEL):
-            return word.removeprefix(LABEL).replace("_", " ")
+    given = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
+    if given:
+        return given[0].replace("_", " ")
     words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
     return f"{default} ({', '.join(words)})" if words else default
 

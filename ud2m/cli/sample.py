@@ -145,10 +145,9 @@ class SamplingRun:
         for index, path in enumerate(list_images(self.config.input)):
             try:
                 if self.config.degraded:
-                    observation = self.observed(path)
-                    yield Case(path.stem, observation, None, pixel_format(path))
+                    yield Case(path.stem, self.observed(path), None, pixel_format(path))
                 else:
-                    yield self.case(path.stem, self.clean(path), index, path)
+                    yield self.case(path.stem, self.clean(path), index, pixel_format(path))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 
@@ -262,10 +261,9 @@ class SamplingRun:
 
     # --- one observation -----------------------------------------------------------------------------------------
 
-    def case(self, name: str, image: Tensor, index: int, path: Path | None = None) -> Case:
+    def case(self, name: str, image: Tensor, index: int, pixels: PixelFormat | None = None) -> Case:
         """Observe a clean image [1, C, H, W], as scoring does."""
         x0 = image.to(self.config.device)
-        pixels = None if path is None else pixel_format(path)
         return Case(name, self.problem.observe(x0, index), x0, pixels)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -114,9 +115,7 @@ def make_folder(folder: Path) -> None:
     """Make a folder; raises OSError with what to do when that cannot be, or nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".ud2m-probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another run_dir") from error
 

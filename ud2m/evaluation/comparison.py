@@ -91,15 +91,6 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """How a setting is chosen: from ``candidates``, by the number ``by``, of ``num_samples`` per validation image."""
-
-    candidates: Sequence[Mapping[str, Any]]
-    by: str
-    num_samples: int
-
-
-@dataclass(frozen=True)
 class Job:
     """A cell to be measured: one sampler on one problem and set of images.
 
@@ -108,9 +99,9 @@ class Job:
         operator: how the operator is called.
         images: the set.
         problem: how they are observed.
-        settings: all that determines the numbers, plain; ``method`` describes the sampler.
+        settings: all that determines the numbers, plain. ``method`` describes the sampler; with ``tuned`` the best of
+            its ``candidates`` is taken, by the number ``by``, of ``num_samples`` per validation image.
         build: makes the sampler of a description.
-        tuning: None: the description is taken as it is.
     """
 
     label: str
@@ -119,7 +110,6 @@ class Job:
     problem: Problem
     settings: Mapping[str, Any]
     build: Callable[[Mapping[str, Any]], Sampler]
-    tuning: Tuning | None = None
 
     @property
     def num_samples(self) -> int:
@@ -129,27 +119,27 @@ class Job:
     @property
     def work(self) -> int:
         """Samples to be drawn."""
-        tuning = self.tuning
-        searched = sum(len(x0) for x0 in self.images.validation)
-        extra = 0 if tuning is None else len(tuning.candidates) * searched * tuning.num_samples
+        tuned, validation = self.settings.get("tuned"), sum(len(x0) for x0 in self.images.validation)
+        extra = validation * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
         return extra + self.images.count * self.num_samples
 
     def measured(self, advance: Advance) -> Result:
         """Return the cell; with a tuned setting, the row says which under ``setting``."""
-        method, tuning, found = self.settings["method"], self.tuning, {}
-        if tuning is not None:
-            by, samples, validation = tuning.by, tuning.num_samples, self.images.validation
-            best = best_settings(tuning.candidates, self.build, self.problem, validation, [by], samples, advance)
-            method, found = best[by], {"setting": difference(best[by], tuning.candidates)}
+        method, tuned, images = self.settings["method"], self.settings.get("tuned"), self.images
+        found = {}
+        if tuned:
+            by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
+            method = best_settings(candidates, self.build, self.problem, images.validation, [by], samples, advance)[by]
+            found = {"setting": difference(method, candidates)}
         result = measure(
             self.build(method),
             self.problem,
-            self.images.test,
+            images.test,
             [build_score(name) for name in self.settings["metrics"]],
             self.num_samples,
             self.settings["shown"],
-            lambda images: advance(images * self.num_samples),
-            self.images.test[0].device,
+            lambda drawn: advance(drawn * self.num_samples),
+            images.test[0].device,
         )
         return replace(result, row={**result.row, **found})
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,8 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # another system: peak_memory is None there, or that of the whole process
         _RESET.write_text("5")  # Linux: the peak becomes the present size
-    except OSError:
-        return  # another system: peak_memory is None there, or that of the whole process
 
 
 def peak_memory(device: torch.device | str = "cpu") -> float | None:

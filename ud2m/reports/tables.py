@@ -136,8 +136,8 @@ def visible(rows: Rows) -> list[Column]:
     constant |= {key for key in keys if key.endswith(HIDDEN) or key == REFERENCE}
     named = [{k: v for k, v in row.items() if k not in constant} | _lpips_network(row) for row in rows]
     columns = [column for column in table_columns(named) if column.key != _LPIPS]
-    leading = [column for key in (*SETTING, "method") for column in columns if column.key == key]
-    return [*leading, *(column for column in columns if column not in leading)]
+    leading = {key: k for k, key in enumerate((*SETTING, "method"))}
+    return sorted(columns, key=lambda column: leading.get(column.key, len(leading)))
 
 
 def _lpips_network(row: Mapping[str, Any]) -> dict[str, str]:

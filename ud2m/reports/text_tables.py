@@ -1,17 +1,19 @@
 """The tables of an evaluation as plain text, as Markdown and as LaTeX."""
 
-from ud2m.evaluation.table import markdown_line, meanings, table_columns
+from collections.abc import Sequence
+
+from ud2m.evaluation.table import Column, markdown_line, meanings, table_columns
 from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
 
 LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "σ_y": r"$\sigma_y$"}
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
 
 
-def format_table(rows: Rows) -> str:
-    """Return the rows as an aligned plain-text table; ``*`` marks the best value of a column."""
+def format_table(rows: Rows, columns: Sequence[Column] | None = None) -> str:
+    """Return the rows as an aligned plain-text table, by default with all columns; ``*`` marks the best of a column."""
     if not rows:
         return "(no results)"
-    table = table_of(rows, table_columns(rows))
+    table = table_of(rows, table_columns(rows) if columns is None else columns)
     lines = [[column.heading for column in table.columns]]
     for cells in table.lines:
         # a blank keeps the decimal points of marked and unmarked values in line
