@@ -89,6 +89,7 @@ class SamplingRun:
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
+        self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
 
     @property
@@ -122,9 +123,8 @@ class SamplingRun:
         residual = build_score("residual")
         if not known:
             return [residual]
-        lpips = [] if self.config.lpips is None else [lpips_metric(self.config.lpips)]
         features = distance_score("prior_features", FeatureDistance(self.prior.features))
-        return [*fitting_scores([*METRICS, *lpips, "r"], num_samples, shape), features, residual]
+        return [*fitting_scores([*METRICS, *self.lpips, "r"], num_samples, shape), features, residual]
 
     # --- the user's files ----------------------------------------------------------------------------------------
 
@@ -209,19 +209,11 @@ class SamplingRun:
             yield page["label"], page["target"], {}
             return
         candidates = list(combinations(page["target"], page["tune"]))
-        lpips = None if self.config.lpips is None else lpips_metric(self.config.lpips)
-        by = ["psnr_mean", *([lpips] if lpips and fitting_scores([lpips], 1, validation[0].shape[1:]) else [])]
-        work = len(candidates) * sum(len(x0) for x0 in validation) * self.config.tune_samples
+        by = ["psnr_mean", *(self.lpips if fitting_scores(self.lpips, 1, validation[0].shape[1:]) else [])]
+        samples = self.config.tune_samples
+        work = len(candidates) * sum(len(x0) for x0 in validation) * samples
         with tqdm(total=work, desc=f"{page['label']}: searching its best setting", unit="sample") as bar:
-            best = best_settings(
-                candidates,
-                self.build,
-                self.problem,
-                validation,
-                by,
-                self.config.tune_samples,
-                bar.update,
-            )
+            best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update)
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
             yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}

@@ -66,20 +66,19 @@ class CellStore:
             return None
         try:
             content = json.loads(path.read_text())
+            known, row, curves = (content[part] for part in PARTS)
             tensors = load_file(path.with_suffix(".safetensors"))
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
             raise ValueError(
-                f"the results in {path} are damaged ({error}); delete this file to measure again"
+                f"the results in {path} are damaged ({error!r}); delete this file to measure again"
             ) from error
-        if not isinstance(content, dict) or any(part not in content for part in PARTS):
-            raise ValueError(f"{path} does not hold {', '.join(PARTS)}; delete it to measure again")
-        if content["settings"] != json.loads(json.dumps(settings)):
+        if known != json.loads(json.dumps(settings)):
             raise ValueError(f"the results in {path} were made with other settings; delete it to measure again")
         pictures: dict[int, dict[str, Tensor]] = {}
         for key, image in sorted(tensors.items()):
             number, _, kind = key.partition(".")
             pictures.setdefault(int(number), {})[kind] = image.float()
-        return Result(content["row"], content["curves"], dict(sorted(pictures.items())))
+        return Result(row, curves, dict(sorted(pictures.items())))
 
     def save(self, settings: Mapping[str, Any], result: Result) -> None:
         """Write a cell; the file that says that it is finished comes last."""

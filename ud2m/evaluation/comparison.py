@@ -41,19 +41,11 @@ def best_settings(
         ValueError: for a number that nothing can be chosen by.
     """
     columns = {key: selecting(key) for key in by}
-    metrics = dict.fromkeys(metric_of(key) for key in by)
-    rows = [
-        measure(
-            build(candidate),
-            problem,
-            batches,
-            [build_score(name) for name in metrics],
-            num_samples,
-            advance=lambda images: advance(images * num_samples),
-            device=batches[0].device,
-        ).row
-        for candidate in candidates
-    ]
+    metrics, device = dict.fromkeys(metric_of(key) for key in by), batches[0].device
+    rows = []
+    for candidate in candidates:
+        scores = [build_score(name) for name in metrics]
+        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), advance, device).row)
     best = {}
     for key, column in columns.items():
         qualities = [column.quality(row[key]) for row in rows]
@@ -131,16 +123,9 @@ class Job:
             by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
             method = best_settings(candidates, self.build, self.problem, images.validation, [by], samples, advance)[by]
             found = {"setting": difference(method, candidates)}
-        result = measure(
-            self.build(method),
-            self.problem,
-            images.test,
-            [build_score(name) for name in self.settings["metrics"]],
-            self.num_samples,
-            self.settings["shown"],
-            lambda drawn: advance(drawn * self.num_samples),
-            images.test[0].device,
-        )
+        scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
+        device, count = images.test[0].device, self.num_samples
+        result = measure(self.build(method), self.problem, images.test, scores, count, shown, advance, device)
         return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:

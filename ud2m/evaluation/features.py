@@ -52,8 +52,9 @@ class LPIPSDistance(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None):
         super().__init__()
-        _check_net(net)
-        self.net = net
+        if net not in BACKBONES:
+            raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
+        self.net, self.smallest = net, BACKBONES[net][1]
         self.network = _random_lpips(net)
         if torch.get_default_device().type == "meta":  # shapes without values
             return
@@ -67,11 +68,6 @@ class LPIPSDistance(nn.Module):
             self.network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
-
-    @property
-    def smallest(self) -> int:
-        """Smallest side of an image that the backbone can take, in pixels."""
-        return BACKBONES[self.net][1]
 
     @property
     def name(self) -> str:
@@ -127,11 +123,7 @@ class DISTSDistance(nn.Module):
         check_weights("vgg")
         with torch.random.fork_rng(devices=[]):  # its draws stay in here
             self.network = DISTSNetwork().eval().requires_grad_(False)
-
-    @property
-    def name(self) -> str:
-        """What to write beside a value: net, package and version."""
-        return f"vgg, torchmetrics {version('torchmetrics')}"
+        self.name = f"vgg, torchmetrics {version('torchmetrics')}"
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
@@ -142,12 +134,6 @@ class DISTSDistance(nn.Module):
         check_shapes(x, reference)
         with full_precision(x.device):
             return self.network(_coloured(x), _coloured(reference)).reshape(len(x))
-
-
-def available_lpips(net: str) -> bool:
-    """Return whether the torch cache holds the backbone: ``LPIPSDistance(net)`` then needs no network."""
-    _check_net(net)
-    return cached(net).is_file()
 
 
 def cached(net: str) -> Path:
@@ -161,11 +147,6 @@ def check_weights(net: str) -> None:
         _fidelity_version()
     if not cached(net).is_file():
         raise FileNotFoundError(_missing(net, cached(net)))
-
-
-def _check_net(net: str) -> None:
-    if net not in BACKBONES:
-        raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
 
 
 def _missing(net: str, path: Path, why: str = "") -> str:

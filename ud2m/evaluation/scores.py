@@ -342,6 +342,7 @@ class FeatureDistances(Score):
 
     def __init__(self, net: str, kind: str, patch: int = 0):
         super().__init__()
+        check_weights(net)
         self.features, self.kind, self.patch = build_features(net), kind, patch
         self.modules = (self.features,)
         self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
@@ -426,6 +427,7 @@ class ConditionalW2(Score):
 
 def lpips_score(net: str) -> PerImage:
     """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
+    check_weights(net)
     distance = lpips_distance(net)
     suffix = "" if net == DEFAULT_NET else f"_{net}"
     against_truth = of_mean_and_samples("lpips", distance, suffix)
@@ -475,8 +477,6 @@ SCORES: dict[str, Callable[[], Score]] = {
 
 SETS = ("frechet", "kid", "cfid")
 _OF_SETS = re.compile(rf"(?!cfid_\w+_\d)(?P<kind>{'|'.join(SETS)})_(?P<net>{'|'.join(NETS)})(?:_(?P<side>[1-9]\d*))?")
-NETWORK_OF = {"dists": "vgg"} | {lpips_metric(net): net for net in BACKBONES}
-"""Network whose weights a metric needs."""
 
 
 def build_score(name: str) -> Score:
@@ -492,15 +492,12 @@ def build_score(name: str) -> Score:
             f"unknown metric {name!r}; known: {', '.join(SCORES)}, and with one of the networks "
             f"{', '.join(NETS)}: {', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
-    needed = of_sets["net"] if of_sets else NETWORK_OF.get(name)
-    if needed is not None:
-        try:
-            check_weights(needed)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
-    if of_sets:
-        return FeatureDistances(of_sets["net"], of_sets["kind"], int(of_sets["side"] or 0))
-    return SCORES[name]()
+    try:
+        if of_sets:
+            return FeatureDistances(of_sets["net"], of_sets["kind"], int(of_sets["side"] or 0))
+        return SCORES[name]()
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
 
 
 def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> list[Score]:

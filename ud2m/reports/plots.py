@@ -1,7 +1,7 @@
 """The plots of a board, as plain data: coordinates in a picture of 360 x 228 pixels, axes at its left and bottom.
 
-A plot has titles and ticks (place, text), curves (points, colour, title) and ``marks``: numbered dots, each with the
-finite ends of its error ``bar``. Pointing at a curve or a mark shows its title.
+A plot has titles, ticks (place, text), curves (points, colour, title) and marks (x, y, finite ends of the error bar,
+number, colour, title). Pointing at a curve or a mark shows its title.
 """
 
 import math
@@ -44,23 +44,18 @@ def scatter(rows: Rows, column: Column, cost: str, cost_name: str) -> dict[str, 
     steps = (1, 2, 5) if right - left < 2 else (1,)
     ticks = [step * 10.0**power for power in range(math.floor(left), math.ceil(right)) for step in steps]
     heights = [low + (high - low) * step / 4 for step in range(5)]
+    marks = []
+    for k, (value, *bounds) in shown.items():
+        title = f"{rows[k]['method']}: {cell_of(column, rows[k])} at {rows[k][cost]:g}"
+        bar = [up(bound) for bound in bounds]
+        marks.append((across(math.log10(rows[k][cost])), up(value), bar, k + 1, colour_of(k), title))
     return {
         "title": column.heading,
         "x_title": cost_name,
         "x_ticks": [(across(math.log10(tick)), f"{tick:g}") for tick in ticks if left <= math.log10(tick) <= right],
         "y_ticks": [(up(height), format_value(column, height)) for height in heights],
         "curves": [],
-        "marks": [
-            {
-                "x": across(math.log10(rows[k][cost])),
-                "y": up(value),
-                "bar": [up(bound) for bound in bounds],
-                "number": k + 1,
-                "colour": colour_of(k),
-                "title": f"{rows[k]['method']}: {cell_of(column, rows[k])} at {rows[k][cost]:g}",
-            }
-            for k, (value, *bounds) in shown.items()
-        ],
+        "marks": marks,
     }
 
 
@@ -73,16 +68,16 @@ def calibration(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, An
     if not any("calibration" in curve for _, curve in curves):
         return None
     across, up = _scale(0, 1, LEFT, RIGHT), _scale(0, 1, BOTTOM, TOP)
-    lines = [([(LEFT, BOTTOM), (RIGHT, TOP)], "gray", "calibrated")]
-    for k, (name, curve) in enumerate(curves):
-        points = [(across(level), up(found)) for level, found in curve.get("calibration", [])]
-        lines.append((points, colour_of(k), name))
+    lines = [
+        ([(across(level), up(found)) for level, found in curve.get("calibration", [])], colour_of(k), name)
+        for k, (name, curve) in enumerate(curves)
+    ]
     return {
         "title": "Coverage of credible intervals",
         "x_title": "level of the interval",
         "x_ticks": [(across(tick), f"{tick:g}") for tick in (0, 0.5, 1)],
         "y_ticks": [(up(tick), f"{tick:g}") for tick in (0, 0.5, 1)],
-        "curves": lines,
+        "curves": [([(LEFT, BOTTOM), (RIGHT, TOP)], "gray", "calibrated"), *lines],
         "marks": [],
     }
 
