@@ -11,9 +11,10 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
 from ud2m.cli.train import quiet_libraries
@@ -105,11 +106,10 @@ class EvaluationRun:
 
     def _images(self, entry: str) -> Images:
         data: ImageDataModule = instantiate(part("data", entry), _convert_="all")
-        device = self.config.device
-        test = [x0.to(device) for x0 in data.test_dataloader()]
-        validation = torch.cat([x0.to(device) for x0 in data.val_dataloader()])
+        loaders = (data.test_dataloader(), data.val_dataloader())
+        test, validation = (torch.cat(list(loader)).to(self.config.device) for loader in loaders)
         picked = validation[evenly_spaced(len(validation), self.config.tune_images)]
-        return Images(entry, test, picked.split(data.batch_size), data.evaluation_set("test").names)
+        return Images(entry, test, picked, data.batch_size, data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
         operator = instantiate(physics["operator"], _convert_="all")
@@ -127,7 +127,7 @@ class EvaluationRun:
         target = method["target"]
         sampler = self._build(target)
         self._check_channels(name, sampler, images)
-        observation = problem.observe(images.test[0][:1])
+        observation = problem.observe(images.test[:1])
         try:
             sampler.check(observation.physics)
         except ValueError as error:
@@ -137,18 +137,18 @@ class EvaluationRun:
             return None
         num_samples = config.num_samples if sampler.draws else 1
         metrics = [m for m in self.metrics if sampler.draws or build_score(m).least == 1]
-        self.check_scores(tuple(metrics), images.count, num_samples, images.shape)
+        self.check_scores(tuple(metrics), len(images.test), num_samples, images.shape)
         settings = {
             "method": target,
             "model": sampler.fingerprint,
             "prior": getattr(self.prior, "fingerprint", None) if shares_prior(target) else None,
             "operator": physics,
             "first_observation": images_digest([observation.y]),
-            "images": images_digest(images.test),
+            "images": images_digest([images.test]),
             "seed": config.seed,
             "num_samples": num_samples,
             "metrics": metrics,
-            "shown": evenly_spaced(images.count, config.show),
+            "shown": evenly_spaced(len(images.test), config.show),
             "device": str(torch.device(config.device).type),
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
@@ -157,7 +157,7 @@ class EvaluationRun:
                 "candidates": list(combinations(target, method["tune"])),
                 "by": config.tune_by,
                 "num_samples": config.tune_samples,
-                "images": images_digest(images.validation),
+                "images": images_digest([images.validation]),
             }
         return Job(label(name, method["label"]), entry, images, problem, settings, self._build)
 
@@ -196,8 +196,7 @@ class EvaluationRun:
         return rows
 
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:
-        config = OmegaConf.to_container(self.config, resolve=True)
-        cells = [job.settings for job in self.jobs]
+        config, cells = plain(self.config), [job.settings for job in self.jobs]
         settings = {"config": config, "cells": cells, "torch": torch.__version__, "threads": torch.get_num_threads()}
         names = {job.images.label: {k: job.images.names[k] for k in job.settings["shown"]} for job in self.jobs}
         board = Board(f"Evaluation {self.config.name}", rows, results, settings, names)
@@ -226,9 +225,7 @@ def part(group: str, entry: str) -> dict[str, Any]:
         keys = flattened(part(group, name))
         first = str(error).splitlines()[0]
         raise ValueError(f"{entry!r}: {first}; settings of {group} {name} are {', '.join(keys)}") from error
-    container = OmegaConf.to_container(composed[group], resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return plain(composed[group])
 
 
 def label(entry: str, default: str) -> str:

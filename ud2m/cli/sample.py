@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ud2m.physics
+from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.train import quiet_libraries
@@ -310,11 +311,6 @@ def given_operator(config: DictConfig) -> DictConfig | None:
         return None
     values = OmegaConf.to_container(config.physics, resolve=True, throw_on_missing=True)
     return cast(DictConfig, OmegaConf.create(values))
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values."""
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:

@@ -80,9 +80,8 @@ def wasserstein2(one: Tensor, other: Tensor) -> float:
     """
     if one.shape != other.shape or len(one) < 1:
         raise ValueError(f"two sets of equally many points are needed, got {list(one.shape)} and {list(other.shape)}")
-    cost = torch.cdist(one.flatten(1).double(), other.flatten(1).double()) ** 2
-    rows, columns = linear_sum_assignment(cost.cpu().numpy())
-    return cost[torch.from_numpy(rows), torch.from_numpy(columns)].mean().sqrt().item()
+    cost = (torch.cdist(one.flatten(1).double(), other.flatten(1).double()) ** 2).cpu().numpy()
+    return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
 def gaussian_wasserstein2(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:

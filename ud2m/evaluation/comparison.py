@@ -60,26 +60,23 @@ class Images:
 
     Attributes:
         label: how the set is called.
-        test: batches [B, C, H, W].
-        validation: batches on which settings are chosen.
+        test: images [n, C, H, W].
+        validation: images on which settings are chosen.
+        batch: how many are observed at once.
         names: of the test images.
     """
 
     label: str
-    test: Sequence[Tensor]
-    validation: Sequence[Tensor]
+    test: Tensor
+    validation: Tensor
+    batch: int
     names: Sequence[str]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        channels, height, width = self.test[0].shape[1:]
+        channels, height, width = self.test.shape[1:]
         return channels, height, width
-
-    @property
-    def count(self) -> int:
-        """Number of test images."""
-        return sum(len(x0) for x0 in self.test)
 
 
 @dataclass(frozen=True)
@@ -104,16 +101,11 @@ class Job:
     build: Callable[[Mapping[str, Any]], Sampler]
 
     @property
-    def num_samples(self) -> int:
-        """S, per observation."""
-        return int(self.settings["num_samples"])
-
-    @property
     def work(self) -> int:
         """Samples to be drawn."""
-        tuned, validation = self.settings.get("tuned"), sum(len(x0) for x0 in self.images.validation)
-        extra = validation * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
-        return extra + self.images.count * self.num_samples
+        tuned, images = self.settings.get("tuned"), self.images
+        searched = len(images.validation) * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
+        return searched + len(images.test) * self.settings["num_samples"]
 
     def measured(self, advance: Advance) -> Result:
         """Return the cell; with a tuned setting, the row says which under ``setting``."""
@@ -121,11 +113,13 @@ class Job:
         found = {}
         if tuned:
             by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
-            method = best_settings(candidates, self.build, self.problem, images.validation, [by], samples, advance)[by]
+            validation = images.validation.split(images.batch)
+            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, advance)[by]
             found = {"setting": difference(method, candidates)}
         scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
-        device, count = images.test[0].device, self.num_samples
-        result = measure(self.build(method), self.problem, images.test, scores, count, shown, advance, device)
+        test, samples = images.test.split(images.batch), self.settings["num_samples"]
+        sampler, device = self.build(method), images.test.device
+        result = measure(sampler, self.problem, test, scores, samples, shown, advance, device)
         return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:

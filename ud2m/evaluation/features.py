@@ -55,7 +55,10 @@ class LPIPSDistance(nn.Module):
         if net not in BACKBONES:
             raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
         self.net, self.smallest = net, BACKBONES[net][1]
-        self.network = _random_lpips(net)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # its advice and its draws stay in here
+            # with a random backbone: the package itself would download one
+            self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
         if torch.get_default_device().type == "meta":  # shapes without values
             return
         path = cached(net) if weights is None else Path(weights)
@@ -174,20 +177,8 @@ def _download(net: str, path: Path) -> dict[str, Tensor]:
         socket.setdefaulttimeout(before)
 
 
-def _random_lpips(net: str) -> lpips.LPIPS:
-    """Return the frozen network with a random backbone: the package itself would download one."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # its advice and its draws stay in here
-        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-
-
 def _coloured(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
-
-
-def build_features(net: str) -> "BackboneFeatures | InceptionFeatures":
-    """Return the features called ``net``, one of ``NETS``; raises as their classes do."""
-    return InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
 
 
 class BackboneFeatures(nn.Module):

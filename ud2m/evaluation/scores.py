@@ -32,8 +32,9 @@ from ud2m.evaluation.features import (
     BACKBONES,
     INCEPTION,
     NETS,
+    BackboneFeatures,
     DISTSDistance,
-    build_features,
+    InceptionFeatures,
     check_weights,
     lpips_distance,
 )
@@ -343,7 +344,8 @@ class FeatureDistances(Score):
     def __init__(self, net: str, kind: str, patch: int = 0):
         super().__init__()
         check_weights(net)
-        self.features, self.kind, self.patch = build_features(net), kind, patch
+        self.features = InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
+        self.kind, self.patch = kind, patch
         self.modules = (self.features,)
         self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
         self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")

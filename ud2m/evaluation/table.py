@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from numbers import Real
 from typing import Any
 
@@ -23,7 +24,6 @@ class Column:
         format: of its values.
         best: which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
         selects: whether checkpoints and settings may be chosen by it.
-        plotted: whether it is plotted against cost.
         variants: whether it also describes keys with a suffix (``lpips_vgg``).
     """
 
@@ -33,7 +33,6 @@ class Column:
     format: str = ".4g"
     best: str | None = None
     selects: bool = False
-    plotted: bool = False
     variants: bool = False
 
     @property
@@ -58,50 +57,23 @@ COLUMNS = (
     Column("operator", "Operator"),
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),
-    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True, plotted=True),
-    Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True, plotted=True),
+    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True),
+    Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True),
     Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
-    Column(
-        "ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True, plotted=True
-    ),
+    Column("ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True),
     Column("lpips_mean", "LPIPS of mean", "perceptual distance of the mean", ".3f", "min", selects=True, variants=True),
-    Column(
-        "lpips",
-        "LPIPS",
-        "perceptual distance of single samples",
-        ".3f",
-        "min",
-        selects=True,
-        plotted=True,
-        variants=True,
-    ),
+    Column("lpips", "LPIPS", "perceptual distance of single samples", ".3f", "min", selects=True, variants=True),
     Column("lpips_backend", "LPIPS network"),
     Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean", ".3f", "min", selects=True),
     Column("dists", "DISTS", "structure and texture distance of single samples", ".3f", "min", selects=True),
     Column("prior_features", "Prior features", "distance in the prior's own features", ".3f", "min"),
-    Column(
-        "frechet",
-        "Fréchet distance",
-        "between sets of samples and references",
-        ".3f",
-        "min",
-        plotted=True,
-        variants=True,
-    ),
+    Column("frechet", "Fréchet distance", "between the sets of samples and references", ".3f", "min", variants=True),
     Column("frechet_backend", "Fréchet features"),
-    Column("kid", "Kernel distance", "between both sets, unbiased (KID)", ".4g", "min", plotted=True, variants=True),
-    Column("cfid", "CFID", "Fréchet distance given the observation", ".3f", "min", plotted=True, variants=True),
+    Column("kid", "Kernel distance", "between both sets, unbiased (KID)", ".4g", "min", variants=True),
+    Column("cfid", "CFID", "Fréchet distance given the observation", ".3f", "min", variants=True),
     Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y", ".4f", "min"),
     Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
-    Column(
-        "energy",
-        "Energy score",
-        "proper score of the samples together, per pixel",
-        ".4f",
-        "min",
-        selects=True,
-        plotted=True,
-    ),
+    Column("energy", "Energy score", "proper score of the samples together, per pixel", ".4f", "min", selects=True),
     Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
     Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),
     Column("coverage_50", "Coverage 50 %", "share of true pixels in intervals of about 50 %", ".3f"),
@@ -143,14 +115,9 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     backends = {row[_LPIPS_BACKEND] for row in rows if row.get(_LPIPS_BACKEND) is not None}
     if len(backends) == 1:
         keys.remove(_LPIPS_BACKEND)
-    columns = [column_of(key) for key in sorted(keys, key=_rank)]
+    columns = [column_of(key) for key in sorted(keys, key=_place)]
     network = f" ({backends.pop()})" if len(backends) == 1 else ""
     return [replace(c, heading=c.heading + network) if c.key in _LPIPS_KEYS else c for c in columns]
-
-
-def _rank(key: str) -> int:
-    described = _described(key)
-    return len(COLUMNS) if described is None else COLUMNS.index(described)
 
 
 def selecting(key: str) -> Column:
@@ -182,12 +149,10 @@ def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> 
     Values that look equal as shown win together; where there is nothing to compare with, none does.
     """
     best = set()
-    for column in columns:
-        for group in by_setting(rows).values():
-            scores = {i: column.quality(rows[i].get(column.key)) for i in group}
-            valid = {i: score for i, score in scores.items() if score is not None}
-            if len(valid) < 2:
-                continue
+    for column, group in product(columns, by_setting(rows).values()):
+        scores = {i: column.quality(rows[i].get(column.key)) for i in group}
+        valid = {i: score for i, score in scores.items() if score is not None}
+        if len(valid) > 1:
             winner = max(valid, key=lambda i: valid[i])
             shown = format_value(column, rows[winner][column.key])
             best |= {(i, column.key) for i in valid if format_value(column, rows[i][column.key]) == shown}
@@ -224,20 +189,25 @@ def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[
     return groups
 
 
-def _described(key: str) -> Column | None:
-    """Return the record in COLUMNS of a key: its own, or that of the longest key that it is a variant of."""
-    known = [c for c in COLUMNS if key == c.key or (c.variants and key.startswith(c.key + "_"))]
-    return max(known, key=lambda column: len(column.key), default=None)
-
-
 def column_of(key: str) -> Column:
     """Return the record of a key: that of ``COLUMNS``, with its suffix in the heading, or a plain one."""
-    described = _described(key)
-    if described is None:
+    place = _place(key)
+    if place == len(COLUMNS):
         return Column(key, key.replace("_", " "))
-    if key == described.key:
-        return described
-    return replace(described, key=key, heading=f"{described.heading} ({key[len(described.key) + 1 :]})")
+    described, suffix = COLUMNS[place], key[len(COLUMNS[place].key) + 1 :]
+    return replace(described, key=key, heading=f"{described.heading} ({suffix})") if suffix else described
+
+
+def described_by(key: str) -> str | None:
+    """Return the key in ``COLUMNS`` of what describes a key: ``lpips`` of ``lpips_vgg``; None where nothing does."""
+    place = _place(key)
+    return COLUMNS[place].key if place < len(COLUMNS) else None
+
+
+def _place(key: str) -> int:
+    """Return which of COLUMNS describes a key: its own record, or that of the longest key that it is a variant of."""
+    known = [k for k, c in enumerate(COLUMNS) if key == c.key or (c.variants and key.startswith(c.key + "_"))]
+    return max(known, key=lambda k: len(COLUMNS[k].key), default=len(COLUMNS))
 
 
 def markdown_line(cells: Iterable[str]) -> str:

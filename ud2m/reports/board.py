@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ud2m.evaluation.cells import Result
-from ud2m.evaluation.table import SETTING, by_setting
+from ud2m.evaluation.table import SETTING, by_setting, described_by
 from ud2m.reports.figures import Picture, picture, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
 from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
 
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
+PLOTTED = ("psnr_mean", "psnr", "ssim", "lpips", "frechet", "kid", "cfid", "energy")
+"""Numbers that are shown against the costs, with their variants."""
 
 _DISPLAY = 200  # CSS pixels: five in a row
 
@@ -56,7 +58,8 @@ def board_page(board: Board) -> str:
 def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> dict[str, Any]:
     rows, results = [board.rows[i] for i in indices], [board.results[i] for i in indices]
     methods = [str(row["method"]) for row in rows]
-    plots = [scatter(rows, column, *cost) for column in visible(rows) if column.plotted for cost in COSTS]
+    plotted = [column for column in visible(rows) if described_by(column.key) in PLOTTED]
+    plots = [scatter(rows, column, *cost) for column in plotted for cost in COSTS]
     plots.append(calibration([(name, result.curves) for name, result in zip(methods, results, strict=True)]))
     names = board.names.get(str(rows[0].get("data")), {})
     words = [

@@ -1,11 +1,12 @@
 """The tables of an evaluation as plain text, as Markdown and as LaTeX."""
 
+import re
 from collections.abc import Sequence
 
 from ud2m.evaluation.table import Column, markdown_line, meanings, table_columns
 from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
 
-LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "σ_y": r"$\sigma_y$"}
+LATEX = {"σ_y": r"$\sigma_y$", "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
 
 
@@ -50,12 +51,8 @@ def markdown_differences(rows: Rows) -> list[str]:
 def _markdown(table: Table) -> str:
     lines = [markdown_line(column.heading for column in table.columns)]
     lines.append(markdown_line("---" if table.kind(column) == "text" else "---:" for column in table.columns))
-    lines += [markdown_line(map(_markdown_cell, cells)) for cells in table.lines]
+    lines += [markdown_line(f"**{cell}**" if cell.bold else str(cell) for cell in cells) for cells in table.lines]
     return "\n".join(lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    return f"**{cell}**" if cell.bold else str(cell)
 
 
 def latex(rows: Rows) -> str:
@@ -71,16 +68,12 @@ def latex(rows: Rows) -> str:
 def _latex(table: Table) -> list[str]:
     sides = "".join("l" if table.kind(column) == "text" else "r" for column in table.columns)
     lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
-    lines += [_latex_line([escape(column.heading) for column in table.columns]), r"\midrule"]
+    lines += [" & ".join(escape(column.heading) for column in table.columns) + r" \\", r"\midrule"]
     for index, cells in enumerate(table.lines):
         if index and table.settings[index] != table.settings[index - 1]:
             lines.append(r"\midrule")
-        lines.append(_latex_line([_latex_cell(cell) for cell in cells]))
+        lines.append(" & ".join(map(_latex_cell, cells)) + r" \\")
     return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _latex_line(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -90,6 +83,4 @@ def _latex_cell(cell: Cell) -> str:
 
 def escape(text: str) -> str:
     """Return plain text for LaTeX."""
-    if "σ_y" in text:
-        return LATEX["σ_y"].join(escape(part) for part in text.split("σ_y"))
-    return "".join(LATEX.get(character, character) for character in text)
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
