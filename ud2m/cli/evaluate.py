@@ -162,13 +162,13 @@ class EvaluationRun:
         return Job(label(name, method["label"]), entry, images, problem, settings, self._build)
 
     def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
-        for network in sampler.networks:
-            channels = getattr(network, "channels", images.shape[0])
-            if channels != images.shape[0]:
-                raise ValueError(
-                    f"{name}: its prior draws images with {channels} channels, {images.label} has {images.shape[0]}; "
-                    "choose other datasets, another prior or model"
-                )
+        ours = images.shape[0]
+        wrong = {getattr(network, "channels", ours) for network in sampler.networks} - {ours}
+        if wrong:
+            raise ValueError(
+                f"{name}: its prior draws images with {wrong.pop()} channels, {images.label} has {ours}; choose other "
+                "datasets, another prior or model"
+            )
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
         return build_sampler(target, self.prior, self.config.device)
@@ -218,9 +218,8 @@ def part(group: str, entry: str) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"unknown {group} {name!r}; known: {', '.join(known)}")
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
-    chosen = [f"+{group}={name}", *fixed]
     try:
-        composed = compose(overrides=[*chosen, *(f"{group}.{text}" for text in overrides)])
+        composed = compose(overrides=[f"+{group}={name}", *fixed, *(f"{group}.{text}" for text in overrides)])
     except HydraException as error:
         keys = flattened(part(group, name))
         first = str(error).splitlines()[0]

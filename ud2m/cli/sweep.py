@@ -122,9 +122,9 @@ def make_folder(folder: Path) -> None:
 
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Return one row per run, ``rank`` 1 has the highest ``score``; runs without one come last and say why."""
-    paths = sorted(folder.glob(f"*/{OVERRIDES_FILE}"), key=lambda p: (len(p.parent.name), p.parent.name))
-    rows = [_row(path.parent) for path in paths]
-    rows.sort(key=lambda row: float("inf") if row["score"] is None else -row["score"])
+    found = (path.parent for path in folder.glob(f"*/{OVERRIDES_FILE}"))
+    runs = sorted(found, key=lambda run: (len(run.name), run.name))
+    rows = sorted(map(_row, runs), key=lambda row: float("inf") if row["score"] is None else -row["score"])
     for rank, row in enumerate(rows, start=1):
         row["rank"] = None if row["score"] is None else rank
     return rows

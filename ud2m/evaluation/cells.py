@@ -35,8 +35,7 @@ class Result:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return the name of a cell: a SHA-256 of everything that determines it, and of ``FORMAT``."""
-    text = json.dumps([FORMAT, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def images_digest(batches: Iterable[Tensor]) -> str:

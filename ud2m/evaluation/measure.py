@@ -65,8 +65,8 @@ class Measurement:
         """
         if not self.count:
             raise ValueError("there are no images to evaluate")
-        row: dict[str, Any] = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
-        return row | self._numbers() | {"peak_memory": peak_memory(self.watch.device)}
+        counts = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
+        return {**counts, **self._numbers(), "peak_memory": peak_memory(self.watch.device)}
 
     def means(self) -> dict[str, Any]:
         """Return the scores' numbers without intervals, and ``seconds_per_image``."""

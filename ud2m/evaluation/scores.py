@@ -101,10 +101,6 @@ class Score(ABC):
             module.to(device)
         return self
 
-    def fits(self, samples: int, size: Sequence[int]) -> bool:
-        """Return whether so many samples of each image (C, H, W) give a number at all."""
-        return min(size[1:]) >= self.smallest and samples >= self.least
-
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where so many images, with so many samples each, give no number with an interval."""
         if min(size[1:]) < self.smallest:
@@ -256,7 +252,6 @@ class Coverage(Score):
     """
 
     least = 13
-
     count = 0
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
@@ -514,7 +509,7 @@ def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> l
     for name in names:
         with suppress(FileNotFoundError):
             found.append(build_score(name))
-    return [score for score in found if score.fits(samples, size)]
+    return [score for score in found if min(size[1:]) >= score.smallest and samples >= score.least]
 
 
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:

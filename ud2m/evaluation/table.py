@@ -97,7 +97,6 @@ COLUMNS = (
 
 SETTING = ("data", "size", "operator", "sigma_y")
 """Keys of a row that say what was measured on: scores compare only where these agree."""
-_LPIPS_KEYS = ("lpips", "lpips_mean")
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
 
 
@@ -117,7 +116,7 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         keys.remove(_LPIPS_BACKEND)
     columns = [column_of(key) for key in sorted(keys, key=_place)]
     network = f" ({backends.pop()})" if len(backends) == 1 else ""
-    return [replace(c, heading=c.heading + network) if c.key in _LPIPS_KEYS else c for c in columns]
+    return [replace(c, heading=c.heading + network) if c.key in ("lpips", "lpips_mean") else c for c in columns]
 
 
 def selecting(key: str) -> Column:

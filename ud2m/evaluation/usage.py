@@ -24,7 +24,6 @@ class NetworkEvaluations:
 
     def __init__(self, networks: Sequence[nn.Module]):
         self.networks, self.count = networks, 0
-        self.handles: list[Any] = []
 
     def __enter__(self) -> "NetworkEvaluations":
         self.handles = [network.register_forward_pre_hook(self._count) for network in self.networks]

@@ -62,9 +62,7 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
     plots = [scatter(rows, column, *cost) for column in plotted for cost in COSTS]
     plots.append(calibration([(name, result.curves) for name, result in zip(methods, results, strict=True)]))
     names = board.names.get(str(rows[0].get("data")), {})
-    words = [
-        f"σ_y = {value:g}" if key == "sigma_y" else str(value) for key, value in zip(SETTING, setting, strict=True)
-    ]
+    words = [f"σ_y = {v:g}" if key == "sigma_y" else str(v) for key, v in zip(SETTING, setting, strict=True)]
     return {
         "heading": ", ".join(words),
         "methods": [{"number": k + 1, "name": name, "colour": colour_of(k)} for k, name in enumerate(methods)],

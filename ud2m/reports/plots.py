@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ud2m.evaluation.table import BOUNDS, Column, format_value
 from ud2m.reports.tables import Rows, cell_of
 
@@ -43,7 +45,6 @@ def scatter(rows: Rows, column: Column, cost: str, cost_name: str) -> dict[str, 
     across, up = _scale(left, right, LEFT, RIGHT), _scale(low, high, BOTTOM, TOP)
     steps = (1, 2, 5) if right - left < 2 else (1,)
     ticks = [step * 10.0**power for power in range(math.floor(left), math.ceil(right)) for step in steps]
-    heights = [low + (high - low) * step / 4 for step in range(5)]
     marks = []
     for k, (value, *bounds) in shown.items():
         title = f"{rows[k]['method']}: {cell_of(column, rows[k])} at {rows[k][cost]:g}"
@@ -53,7 +54,7 @@ def scatter(rows: Rows, column: Column, cost: str, cost_name: str) -> dict[str, 
         "title": column.heading,
         "x_title": cost_name,
         "x_ticks": [(across(math.log10(tick)), f"{tick:g}") for tick in ticks if left <= math.log10(tick) <= right],
-        "y_ticks": [(up(height), format_value(column, height)) for height in heights],
+        "y_ticks": [(up(height), format_value(column, height)) for height in np.linspace(low, high, 5).tolist()],
         "curves": [],
         "marks": marks,
     }

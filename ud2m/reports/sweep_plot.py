@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap, to_hex
@@ -69,11 +70,10 @@ def _height(share: float) -> float:
 
 
 def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    with suppress(TypeError, ValueError):
+        if math.isfinite(float(value)):
+            return float(value)
+    return None
 
 
 def _text(value: Any) -> str:

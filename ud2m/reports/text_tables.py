@@ -19,16 +19,13 @@ def format_table(rows: Rows, columns: Sequence[Column] | None = None) -> str:
     for cells in table.lines:
         # a blank keeps the decimal points of marked and unmarked values in line
         marks = ["*" if cell.bold else " " if c.best else "" for c, cell in zip(table.columns, cells, strict=True)]
-        lines.append([_printable(cell.text) + mark for cell, mark in zip(cells, marks, strict=True)])
+        texts = ["".join(c if c.isprintable() else " " for c in cell.text) for cell in cells]
+        lines.append([text + mark for text, mark in zip(texts, marks, strict=True)])
     widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     sides = ["<" if table.kind(column) == "text" else ">" for column in table.columns]
     lines.insert(1, ["-" * width for width in widths])
     shown = ["  ".join(map("{:{}{}}".format, texts, sides, widths)).rstrip() for texts in lines]
     return "\n".join([*shown, "", *(["* best in its column"] if table.has_bold else []), *meanings(table.columns)])
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def markdown(rows: Rows) -> str:
