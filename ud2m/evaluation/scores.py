@@ -117,7 +117,7 @@ class Score(ABC):
     def add(self, draws: Draws) -> None:
         """Take one batch."""
         for name, rows in self.values(draws).items():
-            self.gathered.setdefault(name, []).append(rows.double().cpu())
+            self.gathered.setdefault(name, []).append(rows.cpu().double())
 
     @property
     def rows(self) -> dict[str, Tensor]:
