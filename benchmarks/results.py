@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ud2m.evaluation.differences import DIFFERENCE
-from ud2m.evaluation.table import SETTING, Column, best_cells, format_value, markdown_line, table_columns
+from ud2m.evaluation.table import SETTING, Column, best_cells, format_value, markdown_line, meanings, table_columns
 from ud2m.files import write_bytes, write_json
 from ud2m.reports.tables import circumstances, visible
 from ud2m.reports.text_tables import markdown_differences, markdown_table
@@ -411,7 +411,7 @@ def render_document(folder: Path = RESULTS) -> str:
     columns = table_columns(plain) if plain else []
     for rows in filter(is_evaluated, tables):
         columns += visible(without_left_out(rows))
-    meanings = list(dict.fromkeys(f"- {c.heading}: {c.meaning}." for c in columns if c.meaning))
+    lines = dict.fromkeys(f"- {line}." for line in meanings(columns))
     head = (
         "# Results\n\n"
         "This page is made by `python benchmarks/results.py render` from the files in `docs/results/`; a test keeps "
@@ -425,7 +425,7 @@ def render_document(folder: Path = RESULTS) -> str:
         "a prior, operators, images and noise. The configurations of the paper's runs are in `conf/experiment` "
         "([imagenet.md](imagenet.md)).\n"
     )
-    legend = "\n" + "\n".join(meanings) + "\n" if meanings else ""
+    legend = "\n" + "\n".join(lines) + "\n" if lines else ""
     return "\n".join([head + legend, *(render_section(section, contents[section.name]) for section in SECTIONS)])
 
 

@@ -9,7 +9,7 @@ import skimage.metrics
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, available_lpips
+from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, cached
 from ud2m.evaluation.metrics import calibration_ratio, psnr, spread_and_error, ssim
 
 
@@ -208,15 +208,15 @@ def test_smallest_image_of_each_net(cache, net):
 
 def test_weights_by_path_and_in_the_cache(cache, offline, tmp_path):
     source, file = cache / BACKBONES["squeeze"][0], tmp_path / "mine.pth"
-    assert not available_lpips("squeeze")
+    assert not cached("squeeze").is_file()
     shutil.copy(source, file)
     by_path = LPIPSDistance("squeeze", weights=str(file))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     shutil.copy(source, tmp_path / "hub" / "checkpoints")
-    assert available_lpips("squeeze")
-    cached = LPIPSDistance("squeeze")
+    assert cached("squeeze").is_file()
+    by_name = LPIPSDistance("squeeze")
     x, reference = images(1, 3, 32, 32), images(1, 3, 32, 32, seed=1)
-    torch.testing.assert_close(by_path(x, reference), cached(x, reference))
+    torch.testing.assert_close(by_path(x, reference), by_name(x, reference))
     assert offline == []  # no download was tried
     with pytest.raises(ValueError, match=r"mine\.pth does not hold .* net vgg"):
         LPIPSDistance("vgg", weights=file)
@@ -225,7 +225,7 @@ def test_weights_by_path_and_in_the_cache(cache, offline, tmp_path):
 @pytest.mark.parametrize("net", ["alex", "squeeze", "vgg"])
 def test_missing_weights_name_file_and_place(offline, tmp_path, net):
     before = socket.getdefaulttimeout()
-    assert not available_lpips(net)
+    assert not cached(net).is_file()
     with pytest.raises(FileNotFoundError) as caught:
         LPIPSDistance(net)
     message, file = str(caught.value), BACKBONES[net][0]
@@ -244,6 +244,5 @@ def test_bad_weights_and_nets(offline, tmp_path):
         (tmp_path / "broken.pth").write_bytes(content)
         with pytest.raises(ValueError, match=r"cannot read .*broken\.pth"):
             LPIPSDistance("alex", weights=tmp_path / "broken.pth")
-    for call in (LPIPSDistance, available_lpips):
-        with pytest.raises(ValueError, match="unknown LPIPS net 'resnet'; allowed: alex, vgg, squeeze"):
-            call("resnet")
+    with pytest.raises(ValueError, match="unknown LPIPS net 'resnet'; allowed: alex, vgg, squeeze"):
+        LPIPSDistance("resnet")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from html_pages import Page
 
-from ud2m.evaluation.table import Column, best_cells, format_table, format_value, table_columns
+from ud2m.evaluation.table import Column, best_cells, format_value, table_columns
 from ud2m.reports.figures import MAX_SIDE
 from ud2m.reports.page import write_page
 from ud2m.reports.samples import MAX_SAMPLES, Entry, Report, Section, samples_page
+from ud2m.reports.text_tables import format_table
 
 ROWS = [
     {"method": "A^dagger y", "nfe": 0, "psnr_mean": 4.831, "psnr": 4.831, "lpips": 1.16, "r": None, "residual": 0.0},

@@ -2,9 +2,14 @@
 
 import math
 import secrets
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain values."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def describe(node: Any) -> Any:

@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, shares_prior
 from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job, Tuning, measure_jobs
+from ud2m.evaluation.comparison import Images, Job, evenly_spaced
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
-from ud2m.evaluation.table import format_table, selecting
+from ud2m.evaluation.table import selecting
 from ud2m.files import write_bytes, write_json
 from ud2m.physics import Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
 from ud2m.reports.tables import visible
-from ud2m.reports.text_tables import latex, markdown
+from ud2m.reports.text_tables import format_table, latex, markdown
 from ud2m.samplers.base import Sampler, check_count
 
 
@@ -38,8 +38,7 @@ def main(config: DictConfig) -> None:
     quiet_libraries()
     evaluation = EvaluationRun(config)
     rows = evaluation.run()
-    keys = [column.key for column in visible(rows)]
-    print(format_table([{key: row[key] for key in keys if key in row} for row in rows]))
+    print(format_table(rows, visible(rows)))
     print(f"report: {evaluation.folder / 'report.html'}")
 
 
@@ -56,7 +55,7 @@ class EvaluationRun:
         self.folder = Path(config.results) / config.name
         self.metrics = list(config.metrics)
         self._check_config()
-        self.prior = cache(self._prior)
+        self.prior = Prior.from_pretrained(config.prior).to(config.device)
         self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
         if not self.jobs:
@@ -92,28 +91,21 @@ class EvaluationRun:
                     "reference"
                 )
 
-    def _prior(self) -> nn.Module:
-        return Prior.from_pretrained(self.config.prior).to(self.config.device)
-
     def _jobs(self) -> Iterator[Job]:
         operators = {entry: part("physics", entry) for entry in self.config.operators}
         for data in self.config.datasets:
             images = self._images(data)
             for entry, physics in operators.items():
                 problem = self._problem(entry, physics, images)
-                for name in self.config.methods:
-                    job = self._job(name, method_page(name, entry), entry, physics, problem, images)
-                    if job is not None:
-                        yield job
+                jobs = [self._job(name, entry, physics, problem, images) for name in self.config.methods]
+                yield from (job for job in jobs if job is not None)
 
     def _images(self, entry: str) -> Images:
         data: ImageDataModule = instantiate(part("data", entry), _convert_="all")
-        device = self.config.device
-        test = [x0.to(device) for x0 in data.test_dataloader()]
-        validation = torch.cat([x0.to(device) for x0 in data.val_dataloader()])
-        count = self.config.tune_images
-        picked = validation[[k * len(validation) // count for k in range(min(count, len(validation)))]]
-        return Images(entry, test, picked.split(data.batch_size), data.evaluation_set("test").names)
+        loaders = (data.test_dataloader(), data.val_dataloader())
+        test, validation = (torch.cat(list(loader)).to(self.config.device) for loader in loaders)
+        picked = validation[evenly_spaced(len(validation), self.config.tune_images)]
+        return Images(entry, test, picked, data.batch_size, data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
         operator = instantiate(physics["operator"], _convert_="all")
@@ -124,19 +116,12 @@ class EvaluationRun:
             raise ValueError(f"{entry} on {images.label}: {error}") from error
         return problem
 
-    def _job(
-        self,
-        name: str,
-        method: Mapping[str, Any],
-        entry: str,
-        physics: Mapping[str, Any],
-        problem: Problem,
-        images: Images,
-    ) -> Job | None:
-        config, target = self.config, method["target"]
+    def _job(self, name: str, entry: str, physics: Mapping[str, Any], problem: Problem, images: Images) -> Job | None:
+        config, method = self.config, method_page(name, entry)
+        target = method["target"]
         sampler = self._build(target)
         self._check_channels(name, sampler, images)
-        observation = problem.observe(images.test[0][:1])
+        observation = problem.observe(images.test[:1])
         try:
             sampler.check(observation.physics)
         except ValueError as error:
@@ -146,42 +131,41 @@ class EvaluationRun:
             return None
         num_samples = config.num_samples if sampler.draws else 1
         metrics = [m for m in self.metrics if sampler.draws or build_score(m).least == 1]
-        self.check_scores(tuple(metrics), images.count, num_samples, images.shape)
-        tuning = self._tuning(target, method)
+        self.check_scores(tuple(metrics), len(images.test), num_samples, images.shape)
         settings = {
             "method": target,
             "model": sampler.fingerprint,
-            "prior": getattr(self.prior(), "fingerprint", None) if shares_prior(target) else None,
+            "prior": getattr(self.prior, "fingerprint", None) if shares_prior(target) else None,
             "operator": physics,
             "first_observation": images_digest([observation.y]),
-            "images": images_digest(images.test),
+            "images": images_digest([images.test]),
             "seed": config.seed,
             "num_samples": num_samples,
             "metrics": metrics,
-            "shown": images.shown(config.show),
+            "shown": evenly_spaced(len(images.test), config.show),
             "device": str(torch.device(config.device).type),
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
-        if tuning is not None:
-            settings["tuned"] = vars(tuning) | {"images": images_digest(images.validation)}
-        return Job(label(name, method["label"]), entry, images, problem, target, settings, self._build, tuning)
+        if config.tune and method.get("tune"):
+            settings["tuned"] = {
+                "candidates": list(combinations(target, method["tune"])),
+                "by": config.tune_by,
+                "num_samples": config.tune_samples,
+                "images": images_digest([images.validation]),
+            }
+        return Job(label(name, method["label"]), entry, images, problem, settings, self._build)
 
     def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
-        for network in sampler.networks:
-            channels = getattr(network, "channels", images.shape[0])
-            if channels != images.shape[0]:
-                raise ValueError(
-                    f"{name}: its prior draws images with {channels} channels, {images.label} has {images.shape[0]}; "
-                    "choose other datasets, another prior or model"
-                )
-
-    def _tuning(self, target: Mapping[str, Any], method: Mapping[str, Any]) -> Tuning | None:
-        if not self.config.tune or not method.get("tune"):
-            return None
-        return Tuning(list(combinations(target, method["tune"])), self.config.tune_by, self.config.tune_samples)
+        ours = images.shape[0]
+        wrong = {getattr(network, "channels", ours) for network in sampler.networks} - {ours}
+        if wrong:
+            raise ValueError(
+                f"{name}: its prior draws images with {wrong.pop()} channels, {images.label} has {ours}; choose other "
+                "datasets, another prior or model"
+            )
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
-        return build_sampler(target, self.prior(), self.config.device)
+        return build_sampler(target, self.prior, self.config.device)
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""
@@ -191,10 +175,14 @@ class EvaluationRun:
         done = sum(result is not None for result in found)
         if done:
             print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
+        results = []
         with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work) as bar:
-            results = measure_jobs(
-                self.jobs, found, store, lambda job: bar.set_description(f"{job.label}, {job.operator}"), bar.update
-            )
+            for job, result in zip(self.jobs, found, strict=True):
+                if result is None:
+                    bar.set_description(f"{job.label}, {job.operator}")
+                    result = job.measured(bar.update)
+                    store.save(job.settings, result)
+                results.append(result)
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)
@@ -202,8 +190,7 @@ class EvaluationRun:
         return rows
 
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:
-        config = OmegaConf.to_container(self.config, resolve=True)
-        cells = [job.settings for job in self.jobs]
+        config, cells = plain(self.config), [job.settings for job in self.jobs]
         settings = {"config": config, "cells": cells, "torch": torch.__version__, "threads": torch.get_num_threads()}
         names = {job.images.label: {k: job.images.names[k] for k in job.settings["shown"]} for job in self.jobs}
         board = Board(f"Evaluation {self.config.name}", rows, results, settings, names)

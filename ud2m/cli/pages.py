@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from ud2m.cli import plain
 from ud2m.names import flattened, unknown
 from ud2m.priors.shipped import check_reference
 
@@ -62,16 +63,13 @@ def part(group: str, entry: str) -> dict[str, Any]:
     if name not in known:
         raise ValueError(unknown(group, name, known))
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
-    chosen = [f"+{group}={name}", *fixed]
     try:
-        composed = compose(overrides=[*chosen, *(f"{group}.{text}" for text in overrides)])
+        composed = compose(overrides=[f"+{group}={name}", *fixed, *(f"{group}.{text}" for text in overrides)])
     except HydraException as error:
         keys = flattened(part(group, name))
         first = str(error).splitlines()[0]
         raise ValueError(f"{entry!r}: {first}; settings of {group} {name} are {', '.join(keys)}") from error
-    container = OmegaConf.to_container(composed[group], resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return plain(composed[group])
 
 
 def filled(value: Any, physics: str) -> Any:
@@ -84,8 +82,8 @@ def filled(value: Any, physics: str) -> Any:
 def label(entry: str, default: str) -> str:
     """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
     words = entry.split()[1:]
-    for word in words:
-        if word.startswith(LABEL):
-            return word.removeprefix(LABEL).replace("_", " ")
+    given = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
+    if given:
+        return given[0].replace("_", " ")
     words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
     return f"{default} ({', '.join(words)})" if words else default

@@ -1,31 +1,34 @@
 """Draw samples, write pictures, numbers and the report: what ``sample.py`` runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 import ud2m.physics
+from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
-from ud2m.evaluation.comparison import best_settings, difference
+from ud2m.evaluation.comparison import best_settings, difference, evenly_spaced
 from ud2m.evaluation.measure import Measurement
-from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
-from ud2m.evaluation.table import column_of, format_table
+from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
+from ud2m.evaluation.table import column_of, without_bounds
 from ud2m.files import atomic_folder, write_json
-from ud2m.images import list_images, pixel_format, read_image
+from ud2m.images import PixelFormat, list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
-from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y
+from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
 from ud2m.priors.prior import Prior
-from ud2m.reports.cases import Case, sample_case
 from ud2m.reports.page import write_page
-from ud2m.reports.samples import Entry, Report, Section, samples_page
+from ud2m.reports.samples import Entry, Report, Section, samples_page, write_pictures
+from ud2m.reports.text_tables import format_table
 from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 
@@ -49,6 +52,23 @@ def main(config: DictConfig) -> None:
     print(f"report: {output / 'report.html'}")
 
 
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One observation to draw samples for.
+
+    Attributes:
+        name: of its results.
+        observation: of one image.
+        x0: the clean image [1, C, H, W] if known.
+        pixels: of the file that it comes from, and of those that are made of it.
+    """
+
+    name: str
+    observation: Observation
+    x0: Tensor | None = None
+    pixels: PixelFormat | None = None
+
+
 class SamplingRun:
     """The objects of one sampling job.
 
@@ -70,6 +90,7 @@ class SamplingRun:
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
+        self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
 
     @property
@@ -103,9 +124,8 @@ class SamplingRun:
         residual = build_score("residual")
         if not known:
             return [residual]
-        lpips = [] if self.config.lpips is None else [lpips_metric(self.config.lpips)]
         features = distance_score("prior_features", FeatureDistance(self.prior.features))
-        return [*fitting_scores([*METRICS, *lpips, "r"], num_samples, shape), features, residual]
+        return [*fitting_scores([*METRICS, *self.lpips, "r"], num_samples, shape), features, residual]
 
     # --- the user's files ----------------------------------------------------------------------------------------
 
@@ -126,10 +146,9 @@ class SamplingRun:
         for index, path in enumerate(list_images(self.config.input)):
             try:
                 if self.config.degraded:
-                    observation = self.observed(path)
-                    yield Case(path.stem, observation, self.problem.true_noise, None, pixel_format(path))
+                    yield Case(path.stem, self.observed(path), None, pixel_format(path))
                 else:
-                    yield self.case(path.stem, self.clean(path), index, path)
+                    yield self.case(path.stem, self.clean(path), index, pixel_format(path))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 
@@ -179,11 +198,11 @@ class SamplingRun:
     def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> Rows:
         """Return a row for each of ``methods``, and for each number by which its setting is chosen."""
         validation = [x0.to(self.config.device) for x0 in data.val_dataloader()]
-        rows = []
-        for page in plain(self.config)["methods"].values():
-            for label, target, extra in self.settings(page, validation):
-                rows.append(self.row(label, self.build(target), test) | extra)
-        return rows
+        return [
+            self.row(label, self.build(target), test) | extra
+            for page in plain(self.config)["methods"].values()
+            for label, target, extra in self.settings(page, validation)
+        ]
 
     def settings(self, page: Mapping[str, Any], validation: Sequence[Tensor]) -> Iterator[tuple[str, Any, dict]]:
         """Yield label, target and what is written beside the row of the best settings of a method."""
@@ -191,20 +210,11 @@ class SamplingRun:
             yield page["label"], page["target"], {}
             return
         candidates = list(combinations(page["target"], page["tune"]))
-        lpips = None if self.config.lpips is None else lpips_metric(self.config.lpips)
-        by = ["psnr_mean", *([lpips] if lpips and fitting_scores([lpips], 1, validation[0].shape[1:]) else [])]
-        work = len(candidates) * sum(len(x0) for x0 in validation) * self.config.tune_samples
+        by = ["psnr_mean", *(self.lpips if fitting_scores(self.lpips, 1, validation[0].shape[1:]) else [])]
+        samples = self.config.tune_samples
+        work = len(candidates) * sum(len(x0) for x0 in validation) * samples
         with tqdm(total=work, desc=f"{page['label']}: searching its best setting", unit="sample") as bar:
-            best = best_settings(
-                candidates,
-                self.build,
-                self.problem,
-                validation,
-                by,
-                self.config.tune_samples,
-                bar.update,
-                self.config.device,
-            )
+            best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update)
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
             yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}
@@ -225,7 +235,7 @@ class SamplingRun:
     def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
         """Return the sections of the report: evenly spaced test images, and one larger image."""
         images = data.evaluation_set("test")
-        picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
+        picked = evenly_spaced(len(images), self.config.show)
         shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
         entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
         sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
@@ -244,17 +254,38 @@ class SamplingRun:
 
     # --- one observation -----------------------------------------------------------------------------------------
 
-    def case(self, name: str, image: Tensor, index: int, path: Path | None = None) -> Case:
+    def case(self, name: str, image: Tensor, index: int, pixels: PixelFormat | None = None) -> Case:
         """Observe a clean image [1, C, H, W], as scoring does."""
         x0 = image.to(self.config.device)
-        pixels = None if path is None else pixel_format(path)
-        return Case(name, self.problem.observe(x0, index), self.problem.true_noise, x0, pixels)
+        return Case(name, self.problem.observe(x0, index), x0, pixels)
 
+    @torch.no_grad()
     def sample(self, case: Case, folder: Path) -> Entry:
-        """Draw samples for one observation and write its pictures."""
-        count = self.config.num_samples
-        scores = self.scores(count, case.observation.image_shape, case.x0 is not None)
-        return sample_case(self.sampler, case, count, self.config.seed, scores, folder)
+        """Draw samples for one observation, write its pictures into ``folder`` and return its part of the report."""
+        observation, x0, count = case.observation, case.x0, self.config.num_samples
+        y, physics = observation.y, observation.physics
+        generator = torch.Generator(y.device).manual_seed(self.config.seed)
+        try:
+            samples = self.sampler(y, physics, observation.sigma_y, count, generator=generator)
+        except (ValueError, FloatingPointError) as error:
+            raise ValueError(f"{case.name}: {error}") from error
+        draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
+        numbers: dict[str, float] = {}
+        for score in self.scores(count, observation.image_shape, x0 is not None):
+            score.to(y.device).add(draws)
+            numbers |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
+        if x0 is None:
+            numbers["sigma_y"] = float(observation.sigma_y)
+        note = misfit(physics, numbers["residual"])
+        if note:
+            tqdm.write(f"{case.name}: {note}")
+        mask = measured(physics, y)
+        holes = None if bool((mask == 1).all()) else mask.expand_as(y)[0].amax(0) > 0
+        mean, std = samples[0].mean(0), samples[0].std(0) if count > 1 else None
+        reference = None if x0 is None else x0[0]
+        entry = Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
+        write_pictures(folder, entry, case.pixels)
+        return entry
 
 
 def given_noise_level(config: DictConfig, default: float) -> float:
@@ -280,11 +311,6 @@ def given_operator(config: DictConfig) -> DictConfig | None:
         return None
     values = OmegaConf.to_container(config.physics, resolve=True, throw_on_missing=True)
     return cast(DictConfig, OmegaConf.create(values))
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values."""
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS, message, user_facing
-from ud2m.evaluation.table import summary_keys
+from ud2m.evaluation.table import markdown_line
 from ud2m.files import write_bytes
 
-SCORES = ("score", *summary_keys(), "seconds_per_image", "gave_up_at")
+SCORES = ("score", "psnr_mean", "psnr", "lpips", "r", "seconds_per_image", "gave_up_at")
 OWN = ("rank", "run", "error")
 """Columns of the table that are neither settings nor scores."""
 ERROR_FILE, OVERRIDES_FILE = "error.txt", "overrides.yaml"
@@ -114,18 +115,16 @@ def make_folder(folder: Path) -> None:
     """Make a folder; raises OSError with what to do when that cannot be, or nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".ud2m-probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another run_dir") from error
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
     """Return one row per run, ``rank`` 1 has the highest ``score``; runs without one come last and say why."""
-    paths = sorted(folder.glob(f"*/{OVERRIDES_FILE}"), key=lambda p: (len(p.parent.name), p.parent.name))
-    rows = [_row(path.parent) for path in paths]
-    rows.sort(key=lambda row: float("inf") if row["score"] is None else -row["score"])
+    found = (path.parent for path in folder.glob(f"*/{OVERRIDES_FILE}"))
+    runs = sorted(found, key=lambda run: (len(run.name), run.name))
+    rows = sorted(map(_row, runs), key=lambda row: float("inf") if row["score"] is None else -row["score"])
     for rank, row in enumerate(rows, start=1):
         row["rank"] = None if row["score"] is None else rank
     return rows
@@ -143,8 +142,6 @@ def _row(run: Path) -> dict[str, Any]:
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
-    from ud2m.evaluation.table import markdown_line
-
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     lines = [markdown_line(columns), "|" + " --- |" * len(columns), *(markdown_line(row) for row in cells)]

@@ -1,6 +1,7 @@
 """How well samples stand for a posterior: ranks, coverage, scores, distances and how sure of them one can be."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,8 @@ def wasserstein2(one: Tensor, other: Tensor) -> float:
     """
     if one.shape != other.shape or len(one) < 1:
         raise ValueError(f"two sets of equally many points are needed, got {list(one.shape)} and {list(other.shape)}")
-    cost = torch.cdist(one.flatten(1).double(), other.flatten(1).double()) ** 2
-    rows, columns = linear_sum_assignment(cost.cpu().numpy())
-    return cost[torch.from_numpy(rows), torch.from_numpy(columns)].mean().sqrt().item()
+    cost = (torch.cdist(one.flatten(1).double(), other.flatten(1).double()) ** 2).cpu().numpy()
+    return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
 def gaussian_wasserstein2(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
@@ -180,19 +180,29 @@ def residual_p_value(residual: Tensor, count: int | Tensor) -> Tensor:
 
 
 def bootstrap_interval(
-    values: Tensor, level: float = 0.95, repeats: int = 2000, generator: torch.Generator | None = None
+    values: Tensor,
+    level: float = 0.95,
+    repeats: int = 2000,
+    generator: torch.Generator | None = None,
+    of: Callable[[Tensor], Tensor] = lambda means: means,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of one value per image [B].
+
+    Args:
+        values: [B], or [B, F] for a function of several means.
+        level: of the interval.
+        repeats: draws of B images.
+        generator: draws them.
+        of: number whose interval it is, from the means, [repeats] or [repeats, F] -> [repeats].
 
     Raises:
         ValueError: for fewer than two images.
     """
-    if values.ndim != 1 or len(values) < 2:
+    if len(values) < 2:
         raise ValueError(f"an interval needs one value for each of at least 2 images, got {list(values.shape)}")
     picks = torch.randint(len(values), (repeats, len(values)), generator=generator)
-    means = values.double().cpu()[picks].mean(1)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(means, tails).tolist()
+    low, high = torch.quantile(of(values.double().cpu()[picks].mean(1)), tails).tolist()
     return low, high
 
 

@@ -35,8 +35,7 @@ class Result:
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return the name of a cell: a SHA-256 of everything that determines it, and of ``FORMAT``."""
-    text = json.dumps([FORMAT, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def images_digest(batches: Iterable[Tensor]) -> str:
@@ -66,20 +65,19 @@ class CellStore:
             return None
         try:
             content = json.loads(path.read_text())
+            known, row, curves = (content[part] for part in PARTS)
             tensors = load_file(path.with_suffix(".safetensors"))
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
             raise ValueError(
-                f"the results in {path} are damaged ({error}); delete this file to measure again"
+                f"the results in {path} are damaged ({error!r}); delete this file to measure again"
             ) from error
-        if not isinstance(content, dict) or any(part not in content for part in PARTS):
-            raise ValueError(f"{path} does not hold {', '.join(PARTS)}; delete it to measure again")
-        if content["settings"] != json.loads(json.dumps(settings)):
+        if known != json.loads(json.dumps(settings)):
             raise ValueError(f"the results in {path} were made with other settings; delete it to measure again")
         pictures: dict[int, dict[str, Tensor]] = {}
         for key, image in sorted(tensors.items()):
             number, _, kind = key.partition(".")
             pictures.setdefault(int(number), {})[kind] = image.float()
-        return Result(content["row"], content["curves"], dict(sorted(pictures.items())))
+        return Result(row, curves, dict(sorted(pictures.items())))
 
     def save(self, settings: Mapping[str, Any], result: Result) -> None:
         """Write a cell; the file that says that it is finished comes last."""

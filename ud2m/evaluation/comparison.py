@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from ud2m.evaluation.cells import CellStore, Result
+from ud2m.evaluation.cells import Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
 from ud2m.evaluation.table import metric_of, selecting
@@ -27,7 +26,6 @@ def best_settings(
     by: Sequence[str],
     num_samples: int,
     advance: Advance = lambda samples: None,
-    device: torch.device | str = "cpu",
 ) -> dict[str, Setting]:
     """Return the best setting on validation images by each of several numbers, such as ``psnr_mean`` and ``lpips``.
 
@@ -39,25 +37,16 @@ def best_settings(
         by: names of numbers, of ``COLUMNS`` those that select.
         num_samples: S, per observation.
         advance: is told how many samples were drawn.
-        device: where the images are.
 
     Raises:
         ValueError: for a number that nothing can be chosen by.
     """
     columns = {key: selecting(key) for key in by}
-    metrics = dict.fromkeys(metric_of(key) for key in by)
-    rows = [
-        measure(
-            build(candidate),
-            problem,
-            batches,
-            [build_score(name) for name in metrics],
-            num_samples,
-            advance=lambda images: advance(images * num_samples),
-            device=device,
-        ).row
-        for candidate in candidates
-    ]
+    metrics, device = dict.fromkeys(metric_of(key) for key in by), batches[0].device
+    rows = []
+    for candidate in candidates:
+        scores = [build_score(name) for name in metrics]
+        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), advance, device).row)
     best = {}
     for key, column in columns.items():
         qualities = [column.quality(row[key]) for row in rows]
@@ -72,40 +61,23 @@ class Images:
 
     Attributes:
         label: how the set is called.
-        test: batches [B, C, H, W].
-        validation: batches on which settings are chosen.
+        test: images [n, C, H, W].
+        validation: images on which settings are chosen.
+        batch: how many are observed at once.
         names: of the test images.
     """
 
     label: str
-    test: Sequence[Tensor]
-    validation: Sequence[Tensor]
+    test: Tensor
+    validation: Tensor
+    batch: int
     names: Sequence[str]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        channels, height, width = self.test[0].shape[1:]
+        channels, height, width = self.test.shape[1:]
         return channels, height, width
-
-    @property
-    def count(self) -> int:
-        """Number of test images."""
-        return sum(len(x0) for x0 in self.test)
-
-    def shown(self, most: int) -> list[int]:
-        """Return the numbers of at most so many test images, evenly spaced."""
-        count = min(most, self.count)
-        return [k * self.count // count for k in range(count)]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a setting is chosen: from ``candidates``, by the number ``by``, of ``num_samples`` per validation image."""
-
-    candidates: Sequence[Mapping[str, Any]]
-    by: str
-    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -117,51 +89,39 @@ class Job:
         operator: how the operator is called.
         images: the set.
         problem: how they are observed.
-        method: plain description of the sampler.
-        settings: all that determines the numbers, plain.
+        settings: all that determines the numbers, plain. ``method`` describes the sampler; with ``tuned`` the best of
+            its ``candidates`` is taken, by the number ``by``, of ``num_samples`` per validation image.
         build: makes the sampler of a description.
-        tuning: None: the description is taken as it is.
     """
 
     label: str
     operator: str
     images: Images
     problem: Problem
-    method: Mapping[str, Any]
     settings: Mapping[str, Any]
     build: Callable[[Mapping[str, Any]], Sampler]
-    tuning: Tuning | None = None
-
-    @property
-    def num_samples(self) -> int:
-        """S, per observation."""
-        return int(self.settings["num_samples"])
 
     @property
     def work(self) -> int:
         """Samples to be drawn."""
-        tuning = self.tuning
-        searched = sum(len(x0) for x0 in self.images.validation)
-        extra = 0 if tuning is None else len(tuning.candidates) * searched * tuning.num_samples
-        return extra + self.images.count * self.num_samples
+        tuned, images = self.settings.get("tuned"), self.images
+        searched = len(images.validation) * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
+        return searched + len(images.test) * self.settings["num_samples"]
 
     def measured(self, advance: Advance) -> Result:
         """Return the cell; with a tuned setting, the row says which under ``setting``."""
-        device = self.images.test[0].device
-        method = self._tuned(advance, device)
-        result = measure(
-            self.build(method),
-            self.problem,
-            self.images.test,
-            [build_score(name) for name in self.settings["metrics"]],
-            self.num_samples,
-            self.settings["shown"],
-            lambda images: advance(images * self.num_samples),
-            device,
-        )
-        if self.tuning is None:
-            return result
-        return replace(result, row=dict(result.row) | {"setting": difference(method, self.tuning.candidates)})
+        method, tuned, images = self.settings["method"], self.settings.get("tuned"), self.images
+        found = {}
+        if tuned:
+            by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
+            validation = images.validation.split(images.batch)
+            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, advance)[by]
+            found = {"setting": difference(method, candidates)}
+        scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
+        test, samples = images.test.split(images.batch), self.settings["num_samples"]
+        sampler, device = self.build(method), images.test.device
+        result = measure(sampler, self.problem, test, scores, samples, shown, advance, device)
+        return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:
         """Return the row of ``metrics.json``."""
@@ -176,46 +136,11 @@ class Job:
         }
         return setting | dict(result.row)
 
-    def _tuned(self, advance: Advance, device: torch.device) -> Mapping[str, Any]:
-        if self.tuning is None:
-            return self.method
-        by, samples = self.tuning.by, self.tuning.num_samples
-        return best_settings(
-            self.tuning.candidates,
-            self.build,
-            self.problem,
-            self.images.validation,
-            [by],
-            samples,
-            advance,
-            device,
-        )[by]
 
-
-def measure_jobs(
-    jobs: Sequence[Job],
-    found: Sequence[Result | None],
-    store: CellStore,
-    begin: Callable[[Job], Any],
-    advance: Advance,
-) -> list[Result]:
-    """Return the cells of all jobs; those that were found are not measured again, the others are put into the store.
-
-    Args:
-        jobs: what is to be measured.
-        found: the finished cell of each job, or None.
-        store: where new cells are kept.
-        begin: is told which job comes next.
-        advance: is told how many samples were drawn.
-    """
-    results = []
-    for job, result in zip(jobs, found, strict=True):
-        if result is None:
-            begin(job)
-            result = job.measured(advance)
-            store.save(job.settings, result)
-        results.append(result)
-    return results
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers 0 to ``count`` - 1, evenly spaced."""
+    chosen = min(count, most)
+    return [k * count // chosen for k in range(chosen)]
 
 
 def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:

@@ -38,17 +38,17 @@ def with_differences(
     }
     found = []
     for row, result in zip(rows, results, strict=True):
-        if setting_of(row) not in references:
+        other = references.get(setting_of(row))
+        if other is None:
             raise ValueError(
                 f"there is no method {reference!r} on {row['operator']} and {row['data']} to take differences from"
             )
         numbers: dict[str, Any] = {REFERENCE: reference}
-        other = references[setting_of(row)]
-        if other is not result:
-            for key in [key for key in result.curves if key.endswith(VALUES) and key in other.curves]:
-                pair = [torch.tensor(curves[key], dtype=torch.float64) for curves in (result.curves, other.curves)]
-                if torch.stack(pair).isfinite().all():
-                    numbers |= with_interval(key.removesuffix(VALUES) + DIFFERENCE, pair[0] - pair[1])
+        shared = [] if other is result else [k for k in result.curves if k.endswith(VALUES) and k in other.curves]
+        for key in shared:
+            pair = torch.tensor([result.curves[key], other.curves[key]], dtype=torch.float64)
+            if pair.isfinite().all():
+                numbers |= with_interval(key.removesuffix(VALUES) + DIFFERENCE, pair[0] - pair[1])
         found.append(dict(row) | numbers)
     return found
 

@@ -3,8 +3,6 @@
 import copy
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +25,12 @@ BACKBONES = {
 }
 
 
-DOWNLOAD_URL = "https://download.pytorch.org/models/"
+INCEPTION = "inception"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+NETS = (*BACKBONES, INCEPTION)
+URLS = {net: f"https://download.pytorch.org/models/{file}" for net, (file, _) in BACKBONES.items()}
+URLS[INCEPTION] = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+"""Where the weights of each network are published."""
 CONNECT_SECONDS = 10.0
 
 
@@ -49,20 +52,25 @@ class LPIPSDistance(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None):
         super().__init__()
-        _check_net(net)
-        self.net = net
+        if net not in BACKBONES:
+            raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
+        self.net, self.smallest = net, BACKBONES[net][1]
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # its advice and its draws stay in here
+            # with a random backbone: the package itself would download one
+            self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
         if torch.get_default_device().type == "meta":  # shapes without values
-            self.network = _frozen(net)
             return
-        path = _cached(net) if weights is None else Path(weights)
+        path = cached(net) if weights is None else Path(weights)
         if weights is not None and not path.is_file():
             raise FileNotFoundError(_missing(net, path))
-        self.network = _build(net, _read(path) if path.is_file() else _download(net, path), path)
-
-    @property
-    def smallest(self) -> int:
-        """Smallest side of an image that the backbone can take, in pixels."""
-        return BACKBONES[self.net][1]
+        state = _read(path) if path.is_file() else _download(net, path)
+        # The package cuts torchvision's features into slices: slice2.3.weight there is features.3.weight here.
+        names = {name: "features." + name.split(".", 1)[1] for name in self.network.net.state_dict()}
+        try:
+            self.network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
 
     @property
     def name(self) -> str:
@@ -82,15 +90,13 @@ class LPIPSDistance(nn.Module):
             ValueError: when shapes differ, channels are not 1 or 3, or the image is too small for the net.
         """
         check_shapes(x, reference)
-        smallest = self.smallest
-        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < smallest:
+        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < self.smallest:
             raise ValueError(
-                f"LPIPS ({self.net}) takes grey or RGB images of at least {smallest} pixels a side, got "
+                f"LPIPS ({self.net}) takes grey or RGB images of at least {self.smallest} pixels a side, got "
                 f"{list(x.shape)}; the distance of the prior's features (loss/distance=prior) takes others"
             )
-        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
         with full_precision(x.device):
-            return self.network(*colour, normalize=True).flatten()
+            return self.network(_coloured(x), _coloured(reference), normalize=True).flatten()
 
 
 def lpips_distance(net: str) -> LPIPSDistance:
@@ -117,15 +123,10 @@ class DISTSDistance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        if not available_lpips("vgg"):
-            raise FileNotFoundError(_missing("vgg", _cached("vgg")))
+        check_weights("vgg")
         with torch.random.fork_rng(devices=[]):  # its draws stay in here
             self.network = DISTSNetwork().eval().requires_grad_(False)
-
-    @property
-    def name(self) -> str:
-        """What to write beside a value: net, package and version."""
-        return f"vgg, torchmetrics {version('torchmetrics')}"
+        self.name = f"vgg, torchmetrics {version('torchmetrics')}"
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         """Return the distance [B] of images [B, 1 or 3, H, W] in [0, 1] to their references; grey is repeated.
@@ -134,29 +135,28 @@ class DISTSDistance(nn.Module):
             ValueError: when shapes differ.
         """
         check_shapes(x, reference)
-        colour = (image.expand(-1, 3, -1, -1) for image in (x, reference))
         with full_precision(x.device):
-            return self.network(*colour).reshape(len(x))
+            return self.network(_coloured(x), _coloured(reference)).reshape(len(x))
 
 
-def available_lpips(net: str) -> bool:
-    """Return whether the torch cache holds the backbone: ``LPIPSDistance(net)`` then needs no network."""
-    _check_net(net)
-    return _cached(net).is_file()
+def cached(net: str) -> Path:
+    """Return where the torch cache keeps the weights of one of ``NETS`` (``TORCH_HOME`` chooses the folder)."""
+    return Path(torch.hub.get_dir(), "checkpoints", URLS[net].rpartition("/")[2])
 
 
-def _check_net(net: str) -> None:
-    if net not in BACKBONES:
-        raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
+def check_weights(net: str) -> None:
+    """Raise FileNotFoundError when the weights are not in the torch cache, ValueError without their package."""
+    if net == INCEPTION:
+        _fidelity_version()
+    if not cached(net).is_file():
+        raise FileNotFoundError(_missing(net, cached(net)))
 
 
-def torch_cache(file: str) -> Path:
-    """Return where the torch cache keeps a file of weights (``TORCH_HOME`` chooses the folder)."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / file
-
-
-def _cached(net: str) -> Path:
-    return torch_cache(BACKBONES[net][0])
+def _missing(net: str, path: Path, why: str = "") -> str:
+    return (
+        f"the weights of {net} are missing: those of {path} do not exist{why}; put {cached(net).name} there, or "
+        f"{URLS[net]} into {cached(net).parent} (TORCH_HOME chooses the folder)"
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -167,84 +167,26 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _download(net: str, path: Path) -> dict[str, Tensor]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_SECONDS)  # torch.hub sets no limit, and would hang behind some firewalls
     try:
-        with _socket_timeout(CONNECT_SECONDS):
-            return torch.hub.load_state_dict_from_url(
-                DOWNLOAD_URL + path.name, map_location="cpu", check_hash=True, weights_only=True
-            )
+        return torch.hub.load_state_dict_from_url(URLS[net], map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, HTTPException, RuntimeError) as error:
         raise FileNotFoundError(_missing(net, path, f" and cannot be downloaded ({error})")) from error
-
-
-def _missing(net: str, path: Path, why: str = "") -> str:
-    file = BACKBONES[net][0]
-    return (
-        f"the LPIPS ({net}) weights {path} do not exist{why}; put torchvision's {file} there "
-        f"({DOWNLOAD_URL}{file}), or set TORCH_HOME to a folder that holds hub/checkpoints/{file}"
-    )
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bound the wait for a silent server: torch.hub sets no limit, and would hang behind some firewalls."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _frozen(net: str) -> lpips.LPIPS:
-    """Return the frozen network with a random backbone: the package itself would download one."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # its advice and its draws stay in here
-        return lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-
-
-def _build(net: str, state: dict[str, Tensor], path: Path) -> lpips.LPIPS:
-    """Return the frozen network with the backbone of ``state``, the ``features.*`` of torchvision's model."""
-    network = _frozen(net)
-    # The package cuts torchvision's features into slices: slice2.3.weight there is features.3.weight here.
-    names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
-    try:
-        network.net.load_state_dict({ours: state[theirs] for ours, theirs in names.items()})
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold torchvision's weights of the LPIPS net {net}: {error}") from error
-    return network
-
-
-INCEPTION = "inception"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-NETS = (*BACKBONES, INCEPTION)
-
-
-def build_features(net: str) -> "BackboneFeatures | InceptionFeatures":
-    """Return the features called ``net``, one of ``NETS``; raises as their classes do."""
-    return InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
-
-
-def check_weights(net: str) -> None:
-    """Raise FileNotFoundError when the weights are not in the torch cache, ValueError without their package."""
-    if net == INCEPTION:
-        _fidelity_version()
-        file, found = INCEPTION_URL + INCEPTION_FILE, torch_cache(INCEPTION_FILE).is_file()
-    else:
-        file, found = f"torchvision's {BACKBONES[net][0]}", available_lpips(net)
-    if not found:
-        raise FileNotFoundError(
-            f"the weights of {net} are missing: put {file} into {torch.hub.get_dir()}/checkpoints (TORCH_HOME chooses "
-            "the folder)"
-        )
+def _coloured(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1)
 
 
 class BackboneFeatures(nn.Module):
     """The last feature map of an LPIPS backbone, averaged over locations: [B, C, H, W] in [0, 1] -> [B, F]."""
 
-    def __init__(self, net: str, weights: str | Path | None = None):
+    def __init__(self, net: str):
         super().__init__()
-        self.distance = LPIPSDistance(net, weights)
+        self.distance = LPIPSDistance(net)
         self.num_features = self(torch.zeros(1, 3, 64, 64)).shape[1]
         self.smallest = self.distance.smallest
         self.name = f"{self.distance.name}, last features"
@@ -253,7 +195,7 @@ class BackboneFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features; grey images are repeated."""
         network = self.distance.network
-        maps = network.net(network.scaling_layer(2 * images.expand(-1, 3, -1, -1) - 1))
+        maps = network.net(network.scaling_layer(2 * _coloured(images) - 1))
         return maps[-1].mean((2, 3))
 
 
@@ -275,7 +217,7 @@ class InceptionFeatures(nn.Module):
         check_weights(INCEPTION)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = torch_cache(INCEPTION_FILE)
+        path = cached(INCEPTION)
         try:
             # torch-fidelity unpickles whatever the file holds: a file with more than tensors is refused before
             read_tensors(path)
@@ -288,7 +230,7 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the features; grey images are repeated."""
-        pixels = (255 * images.expand(-1, 3, -1, -1).clamp(0, 1)).round().to(torch.uint8)
+        pixels = (255 * _coloured(images).clamp(0, 1)).round().to(torch.uint8)
         return self.network(pixels)[0]
 
 

@@ -65,8 +65,8 @@ class Measurement:
         """
         if not self.count:
             raise ValueError("there are no images to evaluate")
-        row: dict[str, Any] = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
-        return row | self._numbers() | {"peak_memory": peak_memory(self.watch.device)}
+        counts = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
+        return {**counts, **self._numbers(), "peak_memory": peak_memory(self.watch.device)}
 
     def means(self) -> dict[str, Any]:
         """Return the scores' numbers without intervals, and ``seconds_per_image``."""
@@ -94,7 +94,7 @@ def measure(
     scores: Sequence[Score],
     num_samples: int,
     shown: Collection[int] = (),
-    advance: Callable[[int], Any] = lambda images: None,
+    advance: Callable[[int], Any] = lambda samples: None,
     device: torch.device | str = "cpu",
 ) -> Result:
     """Draw samples for all images and score them.
@@ -106,7 +106,7 @@ def measure(
         scores: fresh ones.
         num_samples: S, per observation.
         shown: numbers of the images whose pictures are kept.
-        advance: is told how many images were done.
+        advance: is told how many samples were drawn.
         device: where the images are.
     """
     measurement = Measurement(sampler, problem, scores, num_samples, device)
@@ -117,5 +117,5 @@ def measure(
         for i in set(shown) & set(range(first, first + len(x0))):
             parts = {"x0": x0, "y": draws.observation.y, "sample": draws.samples[:, 0], "mean": draws.samples.mean(1)}
             pictures[i] = {name: images[i - first].cpu() for name, images in parts.items()}
-        advance(len(x0))
+        advance(len(x0) * num_samples)
     return Result(measurement.row(), measurement.curves(), pictures)

@@ -3,9 +3,12 @@
 Definitions with their sources: docs/evaluation.md.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import scipy.stats
@@ -29,8 +32,9 @@ from ud2m.evaluation.features import (
     BACKBONES,
     INCEPTION,
     NETS,
+    BackboneFeatures,
     DISTSDistance,
-    build_features,
+    InceptionFeatures,
     check_weights,
     lpips_distance,
 )
@@ -45,6 +49,8 @@ LEVELS = (0.5, 0.8, 0.9)
 """Nominal coverages of the credible intervals that are reported by name."""
 SMALLEST_KID = 50
 """Images below which the kernel distance is mostly noise."""
+DIRECTIONS = 3
+"""Projections onto white noise whose ranks are tested, beside the mean."""
 PER_BIN = 5
 """Images per possible rank that the chi^2 test of the ranks needs (Cochran's rule)."""
 VALUES = "_values"
@@ -79,25 +85,22 @@ class Draws:
 class Score(ABC):
     """Gathers one or more numbers of a sampler.
 
-    Attributes:
-        modules: the networks that it judges with.
-        smallest: side of images, in pixels, below which there is no number.
-        least: samples of each observation that are needed.
+    ``modules`` are the networks that it judges with, ``smallest`` is the side of images in pixels below which there is
+    no number, and ``least`` the number of samples of each observation that are needed.
     """
 
     modules: tuple[nn.Module, ...] = ()
     smallest: int = 1
     least: int = 1
 
+    def __init__(self) -> None:
+        self.gathered: dict[str, list[Tensor]] = {}
+
     def to(self, device: torch.device | str) -> "Score":
         """Move the networks to where the images are."""
         for module in self.modules:
             module.to(device)
         return self
-
-    def fits(self, samples: int, size: Sequence[int]) -> bool:
-        """Return whether so many samples of each image (C, H, W) give a number at all."""
-        return min(size[1:]) >= self.smallest and samples >= self.least
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where so many images, with so many samples each, give no number with an interval."""
@@ -109,8 +112,18 @@ class Score(ABC):
             raise ValueError(f"its interval needs at least 2 images, got {images}")
 
     @abstractmethod
+    def values(self, draws: Draws) -> Mapping[str, Tensor]:
+        """Return what is gathered of one batch: a row for each image, by name, [B, ...]."""
+
     def add(self, draws: Draws) -> None:
         """Take one batch."""
+        for name, rows in self.values(draws).items():
+            self.gathered.setdefault(name, []).append(rows.cpu().double())
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """What was gathered of all images, in their order, float64 on the CPU."""
+        return {name: torch.cat(parts) for name, parts in self.gathered.items()}
 
     @abstractmethod
     def numbers(self) -> Numbers:
@@ -140,40 +153,56 @@ class PerImage(Score):
         backend: Mapping[str, str] | None = None,
         modules: Sequence[nn.Module] = (),
     ):
-        self.values, self.smallest, self.least, self.backend = values, smallest, least, dict(backend or {})
+        super().__init__()
+        self.of, self.smallest, self.least, self.backend = values, smallest, least, dict(backend or {})
         self.modules = tuple(modules)
-        self.gathered: dict[str, list[Tensor]] = {}
 
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
-        for name, value in self.values(draws).items():
-            self.gathered.setdefault(name, []).append(value.double().cpu())
+    def values(self, draws: Draws) -> Mapping[str, Tensor]:
+        """Return the values of one batch."""
+        return self.of(draws)
 
     def numbers(self) -> Numbers:
         """Return the means over images."""
         found: Numbers = {}
-        for name, parts in self.gathered.items():
-            found |= with_interval(name, torch.cat(parts))
+        for name, values in self.rows.items():
+            found |= with_interval(name, values)
         return found | self.backend
 
     def curves(self) -> dict[str, list[Any]]:
         """Return the values of all images, in their order: differences between methods are paired by image."""
-        return {f"{name}{VALUES}": torch.cat(parts).tolist() for name, parts in self.gathered.items()}
+        return {f"{name}{VALUES}": values.tolist() for name, values in self.rows.items()}
 
 
-def with_interval(name: str, values: Tensor) -> Numbers:
-    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images)."""
+def with_interval(name: str, values: Tensor, of: Callable[[Tensor], Tensor] = lambda means: means) -> Numbers:
+    """Return the mean of values [n] and its interval, which is None for one value, or infinite ones (equal images).
+
+    Or a function of several means of values [n, F]: ``of`` takes [..., F] to [...].
+    """
     defined = len(values) > 1 and bool(values.isfinite().all())
-    low, high = bootstrap_interval(values, generator=_seeded()) if defined else (None, None)
-    return {name: values.mean().item(), f"{name}_low": low, f"{name}_high": high}
+    low, high = bootstrap_interval(values, generator=_seeded(), of=of) if defined else (None, None)
+    return {name: of(values.mean(0)).item(), f"{name}_low": low, f"{name}_high": high}
 
 
-def _psnr(draws: Draws) -> dict[str, Tensor]:
-    return {"psnr_mean": psnr(draws.samples.mean(1), draws.x0), "psnr": draws.each(psnr)}
+def with_spread(name: str, distance: Callable[..., float], sets: Sequence[Tensor], repeats: int) -> Numbers:
+    """Return a distance between sets with a row for each image, and an interval of 1.96 bootstrap deviations.
+
+    Drawing images twice makes these distances larger; so percentiles would miss the number itself.
+    """
+    value, count, generator = distance(*sets), len(sets[0]), _seeded()
+    picks = [torch.randint(count, (count,), generator=generator) for _ in range(repeats)]
+    found = torch.tensor([distance(*(rows[pick] for rows in sets)) for pick in picks], dtype=torch.float64)
+    spread = 1.96 * found.std().item()
+    return {name: value, f"{name}_low": value - spread, f"{name}_high": value + spread}
 
 
-def _ssim(draws: Draws) -> dict[str, Tensor]:
-    return {"ssim_mean": ssim(draws.samples.mean(1), draws.x0), "ssim": draws.each(ssim)}
+def of_mean_and_samples(
+    name: str, distance: Callable[[Tensor, Tensor], Tensor], suffix: str = ""
+) -> Callable[[Draws], dict[str, Tensor]]:
+    """Return the values of a distance (samples, references) -> [B], of the samples' mean and of single samples."""
+    return lambda draws: {
+        f"{name}_mean{suffix}": distance(draws.samples.mean(1), draws.x0),
+        f"{name}{suffix}": draws.each(distance),
+    }
 
 
 def _diversity(draws: Draws) -> dict[str, Tensor]:
@@ -202,25 +231,17 @@ class Ratio(Score):
 
     least = 2
 
-    def __init__(self) -> None:
-        self.variance: list[Tensor] = []
-        self.error: list[Tensor] = []
-
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
-        variance, error = spread_and_error(draws.samples.double(), draws.x0.double())
-        self.variance.append(variance.cpu())
-        self.error.append(error.cpu())
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return spread and error of each image."""
+        return {"r": torch.stack(spread_and_error(draws.samples.double(), draws.x0.double()), 1)}
 
     def numbers(self) -> Numbers:
         """Return r; None where all means are exact."""
-        variance, error = torch.cat(self.variance), torch.cat(self.error)
-        if not error.sum() > 0:
+        rows = self.rows["r"]
+        if not rows[:, 1].sum() > 0:
             return {"r": None}
-        picks = torch.randint(len(error), (2000, len(error)), generator=_seeded())
-        ratios = (variance[picks].mean(1) / error[picks].mean(1)).sqrt()
-        low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return {"r": calibration_ratio(variance, error), "r_low": low, "r_high": high}
+        found = with_interval("r", rows, lambda means: (means[..., 0] / means[..., 1]).sqrt())
+        return found | {"r": calibration_ratio(*rows.unbind(1))}
 
 
 class Coverage(Score):
@@ -232,28 +253,24 @@ class Coverage(Score):
     """
 
     least = 13
-
-    def __init__(self) -> None:
-        self.gathered: list[Tensor] = []
-        self.count = 0
+    count = 0
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where no interval of S samples is near to the highest level."""
-        if images < 2:
-            raise ValueError(f"its interval needs at least 2 images, got {images}")
-        if (samples - 1) / (samples + 1) < LEVELS[-1] - 0.05:
+        if samples < self.least:
             raise ValueError(
-                f"intervals of {100 * LEVELS[-1]:.0f} % need at least 13 samples per observation (19 are best), got "
-                f"{samples}"
+                f"intervals of {100 * LEVELS[-1]:.0f} % need at least {self.least} samples per observation (19 are "
+                f"best), got {samples}"
             )
+        super().check(images, samples, size)
 
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return the share of covered pixels of each image, for each level."""
         self.count = draws.samples.shape[1]
         rank = ranks(draws.samples, draws.x0, _seeded()).flatten(1)
         levels = range(1, (self.count - 1) // 2 + 1)
         inside = [((rank >= k) & (rank <= self.count - k)).double().mean(1) for k in levels]
-        self.gathered.append(torch.stack(inside, 1).cpu())
+        return {"inside": torch.stack(inside, 1)}
 
     def nominal(self) -> list[float]:
         """Return the coverages that a calibrated sampler has, falling."""
@@ -261,36 +278,28 @@ class Coverage(Score):
 
     def numbers(self) -> Numbers:
         """Return the coverages of ``LEVELS`` and the error of the curve."""
-        table, nominal = torch.cat(self.gathered), self.nominal()
+        inside, nominal = self.rows["inside"], self.nominal()
         found: Numbers = {}
         for level in LEVELS:
-            _, right = coverage(torch.zeros(1), self.count, level)
-            column = table[:, nominal.index(right)]
-            found |= with_interval(f"coverage_{100 * level:.0f}", column)
-            found[f"coverage_{100 * level:.0f}_nominal"] = right
-        return found | {"calibration_error": sum(abs(a - b) for a, b in self._curve()) / len(nominal)}
+            name, (_, right) = f"coverage_{100 * level:.0f}", coverage(torch.zeros(1), self.count, level)
+            found |= with_interval(name, inside[:, nominal.index(right)]) | {f"{name}_nominal": right}
+        error = (inside.mean(0) - torch.tensor(nominal, dtype=torch.float64)).abs().mean().item()
+        return found | {"calibration_error": error}
 
     def curves(self) -> dict[str, list[Any]]:
         """Return pairs of nominal and found coverage."""
-        return {"calibration": [list(pair) for pair in self._curve()]}
-
-    def _curve(self) -> list[tuple[float, float]]:
-        return list(zip(self.nominal(), torch.cat(self.gathered).mean(0).tolist(), strict=True))
+        found = self.rows["inside"].mean(0).tolist()
+        return {"calibration": [list(pair) for pair in zip(self.nominal(), found, strict=True)]}
 
 
 class Ranks(Score):
     """Simulation-based calibration (Talts et al., 2018) of a few numbers of each image: their ranks and a chi^2 test.
 
-    The numbers are the mean of the image and ``directions`` products with fixed white noise. ``sbc_p`` is the smallest
+    The numbers are the mean of the image and ``DIRECTIONS`` products with fixed white noise. ``sbc_p`` is the smallest
     of the tests' p-values times their number (Bonferroni), at most 1: small for a sampler that is not calibrated.
     """
 
     least = 2
-
-    def __init__(self, directions: int = 3):
-        self.directions = directions
-        self.gathered: list[Tensor] = []
-        self.count = 0
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where the expected counts of the test are below 5."""
@@ -300,14 +309,13 @@ class Ranks(Score):
                 f"{images}; take fewer samples or more images"
             )
 
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
-        self.count = draws.samples.shape[1]
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return the ranks of each image, as rows of zeros with a one at the rank."""
         size = draws.x0[0].numel()
-        noise = torch.randn(self.directions, size, generator=_seeded()).to(draws.x0)
+        noise = torch.randn(DIRECTIONS, size, generator=_seeded()).to(draws.x0)
         basis = torch.cat([torch.ones_like(noise[:1]) / size, noise / size**0.5])
         samples, truth = draws.samples.flatten(2) @ basis.T, draws.x0.flatten(1) @ basis.T
-        self.gathered.append(ranks(samples, truth, _seeded()).cpu())
+        return {"ranks": nn.functional.one_hot(ranks(samples, truth, _seeded()), samples.shape[1] + 1)}
 
     def numbers(self) -> Numbers:
         """Return ``sbc_p``."""
@@ -316,8 +324,7 @@ class Ranks(Score):
 
     def curves(self) -> dict[str, list[Any]]:
         """Return the counts of ranks 0..S, a list for each number."""
-        table = torch.cat(self.gathered)
-        return {"ranks": [torch.bincount(row, minlength=self.count + 1).tolist() for row in table.T]}
+        return {"ranks": self.rows["ranks"].sum(0).long().tolist()}
 
 
 class FeatureDistances(Score):
@@ -331,14 +338,14 @@ class FeatureDistances(Score):
     """
 
     def __init__(self, net: str, kind: str, patch: int = 0):
-        self.features, self.kind, self.patch = build_features(net), kind, patch
+        super().__init__()
+        check_weights(net)
+        self.features = InceptionFeatures() if net == INCEPTION else BackboneFeatures(net)
+        self.kind, self.patch = kind, patch
         self.modules = (self.features,)
         self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
         self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")
         self.backend = self.features.name + (f", {patch}x{patch}" if patch else "")
-        self.truth: list[Tensor] = []
-        self.drawn: list[Tensor] = []
-        self.seen: list[Tensor] = []
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where the number of images does not carry the distance."""
@@ -355,46 +362,32 @@ class FeatureDistances(Score):
                 "take more images or smaller pieces"
             )
 
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
-        self.truth.append(self._features(draws.x0))
-        self.drawn.append(torch.stack([self._features(sample) for sample in draws.samples.unbind(1)], 1))
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return the features of truths, samples and, where the distance is conditional, of A^dagger y as a picture."""
+        drawn = torch.stack([self._features(sample) for sample in draws.samples.unbind(1)], 1)
+        found = {"truth": self._features(draws.x0), "drawn": drawn}
         if self.kind == "cfid":
-            self.seen.append(self._features(cast_picture(draws)))
+            given = draws.observation
+            found["seen"] = self._features(given.physics.A_dagger(given.y).clamp(0, 1))
+        return found
 
     def numbers(self) -> Numbers:
-        """Return the distance, and an interval of 1.96 bootstrap deviations.
-
-        Drawing images twice makes these distances larger; so percentiles would miss the number itself.
-        """
-        truth, drawn = torch.cat(self.truth), torch.cat(self.drawn)
-        seen = torch.cat(self.seen) if self.seen else None
-        value = self._distance(truth, drawn, seen)
-        generator = _seeded()
-        repeats = []
-        for _ in range(self.repeats):
-            pick = torch.randint(len(truth), (len(truth),), generator=generator)
-            repeats.append(self._distance(truth[pick], drawn[pick], None if seen is None else seen[pick]))
-        spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
-        bounds = {f"{self.name}_low": value - spread, f"{self.name}_high": value + spread}
-        return {self.name: value} | bounds | {f"{self.name}_backend": self.backend}
+        """Return the distance with its interval."""
+        found = with_spread(self.name, self._distance, list(self.rows.values()), self.repeats)
+        return found | {f"{self.name}_backend": self.backend}
 
     def _features(self, images: Tensor) -> Tensor:
-        if self.patch:
-            side = self.patch
-            images = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
-            pieces = images.shape[1] * images.shape[2]
-            features = self.features(images.flatten(0, 2).contiguous())
-            return features.unflatten(0, (-1, pieces)).double().cpu()
-        return self.features(images).double().cpu()
+        if not self.patch:
+            return self.features(images)
+        images = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch).permute(0, 2, 3, 1, 4, 5)
+        features = self.features(images.flatten(0, 2).contiguous())
+        return features.unflatten(0, (len(images), -1))
 
-    def _distance(self, truth: Tensor, drawn: Tensor, seen: Tensor | None) -> float:
-        width = truth.shape[-1]
+    def _distance(self, truth: Tensor, drawn: Tensor, *seen: Tensor) -> float:
         if self.kind == "cfid":
-            assert seen is not None
             # one sample of each observation: pairs (sample, observation) are then independent over images
-            return conditional_frechet(truth, drawn[:, 0], seen)
-        real, fake = truth.reshape(-1, width), drawn.reshape(-1, width)
+            return conditional_frechet(truth, drawn[:, 0], *seen)
+        real, fake = truth.flatten(0, -2), drawn.flatten(0, -2)
         if self.kind == "kid":
             return float(poly_mmd(real, fake))
         return gaussian_wasserstein2(real.mean(0), real.T.cov(), fake.mean(0), fake.T.cov()) ** 2
@@ -406,9 +399,6 @@ class ConditionalW2(Score):
     Truths, one sample of each observation, and y are taken for jointly Gaussian, as pcaGAN does on such data.
     """
 
-    def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError for fewer images than the covariances need."""
         least = 2 * size[0] * size[1] * size[2] + 1
@@ -418,43 +408,32 @@ class ConditionalW2(Score):
                 f"{images}; take more images or smaller ones"
             )
 
-    def add(self, draws: Draws) -> None:
-        """Take one batch."""
-        three = (draws.x0, draws.samples[:, 0], draws.observation.y)
-        truth, drawn, seen = (part.flatten(1).double().cpu() for part in three)
-        self.parts.append((truth, drawn, seen))
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return the pixels of truth, sample and observation."""
+        parts = {"truth": draws.x0, "drawn": draws.samples[:, 0], "seen": draws.observation.y}
+        return {name: images.flatten(1) for name, images in parts.items()}
 
     def numbers(self) -> Numbers:
         """Return ``cw2`` in image units (norm over pixels), with an interval of 1.96 bootstrap deviations.
 
         ``cw2_debiased`` is the signed root of ``debiased_conditional_frechet``.
         """
-        truth, drawn, seen = (torch.cat(part) for part in zip(*self.parts, strict=True))
-        value = max(0.0, conditional_frechet(truth, drawn, seen)) ** 0.5
-        generator, repeats = _seeded(), []
-        for _ in range(RESAMPLED_WIDE):
-            pick = torch.randint(len(truth), (len(truth),), generator=generator)
-            repeats.append(max(0.0, conditional_frechet(truth[pick], drawn[pick], seen[pick])) ** 0.5)
-        spread = 1.96 * torch.tensor(repeats, dtype=torch.float64).std().item()
-        excess = debiased_conditional_frechet(truth, drawn, seen)
-        found = {"cw2": value, "cw2_low": value - spread, "cw2_high": value + spread}
-        return found | {"cw2_debiased": signed_root(excess)}
-
-
-def cast_picture(draws: Draws) -> Tensor:
-    """Return what is conditioned on as pictures [B, C, H, W]: A^dagger y, clamped."""
-    return draws.observation.physics.A_dagger(draws.observation.y).clamp(0, 1)
+        sets = list(self.rows.values())
+        found = with_spread("cw2", lambda *s: max(0.0, conditional_frechet(*s)) ** 0.5, sets, RESAMPLED_WIDE)
+        return found | {"cw2_debiased": signed_root(debiased_conditional_frechet(*sets))}
 
 
 def lpips_score(net: str) -> PerImage:
     """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
+    check_weights(net)
     distance = lpips_distance(net)
     suffix = "" if net == DEFAULT_NET else f"_{net}"
+    against_truth = of_mean_and_samples("lpips", distance, suffix)
 
     def values(draws: Draws) -> dict[str, Tensor]:
-        found = distances(f"lpips{suffix}", f"lpips_mean{suffix}", distance, draws)
+        found = against_truth(draws)
         if draws.samples.shape[1] > 1:
-            pairs = zip(draws.samples.unbind(1)[:-1], draws.samples.unbind(1)[1:], strict=True)
+            pairs = pairwise(draws.samples.unbind(1))
             found[f"diversity_lpips{suffix}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
         return found
 
@@ -464,10 +443,7 @@ def lpips_score(net: str) -> PerImage:
 def dists_score() -> PerImage:
     """Return DISTS of the mean and of single samples."""
     distance = DISTSDistance()
-
-    def values(draws: Draws) -> dict[str, Tensor]:
-        return distances("dists", "dists_mean", distance, draws)
-
+    values = of_mean_and_samples("dists", distance)
     return PerImage(values, distance.smallest, backend={"dists_backend": distance.name}, modules=[distance])
 
 
@@ -477,19 +453,14 @@ def distance_score(name: str, distance: Callable[[Tensor, Tensor], Tensor]) -> P
     return PerImage(lambda draws: {name: draws.each(distance)}, modules=modules)
 
 
-def distances(single: str, mean: str, distance: nn.Module, draws: Draws) -> dict[str, Tensor]:
-    """Return a distance of single samples, and of their mean, under these names."""
-    return {mean: distance(draws.samples.mean(1), draws.x0), single: draws.each(distance)}
-
-
 def lpips_metric(net: str) -> str:
     """Return the name of the metric with a backbone: ``lpips`` is that of AlexNet."""
     return "lpips" if net == DEFAULT_NET else f"lpips_{net}"
 
 
 SCORES: dict[str, Callable[[], Score]] = {
-    "psnr": lambda: PerImage(_psnr),
-    "ssim": lambda: PerImage(_ssim, smallest=SSIM_WINDOW),
+    "psnr": lambda: PerImage(of_mean_and_samples("psnr", psnr)),
+    "ssim": lambda: PerImage(of_mean_and_samples("ssim", ssim), smallest=SSIM_WINDOW),
     "residual": lambda: PerImage(_residual),
     "diversity": lambda: PerImage(_diversity, least=2),
     "energy": lambda: PerImage(_energy, least=2),
@@ -503,8 +474,7 @@ SCORES: dict[str, Callable[[], Score]] = {
 
 
 SETS = ("frechet", "kid", "cfid")
-NETWORK_OF = {"dists": "vgg"} | {lpips_metric(net): net for net in BACKBONES}
-"""Network whose weights a metric needs."""
+_OF_SETS = re.compile(rf"(?!cfid_\w+_\d)(?P<kind>{'|'.join(SETS)})_(?P<net>{'|'.join(NETS)})(?:_(?P<side>[1-9]\d*))?")
 
 
 def build_score(name: str) -> Score:
@@ -514,21 +484,18 @@ def build_score(name: str) -> Score:
         ValueError: for an unknown name, or without the package of its network.
         FileNotFoundError: when the weights of its network are not in the torch cache.
     """
-    kind, _, rest = name.partition("_")
-    net, _, side = rest.partition("_")
-    is_set = kind in SETS and net in NETS and (not side or (side.isdigit() and int(side) > 0 and kind != "cfid"))
-    if name not in SCORES and not is_set:
+    of_sets = _OF_SETS.fullmatch(name)
+    if name not in SCORES and of_sets is None:
         raise ValueError(
             f"{unknown('metric', name, SCORES)}, and with one of the networks {', '.join(NETS)}: "
             f"{', '.join(f'{kind}_NET' for kind in SETS)}, of patches e.g. frechet_alex_64"
         )
-    needed = net if is_set else NETWORK_OF.get(name)
-    if needed is not None:
-        try:
-            check_weights(needed)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
-    return FeatureDistances(net, kind, int(side or 0)) if is_set else SCORES[name]()
+    try:
+        if of_sets:
+            return FeatureDistances(of_sets["net"], of_sets["kind"], int(of_sets["side"] or 0))
+        return SCORES[name]()
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"the metric {name} cannot be computed: {error}; or leave it out") from error
 
 
 def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> list[Score]:
@@ -541,12 +508,9 @@ def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> l
     """
     found = []
     for name in names:
-        try:
-            score = build_score(name)
-        except FileNotFoundError:
-            continue
-        found += [score] if score.fits(samples, size) else []
-    return found
+        with suppress(FileNotFoundError):
+            found.append(build_score(name))
+    return [score for score in found if min(size[1:]) >= score.smallest and samples >= score.least]
 
 
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:

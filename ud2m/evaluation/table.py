@@ -1,12 +1,14 @@
-"""How numbers are shown: the columns of tables, their best values, and tables as plain text and Markdown."""
+"""How numbers are shown: the columns of tables, the texts of their cells, and their best values."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from numbers import Real
 from typing import Any
 
 MISSING = "–"
+BETTER: dict[str | None, str] = {"max": "; higher is better", "min": "; lower is better"}
 BOUNDS = ("_low", "_high")
 """Ends of the names of the bounds of an interval."""
 
@@ -18,14 +20,11 @@ class Column:
     Attributes:
         key: name in ``metrics.json``.
         heading: of its column.
-        meaning: in words.
+        meaning: in words; ``legend`` adds which values are better.
         format: of its values.
         best: which value wins: ``max``, ``min``, ``one`` (nearest to 1 as a ratio) or None (no contest).
-        variants: whether it also describes keys with a suffix (``lpips_vgg``).
-        of: metric that computes it (``ud2m.evaluation.scores``), where that has another name; a suffix goes along.
         selects: whether checkpoints and settings may be chosen by it.
-        plotted: whether it is plotted against cost.
-        summary: whether short tables, of a sweep or a model card, show it.
+        variants: whether it also describes keys with a suffix (``lpips_vgg``).
     """
 
     key: str
@@ -33,11 +32,13 @@ class Column:
     meaning: str = ""
     format: str = ".4g"
     best: str | None = None
-    variants: bool = False
-    of: str | None = None
     selects: bool = False
-    plotted: bool = False
-    summary: bool = False
+    variants: bool = False
+
+    @property
+    def legend(self) -> str:
+        """What the number means and which values are better; empty where the heading says it."""
+        return f"{self.meaning}{BETTER.get(self.best, '')}" if self.meaning else ""
 
     def quality(self, value: Any) -> float | None:
         """Return a number that is higher for better values; None where there is no value, or no contest."""
@@ -56,118 +57,23 @@ COLUMNS = (
     Column("operator", "Operator"),
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),
-    Column(
-        "psnr_mean",
-        "PSNR of mean [dB]",
-        "of the samples' mean, peak 1; higher is better",
-        ".2f",
-        "max",
-        of="psnr",
-        selects=True,
-        plotted=True,
-        summary=True,
-    ),
-    Column(
-        "psnr",
-        "PSNR [dB]",
-        "of single samples, peak 1; higher is better",
-        ".2f",
-        "max",
-        selects=True,
-        plotted=True,
-        summary=True,
-    ),
-    Column(
-        "ssim_mean",
-        "SSIM of mean",
-        "structural similarity of the mean; 1 is equal",
-        ".3f",
-        "max",
-        of="ssim",
-        selects=True,
-    ),
-    Column(
-        "ssim", "SSIM", "structural similarity of single samples; 1 is equal", ".3f", "max", selects=True, plotted=True
-    ),
-    Column(
-        "lpips_mean",
-        "LPIPS of mean",
-        "perceptual distance of the mean; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        of="lpips",
-        selects=True,
-    ),
-    Column(
-        "lpips",
-        "LPIPS",
-        "perceptual distance of single samples; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        selects=True,
-        plotted=True,
-        summary=True,
-    ),
+    Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True),
+    Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True),
+    Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
+    Column("ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True),
+    Column("lpips_mean", "LPIPS of mean", "perceptual distance of the mean", ".3f", "min", selects=True, variants=True),
+    Column("lpips", "LPIPS", "perceptual distance of single samples", ".3f", "min", selects=True, variants=True),
     Column("lpips_backend", "LPIPS network"),
-    Column(
-        "dists_mean",
-        "DISTS of mean",
-        "structure and texture distance of the mean; lower is better",
-        ".3f",
-        "min",
-        of="dists",
-        selects=True,
-    ),
-    Column(
-        "dists",
-        "DISTS",
-        "structure and texture distance of single samples; lower is better",
-        ".3f",
-        "min",
-        selects=True,
-    ),
-    Column("prior_features", "Prior features", "distance in the prior's own features; lower is better", ".3f", "min"),
-    Column(
-        "frechet",
-        "Fréchet distance",
-        "between the sets of samples and references; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        plotted=True,
-    ),
+    Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean", ".3f", "min", selects=True),
+    Column("dists", "DISTS", "structure and texture distance of single samples", ".3f", "min", selects=True),
+    Column("prior_features", "Prior features", "distance in the prior's own features", ".3f", "min"),
+    Column("frechet", "Fréchet distance", "between the sets of samples and references", ".3f", "min", variants=True),
     Column("frechet_backend", "Fréchet features"),
-    Column(
-        "kid",
-        "Kernel distance",
-        "between both sets, unbiased (KID); lower is better",
-        ".4g",
-        "min",
-        variants=True,
-        plotted=True,
-    ),
-    Column(
-        "cfid",
-        "CFID",
-        "Fréchet distance given the observation; lower is better",
-        ".3f",
-        "min",
-        variants=True,
-        plotted=True,
-    ),
-    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y; lower is better", ".4f", "min"),
+    Column("kid", "Kernel distance", "between both sets, unbiased (KID)", ".4g", "min", variants=True),
+    Column("cfid", "CFID", "Fréchet distance given the observation", ".3f", "min", variants=True),
+    Column("cw2", "Conditional W2", "of Gaussian fits of pixels given y", ".4f", "min"),
     Column("cw2_debiased", "Conditional W2, debiased", "0 on average where both laws agree", ".4f"),
-    Column(
-        "energy",
-        "Energy score",
-        "proper score of the samples together, per pixel; lower is better",
-        ".4f",
-        "min",
-        selects=True,
-        plotted=True,
-    ),
+    Column("energy", "Energy score", "proper score of the samples together, per pixel", ".4f", "min", selects=True),
     Column("diversity_lpips", "LPIPS between samples", "of the same observation", ".3f", variants=True),
     Column("diversity", "Std of samples", "root mean square over pixels, image units", ".4f"),
     Column("coverage_50", "Coverage 50 %", "share of true pixels in intervals of about 50 %", ".3f"),
@@ -175,7 +81,7 @@ COLUMNS = (
     Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
     Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
     Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
-    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one", summary=True),
+    Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column(
         "residual",
         "Residual",
@@ -191,30 +97,12 @@ COLUMNS = (
 
 SETTING = ("data", "size", "operator", "sigma_y")
 """Keys of a row that say what was measured on: scores compare only where these agree."""
-_LPIPS_KEYS = ("lpips", "lpips_mean")
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as an aligned plain-text table; ``*`` marks the best value of a column."""
-    if not rows:
-        return "(no results)"
-    columns = table_columns(rows)
-    best = best_cells(rows, columns)
-    lines = [[column.heading for column in columns]]
-    for index, row in enumerate(rows):
-        lines.append([_console_cell(column, row, (index, column.key) in best) for column in columns])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    flush_left = [all(number_of(row.get(column.key)) is None for row in rows) for column in columns]
-    table = [_aligned(line, widths, flush_left) for line in lines]
-    table.insert(1, "  ".join("-" * width for width in widths))
-    notes = ["* best in its column"] if best else []
-    return "\n".join([*table, "", *notes, *meanings(columns)])
 
 
 def meanings(columns: Sequence[Column]) -> list[str]:
     """Return what the columns mean, where their headings do not say it."""
-    return [f"{column.heading}: {column.meaning}" for column in columns if column.meaning]
+    return [f"{column.heading}: {column.legend}" for column in columns if column.legend]
 
 
 def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -226,13 +114,9 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     backends = {row[_LPIPS_BACKEND] for row in rows if row.get(_LPIPS_BACKEND) is not None}
     if len(backends) == 1:
         keys.remove(_LPIPS_BACKEND)
-    columns = [column_of(key) for key in sorted(keys, key=_rank)]
-    return [_with_backend(column, backends) for column in columns]
-
-
-def _rank(key: str) -> int:
-    described = _described(key)
-    return len(COLUMNS) if described is None else COLUMNS.index(described)
+    columns = [column_of(key) for key in sorted(keys, key=_place)]
+    network = f" ({backends.pop()})" if len(backends) == 1 else ""
+    return [replace(c, heading=c.heading + network) if c.key in ("lpips", "lpips_mean") else c for c in columns]
 
 
 def selecting(key: str) -> Column:
@@ -250,13 +134,7 @@ def selecting(key: str) -> Column:
 
 def metric_of(key: str) -> str:
     """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_mean_vgg``."""
-    described = _described(key)
-    return key if described is None or described.of is None else described.of + key.removeprefix(described.key)
-
-
-def summary_keys() -> list[str]:
-    """Return the keys of the numbers that short tables show."""
-    return [column.key for column in COLUMNS if column.summary]
+    return key.replace("_mean", "", 1)
 
 
 def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,12 +148,10 @@ def best_cells(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> 
     Values that look equal as shown win together; where there is nothing to compare with, none does.
     """
     best = set()
-    for column in columns:
-        for group in by_setting(rows).values():
-            scores = {i: column.quality(rows[i].get(column.key)) for i in group}
-            valid = {i: score for i, score in scores.items() if score is not None}
-            if len(valid) < 2:
-                continue
+    for column, group in product(columns, by_setting(rows).values()):
+        scores = {i: column.quality(rows[i].get(column.key)) for i in group}
+        valid = {i: score for i, score in scores.items() if score is not None}
+        if len(valid) > 1:
             winner = max(valid, key=lambda i: valid[i])
             shown = format_value(column, rows[winner][column.key])
             best |= {(i, column.key) for i in valid if format_value(column, rows[i][column.key]) == shown}
@@ -312,38 +188,25 @@ def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[
     return groups
 
 
-def _described(key: str) -> Column | None:
-    """Return the record in COLUMNS of a key: its own, or that of the longest key that it is a variant of."""
-    known = [c for c in COLUMNS if key == c.key or (c.variants and key.startswith(c.key + "_"))]
-    return max(known, key=lambda column: len(column.key), default=None)
-
-
 def column_of(key: str) -> Column:
     """Return the record of a key: that of ``COLUMNS``, with its suffix in the heading, or a plain one."""
-    described = _described(key)
-    if described is None:
+    place = _place(key)
+    if place == len(COLUMNS):
         return Column(key, key.replace("_", " "))
-    if key == described.key:
-        return described
-    return replace(described, key=key, heading=f"{described.heading} ({key[len(described.key) + 1 :]})")
+    described, suffix = COLUMNS[place], key[len(COLUMNS[place].key) + 1 :]
+    return replace(described, key=key, heading=f"{described.heading} ({suffix})") if suffix else described
 
 
-def _with_backend(column: Column, backends: set[str]) -> Column:
-    if len(backends) != 1 or column.key not in _LPIPS_KEYS:
-        return column
-    (name,) = backends
-    return replace(column, heading=f"{column.heading} ({name})")
+def described_by(key: str) -> str | None:
+    """Return the key in ``COLUMNS`` of what describes a key: ``lpips`` of ``lpips_vgg``; None where nothing does."""
+    place = _place(key)
+    return COLUMNS[place].key if place < len(COLUMNS) else None
 
 
-def _console_cell(column: Column, row: Mapping[str, Any], is_best: bool) -> str:
-    text = format_value(column, row.get(column.key))
-    room = " " if column.best else ""  # keeps the decimal points of marked and unmarked values in line
-    return "".join(c if c.isprintable() else " " for c in text) + ("*" if is_best else room)
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], flush_left: Sequence[bool]) -> str:
-    columns = zip(cells, widths, flush_left, strict=True)
-    return "  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns).rstrip()
+def _place(key: str) -> int:
+    """Return which of COLUMNS describes a key: its own record, or that of the longest key that it is a variant of."""
+    known = [k for k, c in enumerate(COLUMNS) if key == c.key or (c.variants and key.startswith(c.key + "_"))]
+    return max(known, key=lambda k: len(COLUMNS[k].key), default=len(COLUMNS))
 
 
 def markdown_line(cells: Iterable[str]) -> str:

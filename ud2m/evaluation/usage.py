@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ class NetworkEvaluations:
 
     def __init__(self, networks: Sequence[nn.Module]):
         self.networks, self.count = networks, 0
-        self.handles: list[Any] = []
 
     def __enter__(self) -> "NetworkEvaluations":
         self.handles = [network.register_forward_pre_hook(self._count) for network in self.networks]
@@ -63,10 +63,8 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # another system: peak_memory is None there, or that of the whole process
         _RESET.write_text("5")  # Linux: the peak becomes the present size
-    except OSError:
-        return  # another system: peak_memory is None there, or that of the whole process
 
 
 def peak_memory(device: torch.device | str = "cpu") -> float | None:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ud2m.evaluation.cells import Result
-from ud2m.evaluation.table import SETTING, by_setting
-from ud2m.reports.figures import Figure, picture, viewable
+from ud2m.evaluation.table import SETTING, by_setting, described_by
+from ud2m.reports.figures import Picture, picture, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
 from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
 
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
+PLOTTED = ("psnr_mean", "psnr", "ssim", "lpips", "frechet", "kid", "cfid", "energy")
+"""Numbers that are shown against the costs, with their variants."""
 
 _DISPLAY = 200  # CSS pixels: five in a row
 
@@ -56,12 +58,11 @@ def board_page(board: Board) -> str:
 def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> dict[str, Any]:
     rows, results = [board.rows[i] for i in indices], [board.results[i] for i in indices]
     methods = [str(row["method"]) for row in rows]
-    plots = [scatter(rows, column, *cost) for column in visible(rows) if column.plotted for cost in COSTS]
+    plotted = [column for column in visible(rows) if described_by(column.key) in PLOTTED]
+    plots = [scatter(rows, column, *cost) for column in plotted for cost in COSTS]
     plots.append(calibration([(name, result.curves) for name, result in zip(methods, results, strict=True)]))
     names = board.names.get(str(rows[0].get("data")), {})
-    words = [
-        f"σ_y = {value:g}" if key == "sigma_y" else str(value) for key, value in zip(SETTING, setting, strict=True)
-    ]
+    words = [f"σ_y = {v:g}" if key == "sigma_y" else str(v) for key, v in zip(SETTING, setting, strict=True)]
     return {
         "heading": ", ".join(words),
         "methods": [{"number": k + 1, "name": name, "colour": colour_of(k)} for k, name in enumerate(methods)],
@@ -73,7 +74,7 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
     }
 
 
-def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Figure]:
+def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
     """Return the pictures of one image: what is known of it, and a sample and the mean of each method."""
     shown = [_figure(pictures[0]["x0"], "Reference"), _figure(viewable(pictures[0]["y"])[0], "Observation")]
     for method, kinds in zip(methods, pictures, strict=True):
@@ -83,5 +84,5 @@ def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> 
     return shown
 
 
-def _figure(image: Tensor, caption: str) -> Figure:
-    return Figure(picture(image, caption), caption, _DISPLAY)
+def _figure(image: Tensor, caption: str) -> Picture:
+    return picture(image, caption, caption=caption, display=_DISPLAY)

@@ -1,7 +1,7 @@
 """The pictures of pages, as plain data with the pixels in a data URL."""
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch.nn.functional import interpolate
 
 from ud2m.images import data_url, std_image
 
+Picture = dict[str, Any]
+"""What the templates show, see ``picture``."""
 MAX_SIDE = 512
 """Larger pictures are shown reduced; the files beside the report keep every pixel."""
 
@@ -16,51 +18,20 @@ _DISPLAY = 256  # CSS pixels, four in a row; smaller pictures are enlarged by a 
 _IMAGE_RANGE = (-0.5, 1.5)  # an observation outside is no image in [0, 1] (a sinogram, say) and is rescaled
 
 
-@dataclass(frozen=True)
-class Picture:
-    """Pixels.
+def picture(image: Tensor, alt: str, scaling: str = "crisp", **more: Any) -> Picture:
+    """Return an image [1 or 3, H, W] in [0, 1] with all its pixels.
 
-    Attributes:
-        url: the image itself.
-        width: in pixels.
-        height: in pixels.
+    Args:
+        image: the pixels, which become ``url``, ``width`` and ``height``.
         alt: what it shows, for those who do not see it.
         scaling: ``crisp`` shows single pixels, ``smooth`` does not.
+        more: of a figure: the ``caption`` below it and ``display``, its width on the page in CSS pixels.
     """
-
-    url: str
-    width: int
-    height: int
-    alt: str
-    scaling: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture with its caption.
-
-    Attributes:
-        picture: the pixels.
-        caption: below it.
-        display: width on the page in CSS pixels.
-        colours: bar of the colours that stand for values from 0 to ``scale``, where they do.
-        scale: upper end of the bar.
-    """
-
-    picture: Picture
-    caption: str
-    display: int
-    colours: Picture | None = None
-    scale: str = ""
-
-
-def picture(image: Tensor, alt: str, scaling: str = "crisp") -> Picture:
-    """Return an image [1 or 3, H, W] in [0, 1] with all its pixels."""
     height, width = image.shape[1:]
-    return Picture(data_url(image), width, height, alt, scaling)
+    return {"url": data_url(image), "width": width, "height": height, "alt": alt, "scaling": scaling, **more}
 
 
-def figure(image: Tensor, caption: str, alt: str, display: int | None = None) -> Figure:
+def figure(image: Tensor, caption: str, alt: str, display: int | None = None) -> Picture:
     """Return an image [1 or 3, H, W] in [0, 1], reduced where it is larger than ``MAX_SIDE``."""
     image = image.detach().float().cpu()
     height, width = image.shape[1:]
@@ -70,17 +41,16 @@ def figure(image: Tensor, caption: str, alt: str, display: int | None = None) ->
         caption += f", reduced to 1/{factor}"
     display = display or display_width(width)
     scaling = "crisp" if display >= 1.5 * image.shape[2] else "smooth"
-    return Figure(picture(image, alt, scaling), caption, display)
+    return picture(image, alt, scaling, caption=caption, display=display)
 
 
-def std_figure(std: Tensor, scale: float, name: str) -> Figure:
+def std_figure(std: Tensor, scale: float, name: str) -> Picture:
     """Return a map of standard deviations [C, H, W] in colours, brightest at ``scale``, with their bar."""
     coloured, _ = std_image(std, scale)
     alt = f"{name}: standard deviation of the samples, brightest where {scale:g} or more"
-    shown = figure(coloured, "Standard deviation", alt)
     colours, _ = std_image(torch.linspace(0, 1, 64).view(1, 1, 64), 1.0)
     bar = picture(colours, f"colours from 0 to {scale:g}", "smooth")
-    return Figure(shown.picture, shown.caption, shown.display, bar, f"{scale:g}")
+    return figure(coloured, "Standard deviation", alt) | {"colours": bar, "scale": f"{scale:g}"}
 
 
 def display_width(width: int) -> int:

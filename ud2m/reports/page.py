@@ -1,6 +1,7 @@
 """The renderer of every page: one HTML file that loads nothing, from the templates, style and script in templates/."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,6 @@ def write_page(path: str | Path, page: str) -> None:
     write_bytes(path, page.encode(errors="replace"))  # file names may hold bytes that are no text
 
 
-def _indented_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
-
-
 _TEMPLATES = Environment(
     loader=PackageLoader("ud2m.reports"),
     autoescape=True,
@@ -42,5 +39,5 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters["indented_json"] = _indented_json
+_TEMPLATES.filters["indented_json"] = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
 _TEMPLATES.globals["zip"] = zip

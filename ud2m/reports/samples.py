@@ -1,15 +1,16 @@
-"""The report on samples: tables, and the pictures of each observation, on one page."""
+"""The report on samples: tables, and the pictures of each observation, on one page and as files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ud2m.evaluation.table import format_value, table_columns
-from ud2m.images import std_scale
-from ud2m.reports.figures import MAX_SIDE, Figure, display_width, figure, std_figure, viewable
+from ud2m.images import PixelFormat, std_scale, write_image
+from ud2m.reports.figures import MAX_SIDE, Picture, display_width, figure, std_figure, viewable
 from ud2m.reports.page import render_page
 from ud2m.reports.tables import Rows, meanings, table_of
 
@@ -45,18 +46,18 @@ class Entry:
     measured: Tensor | None = None
 
     def __post_init__(self):
-        shape = tuple(self.mean.shape)
-        _require(len(shape) == 3, self.name, "mean", "(C, H, W)", self.mean)
-        if self.std is not None:
-            _require(tuple(self.std.shape) == shape, self.name, "std", f"{shape}", self.std)
-        _require(len(self.samples) > 0, self.name, "samples", "(S >= 1, C, H, W)", self.samples)
-        _require(tuple(self.samples.shape[1:]) == shape, self.name, "samples", f"(S, *{shape})", self.samples)
-        _require(self.observation.ndim == 3, self.name, "observation", "(C, h, w)", self.observation)
-        if self.reference is not None:
-            _require(tuple(self.reference.shape) == shape, self.name, "reference", f"{shape}", self.reference)
-        if self.measured is not None:
-            size = tuple(self.observation.shape[1:])
-            _require(tuple(self.measured.shape) == size, self.name, "measured", f"{size}", self.measured)
+        shape, size = tuple(self.mean.shape), tuple(self.observation.shape[1:])
+        for what, wanted, fits in (
+            ("mean", "(C, H, W)", len(shape) == 3),
+            ("std", shape, self.std is None or self.std.shape == shape),
+            ("samples", f"(S >= 1, *{shape})", len(self.samples) > 0 and self.samples.shape[1:] == shape),
+            ("observation", "(C, h, w)", self.observation.ndim == 3),
+            ("reference", shape, self.reference is None or self.reference.shape == shape),
+            ("measured", size, self.measured is None or self.measured.shape == size),
+        ):
+            if not fits:
+                got = tuple(getattr(self, what).shape)
+                raise ValueError(f"report entry {self.name!r}: {what} must have shape {wanted}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,28 @@ def samples_page(report: Report) -> str:
     columns = table_columns(report.table)
     table = table_of(report.table, columns)
     best = ["bold: best in its column, for the same data and operator"] if table.has_bold else []
-    return render_page(
-        "samples",
-        title=report.title,
-        summary=report.summary,
-        table=table,
-        notes=[*best, *meanings(columns)],
-        sections=[_section(section) for section in report.sections],
-        settings=report.settings,
-    )
+    notes = [*best, *meanings(columns)]
+    sections = [_section(section) for section in report.sections]
+    return render_page("samples", **vars(report) | {"table": table, "notes": notes, "sections": sections})
+
+
+def write_pictures(folder: Path, entry: Entry, pixels: PixelFormat | None) -> None:
+    """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation).
+
+    All but the last have the depth and the colour profile of the file that they were made of.
+
+    Args:
+        folder: where; made if it is not there.
+        entry: what is written.
+        pixels: depth and profile of the file that y comes from.
+    """
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    write_image(entry.observation, folder / "observation.png", pixels)
+    for k, sample in enumerate(entry.samples):
+        write_image(sample, folder / "samples" / f"{k:03d}.png", pixels)
+    write_image(entry.mean, folder / "mean.png", pixels)
+    deviation = torch.zeros_like(entry.mean) if entry.std is None else entry.std
+    write_image(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")
 
 
 def _section(section: Section) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def _entry(entry: Entry, scale: float) -> dict[str, Any]:
     }
 
 
-def _summary(entry: Entry, scale: float) -> list[Figure]:
+def _summary(entry: Entry, scale: float) -> list[Picture]:
     count = len(entry.samples)
     mean = f"Mean of {count} sample{'' if count == 1 else 's'}"
     shown = [_observation(entry), figure(entry.mean, mean, f"{entry.name}: mean of the samples")]
@@ -134,7 +148,7 @@ def _summary(entry: Entry, scale: float) -> list[Figure]:
     return shown
 
 
-def _observation(entry: Entry) -> Figure:
+def _observation(entry: Entry) -> Picture:
     y, remark = viewable(entry.observation)
     if entry.measured is not None:
         y = torch.where(entry.measured.bool().cpu(), y, torch.tensor(_HOLE))
@@ -144,8 +158,3 @@ def _observation(entry: Entry) -> Figure:
     enlarged = width if width % y.shape[2] == 0 else y.shape[2]  # a factor of decimation fills the frame
     display = min(round(display_width(width) * enlarged / width), MAX_SIDE)
     return figure(y, f"Observation y{size}{remark}", f"{entry.name}: observation", display)
-
-
-def _require(condition: bool, name: str, what: str, wanted: str, got: Tensor) -> None:
-    if not condition:
-        raise ValueError(f"report entry {name!r}: {what} must have shape {wanted}, got {tuple(got.shape)}")

@@ -1,55 +1,48 @@
 """The page that shows all runs of a sweep: a line each, through its settings to its score."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+
 from ud2m.reports.page import render_page
-from ud2m.reports.plots import Curve, Tick
 
 WIDTH, HEIGHT, LEFT, TOP = 200, 360, 110, 60
 """Pixels between axes, of an axis, and around."""
-COLOURS = ((140, 80, 190), (33, 150, 140), (235, 180, 20))
+COLOURS = LinearSegmentedColormap.from_list("scores", ["#8c50be", "#21968c", "#ebb414"])
 """Of the worst, a middling and the best score, on white and on black."""
+SCORE = "score"
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A vertical axis.
-
-    Attributes:
-        name: above it.
-        x: its place.
-        share: where a value lies on it, 0 at its lower end and 1 at its upper one.
-        ticks: the values that are written beside it.
-    """
-
-    name: str
-    x: int
-    share: Callable[[Any], float]
-    ticks: Sequence[Tick]
-
-
-def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], settings: Sequence[str], score: str = "score") -> str:
+def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> str:
     """Return a page with parallel coordinates of the runs that have a score.
 
     Args:
         title: heading.
         rows: one mapping per run, with ``run``, settings as text and ``score``.
         settings: keys of the axes; those with one value over all runs are left out.
-        score: key of the last axis.
     """
-    done = sorted((row for row in rows if row.get(score) is not None), key=lambda row: row[score])  # the best on top
+    done = sorted((row for row in rows if row.get(SCORE) is not None), key=lambda row: row[SCORE])  # the best on top
     varied = [key for key in settings if len({row.get(key) for row in done}) > 1]
-    keys = [*varied, score] if done else []
-    axes = [_axis(key, LEFT + k * WIDTH, [row.get(key) for row in done]) for k, key in enumerate(keys)]
+    keys = [*varied, SCORE] if done else []
+    heights, axes = [], []
+    for k, key in enumerate(keys):
+        along, ticks = _axis([row.get(key) for row in done])
+        heights.append(along)
+        axes.append({"name": key, "x": LEFT + k * WIDTH, "ticks": ticks})
+    lines = []
+    for row, ys in zip(done, zip(*heights, strict=True), strict=True):
+        said = ", ".join(f"{key} = {_text(row.get(key))}" for key in keys)
+        points = [(axis["x"], y) for axis, y in zip(axes, ys, strict=True)]
+        lines.append((points, to_hex(COLOURS(1 - (ys[-1] - TOP) / HEIGHT)), f"run {row['run']}: {said}"))
     failed = len(rows) - len(done)
     return render_page(
         "sweep",
         title=title,
         axes=axes,
-        lines=[_line(row, axes) for row in done],
+        lines=lines,
         top=TOP,
         bottom=TOP + HEIGHT,
         width=LEFT + WIDTH * len(axes),
@@ -57,47 +50,31 @@ def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], settings: Sequence
     )
 
 
-def _line(row: Mapping[str, Any], axes: Sequence[Axis]) -> Curve:
-    shares = [axis.share(row.get(axis.name)) for axis in axes]
-    said = ", ".join(f"{axis.name} = {_text(row.get(axis.name))}" for axis in axes)
-    points = [(axis.x, _height(share)) for axis, share in zip(axes, shares, strict=True)]
-    return Curve(points, _colour(shares[-1]), f"run {row['run']}: {said}")
+def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Return the heights of values, and ticks: the lowest, a middling and the highest number, or all words in order."""
+    numbers = [number for number in map(_number, values) if number is not None]
+    if len(numbers) < len(values):
+        texts = [_text(value) for value in values]
+        words = sorted(set(texts))
+        places = {word: _height(i / max(1, len(words) - 1)) for i, word in enumerate(words)}
+        return [places[text] for text in texts], [(y, word) for word, y in places.items()]
+    scale = math.log if min(numbers) > 0 and max(numbers) > 50 * min(numbers) else float  # several orders of magnitude
+    low, high = scale(min(numbers)), scale(max(numbers))
+    heights = [_height((scale(number) - low) / (high - low) if high > low else 0.5) for number in numbers]
+    ordered = sorted(zip(heights, numbers, strict=True))
+    return heights, [(y, _text(n)) for y, n in sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})]
 
 
 def _height(share: float) -> float:
     return round(TOP + HEIGHT * (1 - share), 1)
 
 
-def _axis(name: str, x: int, values: Sequence[Any]) -> Axis:
-    numbers = sorted(number for number in map(_number, values) if number is not None)
-    if len(numbers) < len(values):
-        words = sorted({_text(value) for value in values})
-        spread = {word: i / max(1, len(words) - 1) for i, word in enumerate(words)}
-        ticks = [Tick(_height(share), word) for word, share in spread.items()]
-        return Axis(name, x, lambda value: spread[_text(value)], ticks)
-    low, middle, high = numbers[0], numbers[len(numbers) // 2], numbers[-1]
-    scale = math.log if low > 0 and high > 50 * low else float  # several orders of magnitude
-    span = scale(high) - scale(low)
-
-    def share(value: Any) -> float:
-        return (scale(float(value)) - scale(low)) / span if span else 0.5
-
-    return Axis(name, x, share, [Tick(_height(share(n)), _text(n)) for n in sorted({low, middle, high})])
-
-
 def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    with suppress(TypeError, ValueError):
+        if math.isfinite(float(value)):
+            return float(value)
+    return None
 
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _colour(share: float) -> str:
-    k, part = divmod(min(share, 0.999) * (len(COLOURS) - 1), 1)
-    mixed = [round(a + part * (b - a)) for a, b in zip(COLOURS[int(k)], COLOURS[int(k) + 1], strict=True)]
-    return "#" + "".join(f"{value:02x}" for value in mixed)

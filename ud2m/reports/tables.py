@@ -131,13 +131,11 @@ def caption(rows: Rows) -> str:
 
 def visible(rows: Rows) -> list[Column]:
     """Return the columns of a table: not the bounds of intervals, nor what is the same number everywhere."""
-    keys = [key for row in rows for key in row]
-    constant = {key for key in CONSTANT if len({row.get(key) for row in rows}) == 1}
-    constant |= {key for key in keys if key.endswith(HIDDEN) or key == REFERENCE}
-    named = [{k: v for k, v in row.items() if k not in constant} | _lpips_network(row) for row in rows]
+    left_out = {key for row in rows for key in row if key.endswith(HIDDEN) or key == REFERENCE}.union(_constants(rows))
+    named = [{k: v for k, v in row.items() if k not in left_out} | _lpips_network(row) for row in rows]
     columns = [column for column in table_columns(named) if column.key != _LPIPS]
-    leading = [column for key in (*SETTING, "method") for column in columns if column.key == key]
-    return [*leading, *(column for column in columns if column not in leading)]
+    leading = {key: k for k, key in enumerate((*SETTING, "method"))}
+    return sorted(columns, key=lambda column: leading.get(column.key, len(leading)))
 
 
 def _lpips_network(row: Mapping[str, Any]) -> dict[str, str]:
@@ -152,12 +150,17 @@ def notes(rows: Rows) -> list[str]:
 
 def circumstances(rows: Rows) -> list[str]:
     """Return the networks of the metrics, the right values of what has one, and the size of the evaluation."""
-    backends = {(k.removesuffix("_backend"), v) for row in rows for k, v in row.items() if k.endswith("_backend")}
-    found = [f"{name}: network {backend}" for name, backend in sorted(backends)]
-    nominal = {(k.removesuffix("_nominal"), v) for row in rows for k, v in row.items() if k.endswith("_nominal")}
-    found += [f"{name}: {value:.3g} is right" for name, value in sorted(nominal)]
-    same = {key: {row.get(key) for row in rows} for key in CONSTANT}
-    sizes = ", ".join(
-        f"{key} {values.pop()}" for key, values in same.items() if len(values) == 1 and None not in values
-    )
+    found = [f"{name}: network {value}" for name, value in _said(rows, "_backend")]
+    found += [f"{name}: {value:.3g} is right" for name, value in _said(rows, "_nominal")]
+    sizes = ", ".join(f"{key} {value}" for key, value in _constants(rows).items() if value is not None)
     return [*found, *([sizes] if sizes else []), "in brackets: 95 % bootstrap interval over images"]
+
+
+def _said(rows: Rows, end: str) -> list[tuple[str, Any]]:
+    """Return the values of all keys with this end, under the rest of the key."""
+    return sorted({(key.removesuffix(end), v) for row in rows for key, v in row.items() if key.endswith(end)})
+
+
+def _constants(rows: Rows) -> dict[str, Any]:
+    """Return what all rows agree on, of ``CONSTANT``."""
+    return {key: rows[0].get(key) for key in CONSTANT if len({row.get(key) for row in rows}) == 1}

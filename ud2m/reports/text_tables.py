@@ -1,10 +1,31 @@
-"""The tables of an evaluation as Markdown and as LaTeX."""
+"""The tables of an evaluation as plain text, as Markdown and as LaTeX."""
 
-from ud2m.evaluation.table import markdown_line
+import re
+from collections.abc import Sequence
+
+from ud2m.evaluation.table import Column, markdown_line, meanings, table_columns
 from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
 
-LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "σ_y": r"$\sigma_y$"}
+LATEX = {"σ_y": r"$\sigma_y$", "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
+
+
+def format_table(rows: Rows, columns: Sequence[Column] | None = None) -> str:
+    """Return the rows as an aligned plain-text table, by default with all columns; ``*`` marks the best of a column."""
+    if not rows:
+        return "(no results)"
+    table = table_of(rows, table_columns(rows) if columns is None else columns)
+    lines = [[column.heading for column in table.columns]]
+    for cells in table.lines:
+        # a blank keeps the decimal points of marked and unmarked values in line
+        marks = ["*" if cell.bold else " " if c.best else "" for c, cell in zip(table.columns, cells, strict=True)]
+        texts = ["".join(c if c.isprintable() else " " for c in cell.text) for cell in cells]
+        lines.append([text + mark for text, mark in zip(texts, marks, strict=True)])
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+    sides = ["<" if table.kind(column) == "text" else ">" for column in table.columns]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = ["  ".join(map("{:{}{}}".format, texts, sides, widths)).rstrip() for texts in lines]
+    return "\n".join([*shown, "", *(["* best in its column"] if table.has_bold else []), *meanings(table.columns)])
 
 
 def markdown(rows: Rows) -> str:
@@ -27,12 +48,8 @@ def markdown_differences(rows: Rows) -> list[str]:
 def _markdown(table: Table) -> str:
     lines = [markdown_line(column.heading for column in table.columns)]
     lines.append(markdown_line("---" if table.kind(column) == "text" else "---:" for column in table.columns))
-    lines += [markdown_line(map(_markdown_cell, cells)) for cells in table.lines]
+    lines += [markdown_line(f"**{cell}**" if cell.bold else str(cell) for cell in cells) for cells in table.lines]
     return "\n".join(lines)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    return f"**{cell}**" if cell.bold else str(cell)
 
 
 def latex(rows: Rows) -> str:
@@ -48,16 +65,12 @@ def latex(rows: Rows) -> str:
 def _latex(table: Table) -> list[str]:
     sides = "".join("l" if table.kind(column) == "text" else "r" for column in table.columns)
     lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
-    lines += [_latex_line([escape(column.heading) for column in table.columns]), r"\midrule"]
+    lines += [" & ".join(escape(column.heading) for column in table.columns) + r" \\", r"\midrule"]
     for index, cells in enumerate(table.lines):
         if index and table.settings[index] != table.settings[index - 1]:
             lines.append(r"\midrule")
-        lines.append(_latex_line([_latex_cell(cell) for cell in cells]))
+        lines.append(" & ".join(map(_latex_cell, cells)) + r" \\")
     return [*lines, r"\bottomrule", r"\end{tabular}"]
-
-
-def _latex_line(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -67,6 +80,4 @@ def _latex_cell(cell: Cell) -> str:
 
 def escape(text: str) -> str:
     """Return plain text for LaTeX."""
-    if "σ_y" in text:
-        return LATEX["σ_y"].join(escape(part) for part in text.split("σ_y"))
-    return "".join(LATEX.get(character, character) for character in text)
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
