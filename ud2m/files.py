@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,43 @@ _REASONS = {
     errno.EEXIST: "a part of the path is a file, not a folder; choose another place",
     errno.EISDIR: "it is a folder, not a file; choose another name",
 }
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def plain_name(name: Any, of: str) -> str:
+    """Return a name of one file or folder that holds letters, digits, ``_``, ``-`` and ``.`` alone.
+
+    Args:
+        name: as a user or a file gave it.
+        of: what it names, for the message.
+
+    Raises:
+        ValueError: for anything else, as a path, a hidden name or none.
+    """
+    if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+        raise ValueError(
+            f"{of} has a plain name, of letters, digits, '_', '-' and '.' and without a dot in front, got {name!r}"
+        )
+    return name
+
+
+def inside(folder: str | Path, name: str, of: str) -> Path:
+    """Return the path of ``name`` in a folder, which it never leaves: what names of others become paths with.
+
+    Args:
+        folder: where it belongs.
+        name: relative, of any characters; ``/`` stands between subfolders.
+        of: what it names, for the message.
+
+    Raises:
+        ValueError: for an absolute name, a step upwards, or none.
+    """
+    parts = str(name).split("/")
+    if any(part in ("", ".", "..") or Path(part).name != part or "\0" in part for part in parts):
+        raise ValueError(f"{of} is a relative path without '..', got {name!r}; it would leave {folder}")
+    return Path(folder, *parts)
 
 
 @contextmanager

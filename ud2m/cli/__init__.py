@@ -6,6 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+PLACES = ("data.root", "data.held_out", "data.cache")
+"""Keys that say where images lie: a run that goes on takes other ones."""
+
 
 def describe(node: Any) -> Any:
     """Return a configuration as plain values with ``class`` for ``_target_``, so that nothing instantiates it."""

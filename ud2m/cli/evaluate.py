@@ -10,13 +10,13 @@ import torch
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, filled, shares_prior
+from ud2m.cli.objects import build
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.cells import CellStore, Result, images_digest
@@ -114,7 +114,7 @@ class EvaluationRun:
                         yield job
 
     def _images(self, entry: str) -> Images:
-        data: ImageDataModule = instantiate(part("data", entry), _convert_="all")
+        data: ImageDataModule = build(part("data", entry), "data")
         device = self.config.device
         test = [x0.to(device) for x0 in data.test_dataloader()]
         validation = torch.cat([x0.to(device) for x0 in data.val_dataloader()])
@@ -123,7 +123,7 @@ class EvaluationRun:
         return Images(entry, test, picked.split(data.batch_size), data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
-        operator = instantiate(physics["operator"], _convert_="all")
+        operator = build(physics["operator"], "physics.operator")
         try:
             problem = Problem(operator, physics["sigma_y"], self.config.seed, physics.get("noise"))
             operator.check(images.shape)

@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-import ud2m.physics
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
+from ud2m.cli.objects import TARGET, build, resolved
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.comparison import best_settings, difference
@@ -66,7 +65,9 @@ class SamplingRun:
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device, **options)
         trained = self.sampler.config.info.get("physics", {})
         chosen = given_operator(config)
-        self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
+        self.operator = (
+            build(chosen.operator, "physics.operator") if chosen else trained_operator(trained.get("operator", {}))
+        )
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
@@ -169,7 +170,7 @@ class SamplingRun:
 
     def test_images(self, folder: Path) -> tuple[Rows, list[Section]]:
         """Score all test images of the data set (with the other methods if asked) and show some of them."""
-        data: ImageDataModule = instantiate(self.config.data, _convert_="all")
+        data: ImageDataModule = build(self.config.data, "data")
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
         test = [x0.to(self.config.device) for x0 in data.test_dataloader()]
@@ -235,8 +236,8 @@ class SamplingRun:
 
     def larger_image(self, folder: Path) -> Section:
         """Sample for one test image of side ``crop``, larger than what the model was trained on."""
-        settings = {**self.config.data, "tile_size": self.config.crop, "test_limit": 1}
-        images = instantiate(settings, _convert_="all").evaluation_set("test")
+        settings = resolved(self.config.data) | {"tile_size": self.config.crop, "test_limit": 1}
+        images = build(settings, "data").evaluation_set("test")
         case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
         text = "The network was trained on small crops and is used at this size without change."
         title = f"A larger picture: {self.config.crop}x{self.config.crop}"
@@ -290,24 +291,27 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    An export may not be trusted, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
+    An export may not be trusted, so only families of operators are made; others come from ``physics=``.
 
     Raises:
-        ValueError: when the description names no such family.
+        ValueError: when the description names no such family of this package.
     """
-    options = dict(description)
-    module, _, name = str(options.pop("class", "")).rpartition(".")
-    family = getattr(ud2m.physics, name, None) if module == "ud2m.physics" else None
-    if not (isinstance(family, type) and issubclass(family, OperatorFamily)):
-        raise ValueError(f"the model names no operator of this package ({name or 'none'}); choose one: physics=...")
-    return family(**{key: _parts(value) for key, value in options.items()})
+    try:
+        made = build(_with_targets(description), "physics.operator", only=OperatorFamily)
+        if isinstance(made, OperatorFamily):
+            return made
+        reason = "it names none"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"the operator that the model names cannot be made ({reason}); choose one: physics=...")
 
 
-def _parts(value: Any) -> Any:
-    """Return an option of an operator, with the operators that it consists of."""
+def _with_targets(value: Any) -> Any:
     if isinstance(value, list):
-        return [_parts(part) for part in value]
-    return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
+        return [_with_targets(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {TARGET if key == "class" else key: _with_targets(part) for key, part in value.items()}
 
 
 if __name__ == "__main__":

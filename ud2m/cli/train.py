@@ -7,20 +7,20 @@ import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from ud2m.cli import PLACES
 from ud2m.cli.estimate import estimate
+from ud2m.cli.objects import build, leaves, resolved
 from ud2m.cli.sweep import survives_sweep
 from ud2m.files import write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
@@ -88,11 +88,11 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
             f"steps must be a multiple of validate_every (each run ends in a validation), got {config.steps} and "
             f"{config.validate_every}"
         )
-    resolved = resolve(config)
-    resolved.resume = False
-    resolved.version = version("ud2m")
-    rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(resolved).encode())
-    return resolved
+    final = resolve(config)
+    final.resume = False
+    final.version = version("ud2m")
+    rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(final).encode())
+    return final
 
 
 def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) -> DictConfig:
@@ -110,15 +110,15 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
     resumed = load_config(stored)
     changed = [o.split("=")[0].lstrip("+") for o in overrides]
     changed = [key for key in changed if key not in ("resume", "run_dir")]
-    refused = [key for key in changed if not key.startswith(RESUMABLE)]
+    refused = [key for key in changed if not key.startswith(RESUMABLE) and key not in PLACES]
     if refused:
         raise ValueError(
             f"a resumed run keeps its configuration, {stored}; leave out {', '.join(refused)} (what can be given are "
-            "trainer.*, data.num_workers and checkpoint_every), or start a new run"
+            f"trainer.*, data.num_workers, checkpoint_every and {', '.join(PLACES)}), or start a new run"
         )
     for key in ("resume", *changed):
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
-    return resumed
+    return with_curves_in(resumed, folder)
 
 
 def same_config(config: DictConfig, folder: Path) -> DictConfig:
@@ -128,7 +128,7 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
         ValueError: when it is another one.
     """
     stored, now = load_config(folder / CONFIG_FILE), resolve(config)
-    before, after = dict(values(stored)), dict(values(now))
+    before, after = dict(leaves(resolved(stored))), dict(leaves(resolved(now)))
     missing = object()
     changed = [
         key
@@ -143,23 +143,19 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
     for key in RESUMABLE:
         OmegaConf.update(stored, key, OmegaConf.select(now, key), merge=False)
     stored.resume = True
+    return with_curves_in(stored, folder)
+
+
+def with_curves_in(stored: DictConfig, folder: Path) -> DictConfig:
+    """Let a run that goes on write its curves into its folder, wherever that is now and whatever the file says."""
+    for logger in stored.get("logger", {}).values():
+        logger.save_dir = str(folder)
     return stored
-
-
-def values(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield the dotted key and the value of every leaf of a configuration."""
-    if isinstance(node, DictConfig):
-        for key, value in node.items():
-            yield from values(value, f"{path}.{key!s}" if path else str(key))
-    else:
-        yield path, node
 
 
 def resolve(config: DictConfig) -> DictConfig:
     """Return the configuration with all its references replaced by values."""
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    assert isinstance(resolved, DictConfig)
-    return resolved
+    return cast(DictConfig, OmegaConf.create(resolved(config)))
 
 
 def load_config(path: Path) -> DictConfig:
@@ -170,9 +166,10 @@ def load_config(path: Path) -> DictConfig:
     """
     try:
         config = OmegaConf.load(path)
-    except YAMLError as error:
+    except (YAMLError, OSError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig) or any("${" in str(v) for _, v in leaves(OmegaConf.to_container(config))):
+        raise ValueError(f"{path} holds no values alone, as a run writes them; it cannot be gone on with")
     wrote, this = config.pop("version", None), version("ud2m")
     if wrote is None or series(wrote) != series(this):
         raise ValueError(
@@ -200,7 +197,7 @@ def export(config: DictConfig, folder: Path) -> Path:
         raise FileNotFoundError(
             f"there is no checkpoint {path}; export=... names one of {', '.join(there) or 'none'} in run_dir"
         )
-    model = instantiate(stored_config(config, folder, ()).training, _convert_="all")
+    model = build(stored_config(config, folder, ()).training, "training")
     model.restore(path)
     model.export(target)
     return target
@@ -216,8 +213,8 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
     resume_from = checkpoints / LAST if config.resume else None
     if resume_from is not None:
         read_checkpoint(resume_from)  # Lightning's own message for a damaged file is a traceback
-    data = instantiate(config.data, _convert_="all")
-    model = instantiate(config.training, _convert_="all")
+    data = build(config.data, "data")
+    model = build(config.training, "training")
     callbacks = build_callbacks(config, folder)
     trainer = build_trainer(config, folder, callbacks)
     check_batch(config.data.batch_size, trainer.world_size)
@@ -288,11 +285,14 @@ def build_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
 
 def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Return the trainer with its loggers."""
-    loggers = [instantiate(logger) for logger in config.logger.values()]
+    loggers = [build(logger, f"logger.{name}") for name, logger in config.logger.items()]
+    for place in (logger.log_dir for logger in loggers if config.get("resume") and logger.log_dir):
+        if not Path(place).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / CONFIG_FILE} has curves written to {place}, outside of the run folder")
     keep_curves(loggers)
     try:
-        return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
-    except InstantiationException as error:
+        return build(config.trainer, "trainer", logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
+    except ValueError as error:
         if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
             reason = " ".join(str(error.__cause__).split())
             raise ValueError(

@@ -2,18 +2,25 @@
 
 import hashlib
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 from ud2m.data.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
-from ud2m.files import write_bytes
+from ud2m.files import plain_name, write_bytes
 
 CACHE = "~/.cache/ud2m/shards"
 
 
+COMMAND = "pipe:"
+"""What an address begins with that is a command; a configuration has one only where the command line has it too."""
+SCHEMES = ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")
+"""Those that the webdataset package opens without a shell."""
+
+
 def is_address(place: str | Path) -> bool:
     """Return whether a place is none of the file system: it has a scheme, as ``https://``, or is a ``pipe:``."""
-    return "://" in str(place) or str(place).startswith("pipe:")
+    return "://" in str(place) or str(place).startswith(COMMAND)
 
 
 def fetch_index(address: str, cache: Path) -> ShardIndex:
@@ -76,19 +83,34 @@ def located(address: str, name: str) -> str:
 
 
 def fetch(address: str, name: str) -> bytes:
-    """Return the file ``name`` behind an address, by whatever means the webdataset package has for its scheme.
+    """Return the file ``name`` behind an address: what its command prints, or what the webdataset package fetches.
 
     Raises:
         OSError: when the file cannot be fetched.
+        ValueError: for a name that is more than the name of a file.
     """
-    from webdataset.gopen import gopen  # here alone: few runs need it
-
-    place = located(address, name)
+    place = located(address, plain_name(name, "a file behind an address"))
     try:
-        with gopen(place) as stream:
-            content: bytes = stream.read()
+        content = _output(place.removeprefix(COMMAND)) if place.startswith(COMMAND) else _opened(place)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot fetch {place} ({error}); check the address, or copy the shards to a disk") from error
-    if not content:  # a command that fails late is no error of its stream
+    if not content:  # a program that fails late is no error of its stream
         raise OSError(f"cannot fetch {place}: nothing came; check the address, or copy the shards to a disk")
     return content
+
+
+def _output(command: str) -> bytes:
+    # a shell, since the user's command may be a pipeline; names of files in it are plain
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise OSError(f"the command ended with {done.returncode}")
+    return done.stdout
+
+
+def _opened(place: str) -> bytes:
+    from webdataset.gopen import gopen  # here alone: few runs need it
+
+    if place.partition(":")[0] not in SCHEMES:  # it would take others for a command or a file, as PIPE:
+        raise ValueError(f"no such scheme; allowed are {', '.join(SCHEMES)} and {COMMAND}")
+    with gopen(place) as stream:
+        return stream.read()
