@@ -353,7 +353,7 @@ class Progress:
             raise ValueError(f"{self.path} is damaged ({error}); remove {self.path.parent} and start again") from error
         check_identity(self.path.parent, identity, self.identity)
         for shard, end in done:  # whole shards up to the first that is not what was written
-            path = self.path.parent / shard.name
+            path = self.path.parent / shard.name  # a plain name, as every shard has
             if not path.is_file() or file_sha256(path) != shard.sha256:
                 print(f"{shard.name} is missing or not as it was written: going on from there")
                 break

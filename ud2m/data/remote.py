@@ -57,7 +57,7 @@ def shard_path(index: ShardIndex, shard: Shard) -> Path:
         OSError: when it cannot be fetched.
         ValueError: when it is not what the index says.
     """
-    path = index.folder / shard.name
+    path = index.place(shard)
     if index.address is None or path.is_file():
         return path
     content = fetch(index.address, shard.name)
@@ -72,7 +72,7 @@ def shard_path(index: ShardIndex, shard: Shard) -> Path:
 
 def wrong_in_cache(index: ShardIndex) -> list[str]:
     """Return a line for each shard that has been fetched and has changed since. Reads every byte of them."""
-    there = [(shard, index.folder / shard.name) for shard in index.shards]
+    there = [(shard, index.place(shard)) for shard in index.shards]
     wrong = (path for shard, path in there if path.is_file() and file_sha256(path) != shard.sha256)
     return [f"{path} is wrong: its SHA-256 is not that of the index; delete it" for path in wrong]
 
