@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import ud2m.priors.adm
-from ud2m.files import write_json
+from ud2m.files import move_into_place, plain_name, write_json
 from ud2m.priors.prior import Prior
 from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE, shipped_folder
 from ud2m.samplers.export import CONFIG_FILE, PSI_FILE
@@ -41,9 +41,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         FileNotFoundError: when a file is missing.
         ValueError: when it is too large, is there already, or was trained on another prior than ``prior``.
     """
-    target = ud2m.priors.store.SHIPPED / name
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"a shipped model needs a plain name, got {name!r}")
+    target = ud2m.priors.store.SHIPPED / plain_name(name, "a shipped model")
     if target.exists() and not replace:
         raise ValueError(f"{target} is there already; --replace lets it give way")
     work = target.with_name(f".{name}.incomplete")
@@ -56,8 +54,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         else:
             copy_model(source, work, prior)
         check(work, PRIOR_LIMIT if is_prior else MODEL_LIMIT)
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
+        move_into_place(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -142,5 +139,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

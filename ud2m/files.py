@@ -34,6 +34,11 @@ _REASONS = {
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+def is_plain(name: Any) -> bool:
+    """Return whether a name is one that `plain_name` takes."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+
+
 def plain_name(name: Any, of: str) -> str:
     """Return a name of one file or folder that holds letters, digits, ``_``, ``-`` and ``.`` alone.
 
@@ -44,7 +49,7 @@ def plain_name(name: Any, of: str) -> str:
     Raises:
         ValueError: for anything else, as a path, a hidden name or none.
     """
-    if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+    if not is_plain(name):
         raise ValueError(
             f"{of} has a plain name, of letters, digits, '_', '-' and '.' and without a dot in front, got {name!r}"
         )
@@ -98,7 +103,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield work
         (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
         _check_free(target, overwrite)  # another process may have been faster
-        _move_into_place(work, target)
+        move_into_place(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if _is_full(error):
@@ -172,7 +177,12 @@ def _check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _move_into_place(work: Path, target: Path) -> None:
+def move_into_place(work: Path, target: Path) -> None:
+    """Rename a finished folder; what it replaces is moved aside before, and comes back when the renaming fails.
+
+    Raises:
+        OSError: when that cannot be.
+    """
     if not target.exists():
         work.rename(target)
         return

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ud2m.evaluation.comparison import Images, Job, Tuning, flattened, measure_j
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import format_table, selecting
-from ud2m.files import write_bytes, write_json
+from ud2m.files import inside, write_bytes, write_json
 from ud2m.physics import Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
@@ -57,7 +56,7 @@ class EvaluationRun:
 
     def __init__(self, config: DictConfig):
         self.config = config
-        self.folder = Path(config.results) / config.name
+        self.folder = inside(config.results, config.name, "the name of an evaluation")
         self.metrics = list(config.metrics)
         self._check_config()
         self.prior = cache(self._prior)

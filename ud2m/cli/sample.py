@@ -17,7 +17,7 @@ from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, format_table
-from ud2m.files import atomic_folder, write_json
+from ud2m.files import atomic_folder, inside, write_json
 from ud2m.images import list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y
@@ -116,7 +116,7 @@ class SamplingRun:
         names = [case.name for case in cases]
         if len(set(names)) < len(names):
             raise ValueError(f"two input files share a name ({names}); rename one, since results are named after them")
-        targets = [folder / case.name if len(cases) > 1 else folder for case in cases]
+        targets = [self.place(folder, case.name) if len(cases) > 1 else folder for case in cases]
         entries = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
         numbers = [entry.numbers for entry in entries]
         row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
@@ -228,7 +228,7 @@ class SamplingRun:
         images = data.evaluation_set("test")
         picked = sorted({k * len(images) // self.config.show for k in range(min(self.config.show, len(images)))})
         shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
-        entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
+        entries = [self.sample(case, self.place(folder, case.name)) for case in tqdm(shown, desc="pictures")]
         sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
         if self.config.crop is not None:
             sections.append(self.larger_image(folder))
@@ -241,7 +241,7 @@ class SamplingRun:
         case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
         text = "The network was trained on small crops and is used at this size without change."
         title = f"A larger picture: {self.config.crop}x{self.config.crop}"
-        return Section(title, text, [self.sample(case, folder / case.name)])
+        return Section(title, text, [self.sample(case, self.place(folder, case.name))])
 
     # --- one observation -----------------------------------------------------------------------------------------
 
@@ -250,6 +250,10 @@ class SamplingRun:
         x0 = image.to(self.config.device)
         pixels = None if path is None else pixel_format(path)
         return Case(name, self.problem.observe(x0, index), self.problem.true_noise, x0, pixels)
+
+    def place(self, folder: Path, name: str) -> Path:
+        """Return the folder of the results of an image, by its name."""
+        return inside(folder, name, "the name of an image")
 
     def sample(self, case: Case, folder: Path) -> Entry:
         """Draw samples for one observation and write its pictures."""

@@ -22,7 +22,7 @@ from ud2m.cli import PLACES
 from ud2m.cli.estimate import estimate
 from ud2m.cli.objects import build, leaves, resolved
 from ud2m.cli.sweep import survives_sweep
-from ud2m.files import write_bytes, write_json
+from ud2m.files import plain_name, write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
 from ud2m.training.health import Health
 from ud2m.training.progress import StepProgress
@@ -188,10 +188,11 @@ def export(config: DictConfig, folder: Path) -> Path:
     """Write the model of a checkpoint of the run in ``folder`` and return where it is: ``export-<checkpoint>`` there.
 
     Raises:
-        ValueError: when there is no such run.
+        ValueError: when there is no such run, and for a path in place of a name.
         FileNotFoundError: when it has no such checkpoint.
     """
-    path, target = folder / CHECKPOINTS / config.export, folder / f"export-{Path(config.export).stem}"
+    name = plain_name(config.export, "a checkpoint to export")
+    path, target = folder / CHECKPOINTS / name, folder / f"export-{Path(name).stem}"
     if not path.is_file():
         there = sorted(file.name for file in (folder / CHECKPOINTS).glob("*.ckpt"))
         raise FileNotFoundError(

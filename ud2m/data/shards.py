@@ -28,6 +28,7 @@ from ud2m.data.module import ImageDataModule, NamedImages, Split, position
 from ud2m.data.remote import CACHE, fetch_index, is_address, shard_path, wrong_in_cache
 from ud2m.data.sampler import StreamSampler
 from ud2m.data.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
+from ud2m.files import plain_name
 from ud2m.images import decode_image
 
 MID_EPOCH = ("readers", "buffer")
@@ -318,8 +319,9 @@ class ShardReader:
         path, expected = self.path(shard), self.index.shards[shard].images
         try:
             with tarfile.open(path, "r:") as tar:
-                found = [(m.name, m.offset_data, m.size) for m in tar if m.name.endswith(self.suffix)]
-        except tarfile.TarError as error:
+                members = ((m, plain_name(m.name, "an image in a shard")) for m in tar)
+                found = [(name, m.offset_data, m.size) for m, name in members if name.endswith(self.suffix)]
+        except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
         if len(found) != expected:
             raise ValueError(f"{path} holds {len(found)} images, the index says {expected}; {ADVICE}")

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from ud2m.files import is_plain
 from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
 
@@ -32,8 +33,7 @@ def shipped_folder(name: str) -> Path | None:
 
 
 def _inside(parent: Path, name: str) -> Path | None:
-    folder = parent / name
-    return folder if name and Path(name).name == name and folder.is_dir() else None
+    return parent / name if is_plain(name) and (parent / name).is_dir() else None
 
 
 def load_unet(network: type[UNet2DModel], where: str, reference: str | None = None) -> UNet2DModel:
