@@ -223,11 +223,14 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
         fit(trainer, model, data, resume_from)
         if not trainer.is_global_zero:
             return []
+        prunings = [callback for callback in callbacks if isinstance(callback, MedianPruning)]
+        if all(pruning.stopped_at is None for pruning in prunings):
+            check_finished(model.steps_done, config.steps, folder)
         model.restore(checkpoints / BEST)
         model.export(folder / "export")
         log_export(trainer.loggers, folder / "export", config.name)
         rows = model.evaluate(data)
-        for pruning in (callback for callback in callbacks if isinstance(callback, MedianPruning)):
+        for pruning in prunings:
             rows[-1]["gave_up_at"] = pruning.stopped_at
         return rows
     except SystemExit as error:  # a signal, or Lightning's answer to Ctrl-C
@@ -266,6 +269,16 @@ def is_lost_rank(error: BaseException) -> bool:
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer"))
+
+
+def check_finished(done: int, steps: int, folder: Path) -> None:
+    """Raise ValueError when a run ended before its last step, whatever ended it: it has no model to show."""
+    if done < steps:
+        raise ValueError(
+            f"the run ended after {done} of {steps} steps and is not finished: something stopped it early, as "
+            "trainer.max_steps, max_epochs, max_time, limit_train_batches or data.samples_per_epoch do; leave it out. "
+            f"{how_to_resume(folder).capitalize()}"
+        )
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
