@@ -51,9 +51,9 @@ from ud2m.data.shard_index import (
     read_index,
 )
 from ud2m.files import write_bytes, write_json
+from ud2m.raster import FORMATS, open_limited
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "La", "RGBa")
 CROPS = ("center", "random", "none")
 LMDB_FILE = "data.mdb"
@@ -263,7 +263,7 @@ def decode(data: bytes) -> Image.Image:
         ValueError: for transparent pixels, which have no colour, and more bits than Pillow can reduce.
         OSError and others of Pillow: for what is no image or a damaged one.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = open_limited(data)
     image.load()
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(f"pixels of mode {image.mode}; convert the file to 8 bits per channel")
