@@ -22,7 +22,6 @@ listed in ``broken.txt``.
 import argparse
 import hashlib
 import io
-import json
 import signal
 import sys
 import tarfile
@@ -50,7 +49,7 @@ from ud2m.data.shard_index import (
     key_name,
     read_index,
 )
-from ud2m.files import write_bytes, write_json
+from ud2m.files import parse_json, write_bytes, write_json
 from ud2m.raster import FORMATS, open_limited
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -346,7 +345,7 @@ class Progress:
 
     def _load(self) -> None:
         try:
-            content = json.loads(self.path.read_bytes())
+            content = parse_json(self.path.read_bytes())
             identity, broken = content["identity"], [(int(number), str(line)) for number, line in content["broken"]]
             done = [(Shard(**shard), int(end)) for shard, end in zip(content["shards"], content["ends"], strict=True)]
         except (ValueError, KeyError, TypeError) as error:

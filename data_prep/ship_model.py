@@ -9,7 +9,6 @@ on. What is copied is loaded before it gets its place. Only safetensors and JSON
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import ud2m.priors.adm
-from ud2m.files import move_into_place, plain_name, write_json
+from ud2m.files import move_into_place, parse_json, plain_name, write_json
 from ud2m.priors.prior import Prior
 from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE, shipped_folder
 from ud2m.samplers.export import CONFIG_FILE, PSI_FILE
@@ -115,7 +114,7 @@ def read_json(path: Path) -> dict:
     """Return the content of a JSON file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name the export folder of a run")
-    return json.loads(path.read_text())
+    return parse_json(path.read_text())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -143,6 +143,18 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: when it is damaged, or nested so deeply that Python cannot follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _strict(obj: Any) -> Any:
     if isinstance(obj, Mapping):
         return {str(key): _strict(value) for key, value in obj.items()}

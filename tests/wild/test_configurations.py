@@ -177,6 +177,28 @@ def test_a_stored_configuration_holds_values_alone(run_folder, text, capsys):
     assert str(folder / "config.yaml") in only_line(capsys)
 
 
+@pytest.mark.parametrize("value", [3, "text", [1], {"a": 1}, None, {"_target_": "ud2m.physics.Denoising"}], ids=repr)
+@pytest.mark.parametrize("key", ["data", "training", "trainer", "logger", "logger.csv"])
+def test_parts_of_other_kinds_are_one_line(run_folder, key, value, capsys):
+    folder = run_folder(key, value)
+    assert command_line(f"run_dir={folder}", "resume=true") == 1
+    line = only_line(capsys)
+    assert key in line or "Denoising" in line
+    assert any(words in line for words in ("describes no", "holds loggers by their names", "cannot be made"))
+
+
+def test_few_words_do_not_stand_for_many(run_folder, capsys):
+    """Each line holds the one before it ten times."""
+    folder = run_folder("seed", 0)
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))]
+    (folder / "config.yaml").write_text("\n".join([*lines, "version: 0.2.0"]))
+    assert command_line(f"run_dir={folder}", "resume=true") == 1
+    assert f"{folder / 'config.yaml'} is not valid YAML: it has aliases" in only_line(capsys)
+    (folder / "config.yaml").write_text("a: " + "[" * 5000 + "]" * 5000)
+    assert command_line(f"run_dir={folder}", "resume=true") == 1
+    assert f"{folder / 'config.yaml'} is not valid YAML" in only_line(capsys)
+
+
 @pytest.mark.parametrize(("key", "value"), [("name", "../../away"), ("version", "/tmp/away"), ("name", "/tmp/away")])
 def test_curves_stay_in_the_run_folder(run_folder, key, value, capsys):
     folder = run_folder(f"logger.csv.{key}", value)

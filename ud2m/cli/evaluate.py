@@ -24,7 +24,7 @@ from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import format_table, selecting
 from ud2m.files import inside, write_bytes, write_json
-from ud2m.physics import Problem
+from ud2m.physics import OperatorFamily, Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
@@ -113,7 +113,7 @@ class EvaluationRun:
                         yield job
 
     def _images(self, entry: str) -> Images:
-        data: ImageDataModule = build(part("data", entry), "data")
+        data: ImageDataModule = build(part("data", entry), "data", ImageDataModule)
         device = self.config.device
         test = [x0.to(device) for x0 in data.test_dataloader()]
         validation = torch.cat([x0.to(device) for x0 in data.val_dataloader()])
@@ -122,7 +122,7 @@ class EvaluationRun:
         return Images(entry, test, picked.split(data.batch_size), data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
-        operator = build(physics["operator"], "physics.operator")
+        operator = build(physics["operator"], "physics.operator", OperatorFamily)
         try:
             problem = Problem(operator, physics["sigma_y"], self.config.seed, physics.get("noise"))
             operator.check(images.shape)

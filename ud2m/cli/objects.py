@@ -40,7 +40,7 @@ OTHERS: dict[str, set[str] | None] = {
 """Classes of other packages, and which of their arguments a configuration may give; None: all."""
 
 
-def build(node: Any, at: str = "", only: type | None = None, **extra: Any) -> Any:
+def build(node: Any, at: str = "", kind: type = object, only: type = object, **extra: Any) -> Any:
     """Return the object that a configuration describes, with the objects inside it.
 
     A ``_target_`` is a class of this package, one of ``FUNCTIONS`` or ``OTHERS``, or belongs to a package that the
@@ -49,7 +49,8 @@ def build(node: Any, at: str = "", only: type | None = None, **extra: Any) -> An
     Args:
         node: configuration or plain values; without a ``_target_`` its values are returned, built.
         at: its key, for messages.
-        only: what all of the objects must be instances of.
+        kind: what the result must be an instance of.
+        only: what all objects inside it must be instances of, too.
         extra: further arguments of the outermost call; they come before those of the configuration.
 
     Raises:
@@ -65,7 +66,10 @@ def build(node: Any, at: str = "", only: type | None = None, **extra: Any) -> An
                 f"{key} is a command, {value!r}, and commands are run only when they stand on the command line of this "
                 f"very call: repeat it there, {key}=..."
             )
-    return _built(values, extra)
+    made = _built(values, extra)
+    if not isinstance(made, kind):
+        raise ValueError(f"{at or 'it'} describes no {kind.__name__}, got a {type(made).__name__}")
+    return made
 
 
 def resolved(node: Any) -> Any:
@@ -124,9 +128,9 @@ def _unquoted(value: Any) -> Any:
     return [_unquoted(item) for item in value] if isinstance(value, list) else getattr(value, "text", value)
 
 
-def _check_kind(target: Any, only: type | None) -> None:
+def _check_kind(target: Any, only: type) -> None:
     found = find(target)
-    if only is not None and not (isinstance(found, type) and issubclass(found, only)):
+    if only is not object and not (isinstance(found, type) and issubclass(found, only)):
         raise ValueError(f"{target} is no {only.__name__}; only these are made here")
 
 

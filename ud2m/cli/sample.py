@@ -65,8 +65,10 @@ class SamplingRun:
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device, **options)
         trained = self.sampler.config.info.get("physics", {})
         chosen = given_operator(config)
-        self.operator = (
-            build(chosen.operator, "physics.operator") if chosen else trained_operator(trained.get("operator", {}))
+        self.operator: OperatorFamily = (
+            build(chosen.operator, "physics.operator", OperatorFamily)
+            if chosen
+            else trained_operator(trained.get("operator", {}))
         )
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
@@ -170,7 +172,7 @@ class SamplingRun:
 
     def test_images(self, folder: Path) -> tuple[Rows, list[Section]]:
         """Score all test images of the data set (with the other methods if asked) and show some of them."""
-        data: ImageDataModule = build(self.config.data, "data")
+        data: ImageDataModule = build(self.config.data, "data", ImageDataModule)
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
         test = [x0.to(self.config.device) for x0 in data.test_dataloader()]
@@ -237,7 +239,7 @@ class SamplingRun:
     def larger_image(self, folder: Path) -> Section:
         """Sample for one test image of side ``crop``, larger than what the model was trained on."""
         settings = resolved(self.config.data) | {"tile_size": self.config.crop, "test_limit": 1}
-        images = build(settings, "data").evaluation_set("test")
+        images = build(settings, "data", ImageDataModule).evaluation_set("test")
         case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
         text = "The network was trained on small crops and is used at this size without change."
         title = f"A larger picture: {self.config.crop}x{self.config.crop}"
@@ -301,13 +303,11 @@ def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
         ValueError: when the description names no such family of this package.
     """
     try:
-        made = build(_with_targets(description), "physics.operator", only=OperatorFamily)
-        if isinstance(made, OperatorFamily):
-            return made
-        reason = "it names none"
+        made: OperatorFamily = build(_with_targets(description), "operator", OperatorFamily, OperatorFamily)
     except ValueError as error:
-        reason = str(error)
-    raise ValueError(f"the operator that the model names cannot be made ({reason}); choose one: physics=...")
+        reason = f"the operator that the model names cannot be made ({error})"
+        raise ValueError(f"{reason}; choose one: physics=...") from error
+    return made
 
 
 def _with_targets(value: Any) -> Any:

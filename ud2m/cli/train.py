@@ -4,19 +4,19 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from ud2m.cli import PLACES
 from ud2m.cli.estimate import estimate
@@ -118,7 +118,7 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
         )
     for key in ("resume", *changed):
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
-    return with_curves_in(resumed, folder)
+    return resumed
 
 
 def same_config(config: DictConfig, folder: Path) -> DictConfig:
@@ -143,13 +143,6 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
     for key in RESUMABLE:
         OmegaConf.update(stored, key, OmegaConf.select(now, key), merge=False)
     stored.resume = True
-    return with_curves_in(stored, folder)
-
-
-def with_curves_in(stored: DictConfig, folder: Path) -> DictConfig:
-    """Let a run that goes on write its curves into its folder, wherever that is now and whatever the file says."""
-    for logger in stored.get("logger", {}).values():
-        logger.save_dir = str(folder)
     return stored
 
 
@@ -165,8 +158,11 @@ def load_config(path: Path) -> DictConfig:
         ValueError: when it is none, or of a version whose runs this one cannot go on with.
     """
     try:
+        # few of them can stand for more values than there is memory; none of ours has any
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text())):
+            raise ValueError("it has aliases")
         config = OmegaConf.load(path)
-    except (YAMLError, OSError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig) or any("${" in str(v) for _, v in leaves(OmegaConf.to_container(config))):
         raise ValueError(f"{path} holds no values alone, as a run writes them; it cannot be gone on with")
@@ -198,7 +194,7 @@ def export(config: DictConfig, folder: Path) -> Path:
         raise FileNotFoundError(
             f"there is no checkpoint {path}; export=... names one of {', '.join(there) or 'none'} in run_dir"
         )
-    model = build(stored_config(config, folder, ()).training, "training")
+    model = build(stored_config(config, folder, ()).training, "training", L.LightningModule)
     model.restore(path)
     model.export(target)
     return target
@@ -214,8 +210,8 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
     resume_from = checkpoints / LAST if config.resume else None
     if resume_from is not None:
         read_checkpoint(resume_from)  # Lightning's own message for a damaged file is a traceback
-    data = build(config.data, "data")
-    model = build(config.training, "training")
+    data = build(config.data, "data", L.LightningDataModule)
+    model = build(config.training, "training", L.LightningModule)
     callbacks = build_callbacks(config, folder)
     trainer = build_trainer(config, folder, callbacks)
     check_batch(config.data.batch_size, trainer.world_size)
@@ -299,13 +295,11 @@ def build_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
 
 def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Return the trainer with its loggers."""
-    loggers = [build(logger, f"logger.{name}") for name, logger in config.logger.items()]
-    for place in (logger.log_dir for logger in loggers if config.get("resume") and logger.log_dir):
-        if not Path(place).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / CONFIG_FILE} has curves written to {place}, outside of the run folder")
+    loggers = build_loggers(config, folder)
     keep_curves(loggers)
     try:
-        return build(config.trainer, "trainer", logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
+        given: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "default_root_dir": str(folder)}
+        return build(config.trainer, "trainer", L.Trainer, **given)
     except ValueError as error:
         if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
             reason = " ".join(str(error.__cause__).split())
@@ -314,6 +308,23 @@ def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback])
                 "; see trainer.accelerator, trainer.devices and trainer.strategy"
             ) from error
         raise
+
+
+def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """Return the loggers; a run that goes on writes its curves into its folder, wherever that is now.
+
+    Raises:
+        ValueError: when what the run has stored would have them written elsewhere.
+    """
+    pages = resolved(config.logger)
+    if not isinstance(pages, Mapping):
+        raise ValueError(f"logger holds loggers by their names, got {pages!r}")
+    here: dict[str, Any] = {"save_dir": str(folder)} if config.get("resume") else {}
+    loggers: list[Logger] = [build(page, f"logger.{name}", Logger, **here) for name, page in pages.items()]
+    for place in (logger.log_dir for logger in loggers if here and logger.log_dir):
+        if not Path(place).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / CONFIG_FILE} has curves written to {place}, outside of the run folder")
+    return loggers
 
 
 @rank_zero_only

@@ -1,13 +1,12 @@
 """Shards that lie behind an address: each is fetched whole when it is first used, checked, and kept on disk."""
 
 import hashlib
-import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 from ud2m.data.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
-from ud2m.files import plain_name, write_bytes
+from ud2m.files import parse_json, plain_name, write_bytes
 
 CACHE = "~/.cache/ud2m/shards"
 
@@ -40,7 +39,7 @@ def fetch_index(address: str, cache: Path) -> ShardIndex:
     content = fetch(address, INDEX_FILE)
     folder = cache / hashlib.sha256(content).hexdigest()[:16]
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise ValueError(f"{located(address, INDEX_FILE)} is no index of shards ({error})") from error
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,12 @@ Imports nothing heavy: ``data_prep/make_shards.py`` starts a process per core wi
 """
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ud2m.files import plain_name
+from ud2m.files import parse_json, plain_name
 
 INDEX_FILE = "index.json"
 VERSION = 1
@@ -109,7 +108,7 @@ def read_index(folder: Path) -> ShardIndex:
             "make it, or go on making it, with data_prep/make_shards.py"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         version = content["version"]
         shards = tuple(Shard(**shard) for shard in content["shards"])
         index = ShardIndex(folder, dict(content["settings"]), content["source"], tuple(content["classes"]), shards)
