@@ -240,9 +240,9 @@ def _is_opaque(image: Image.Image) -> bool:
 def _decode(image: Image.Image) -> Tensor:
     upright = ImageOps.exif_transpose(image)
     is_grey = upright.mode in ("1", "L", "LA")
-    array = np.array(upright.convert("L" if is_grey else "RGB"), dtype=np.float32)
+    array = np.array(upright.convert("L" if is_grey else "RGB"))
     planes = array[None] if is_grey else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes)).div_(255)
+    return torch.from_numpy(np.ascontiguousarray(planes)).float().div_(255)
 
 
 def _decode_deep(data: bytes) -> Tensor:
@@ -252,7 +252,7 @@ def _decode_deep(data: bytes) -> Tensor:
         image.verify()
     levels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
     colours = levels[:1] if len(levels) <= 2 else levels[:3]
-    return colours.float() / 65535
+    return colours.float().div_(65535)
 
 
 def _read_npy(path: Path) -> Tensor:

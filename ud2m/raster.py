@@ -24,7 +24,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
 
 LIMIT, DEFAULT_LIMIT = "UD2M_MAX_PIXELS", 100_000_000
-"""Environment variable with the largest number of pixels of a picture, and its default (about 1.5 GB when decoded)."""
+"""Environment variable with the largest number of pixels of a picture; its default takes about 2 GB to decode."""
 BYTES_PER_PIXEL, VALUES_PER_PIXEL = 8, 4
 """Four channels of 16 bits; a file or an array that needs more than these is too large."""
 _HEADER = 2**14

@@ -272,8 +272,8 @@ def check_finished(done: int, steps: int, folder: Path) -> None:
     if done < steps:
         raise ValueError(
             f"the run ended after {done} of {steps} steps and is not finished: something stopped it early, as "
-            "trainer.max_steps, max_epochs, max_time, limit_train_batches or data.samples_per_epoch do; leave it out. "
-            f"{how_to_resume(folder).capitalize()}"
+            "trainer.max_steps, max_epochs, max_time, limit_train_batches or data.samples_per_epoch do; leave it "
+            f"out. {how_to_resume(folder)}"
         )
 
 
