@@ -2,10 +2,10 @@
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 
 import ud2m.cli  # noqa: F401 (registers the resolvers of conf/)
 from ud2m.cli.commands import conf_folder
+from ud2m.cli.objects import build
 from ud2m.training import DistillationModule
 
 
@@ -14,4 +14,4 @@ def training_module(experiment: str, *overrides: str) -> DistillationModule:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}", *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(config)  # settings may depend on the names of the chosen pages
-    return instantiate(config.training, _convert_="all")
+    return build(config.training, "training")

@@ -22,7 +22,6 @@ listed in ``broken.txt``.
 import argparse
 import hashlib
 import io
-import json
 import signal
 import sys
 import tarfile
@@ -50,10 +49,10 @@ from ud2m.data.shard_index import (
     key_name,
     read_index,
 )
-from ud2m.files import write_bytes, write_json
+from ud2m.files import parse_json, write_bytes, write_json
+from ud2m.raster import FORMATS, open_limited
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "La", "RGBa")
 CROPS = ("center", "random", "none")
 LMDB_FILE = "data.mdb"
@@ -263,7 +262,7 @@ def decode(data: bytes) -> Image.Image:
         ValueError: for transparent pixels, which have no colour, and more bits than Pillow can reduce.
         OSError and others of Pillow: for what is no image or a damaged one.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = open_limited(data)
     image.load()
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(f"pixels of mode {image.mode}; convert the file to 8 bits per channel")
@@ -346,14 +345,14 @@ class Progress:
 
     def _load(self) -> None:
         try:
-            content = json.loads(self.path.read_bytes())
+            content = parse_json(self.path.read_bytes())
             identity, broken = content["identity"], [(int(number), str(line)) for number, line in content["broken"]]
             done = [(Shard(**shard), int(end)) for shard, end in zip(content["shards"], content["ends"], strict=True)]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); remove {self.path.parent} and start again") from error
         check_identity(self.path.parent, identity, self.identity)
         for shard, end in done:  # whole shards up to the first that is not what was written
-            path = self.path.parent / shard.name
+            path = self.path.parent / shard.name  # a plain name, as every shard has
             if not path.is_file() or file_sha256(path) != shard.sha256:
                 print(f"{shard.name} is missing or not as it was written: going on from there")
                 break

@@ -9,7 +9,6 @@ on. What is copied is loaded before it gets its place. Only safetensors and JSON
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import ud2m.priors.adm
 import ud2m.priors.shipped
-from ud2m.files import write_json
+from ud2m.files import move_into_place, parse_json, plain_name, write_json
 from ud2m.priors.prior import Prior
 from ud2m.priors.shipped import shipped_folder
 from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE
@@ -43,9 +42,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         FileNotFoundError: when a file is missing.
         ValueError: when it is too large, is there already, or was trained on another prior than ``prior``.
     """
-    target = ud2m.priors.shipped.SHIPPED / name
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"a shipped model needs a plain name, got {name!r}")
+    target = ud2m.priors.shipped.SHIPPED / plain_name(name, "a shipped model")
     if target.exists() and not replace:
         raise ValueError(f"{target} is there already; --replace lets it give way")
     work = target.with_name(f".{name}.incomplete")
@@ -58,8 +55,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         else:
             copy_model(source, work, prior)
         check(work, PRIOR_LIMIT if is_prior else MODEL_LIMIT)
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
+        move_into_place(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -120,7 +116,7 @@ def read_json(path: Path) -> dict:
     """Return the content of a JSON file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name the export folder of a run")
-    return json.loads(path.read_text())
+    return parse_json(path.read_text())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,5 +140,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -159,7 +159,7 @@ def test_a_kernel_file_blurs(tmp_path, weights):
         (np.array([[1.0, -1.0]]), "sums to 0"),
         (np.array([[1.0, np.nan]]), "finite"),
         (np.ones((2, 3, 3)), r"matrix \[h, w\].*\[2, 3, 3\]"),
-        (np.array(["a"]), "neither an image nor"),
+        (np.array(["a"]), "is not a whole .npy file of numbers"),
     ],
 )
 def test_bad_kernel_files(tmp_path, values, message):
@@ -175,7 +175,7 @@ def test_other_bad_kernels(tmp_path, weights):
     with pytest.raises(ValueError, match=r"larger than the image .4x9"):
         KernelFile(tmp_path / "k.npy").draw(1, (1, 4, 9))
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="neither an image nor"):
+    with pytest.raises(ValueError, match="is not an image that can be read"):
         KernelFile(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError):
         KernelFile(tmp_path / "missing.png")

@@ -146,7 +146,7 @@ def test_masks_of_a_collection_are_unpacked_in_their_order(tmp_path):
     with pytest.raises(ValueError, match="masks have 12x12 pixels, got 8x8"):
         family.draw(1, (3, 8, 8))
     (tmp_path / "text.npz").write_text("no masks")
-    with pytest.raises(ValueError, match=r"text\.npz is no \.npz file of masks"):
+    with pytest.raises(ValueError, match=r"text\.npz is not a whole \.npz file of numbers"):
         MaskCollection(tmp_path / "text.npz")
 
 

@@ -122,7 +122,7 @@ def test_folder_errors_name_the_file(tmp_path):
 
     save(tmp_path / "text" / "train" / "good.png", noise(20, 20, 3))
     (tmp_path / "text" / "train" / "bad.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"bad\.png is not an image that can be read"):
         folder(tmp_path / "text").train_set()
 
     whole = save(tmp_path / "cut" / "train" / "cut.png", noise(64, 64, 3))

@@ -222,7 +222,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1 components .* the model needs 3"):
         Jpeg().read_observation(grey, 3, "cpu")
     truncated.write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match=r"half\.jpg is a damaged JPEG file"):
+    with pytest.raises(ValueError, match=r"half\.jpg is not an image that can be read"):
         Jpeg().read_observation(truncated, 3, "cpu")
     with pytest.raises(ValueError, match=r"quality factor must be an integer in 1\.\.100, got 0"):
         Jpeg(0)

@@ -320,7 +320,7 @@ def test_what_cannot_be_fetched_is_named(folders, server, tmp_path):
         data_of(folders, root=f"{address}/nowhere", cache=tmp_path).train_dataloader()
     with pytest.raises(OSError, match=r"cannot fetch pipe:false index\.json"):
         data_of(folders, root="pipe:false {}", cache=tmp_path).train_dataloader()
-    with pytest.raises(OSError, match=r"cannot fetch ftp2://server/index\.json .*no gopen handler"):
+    with pytest.raises(OSError, match=r"cannot fetch ftp2://server/index\.json .*no such scheme"):
         data_of(folders, root="ftp2://server", cache=tmp_path).train_dataloader()
     with pytest.raises(ValueError, match="is no index of shards"):
         data_of(folders, root="pipe:echo '<html>' {}", cache=tmp_path).train_dataloader()

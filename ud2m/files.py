@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,48 @@ _REASONS = {
     errno.EEXIST: "a part of the path is a file, not a folder; choose another place",
     errno.EISDIR: "it is a folder, not a file; choose another name",
 }
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def is_plain(name: Any) -> bool:
+    """Return whether a name is one that `plain_name` takes."""
+    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None
+
+
+def plain_name(name: Any, of: str) -> str:
+    """Return a name of one file or folder that holds letters, digits, ``_``, ``-`` and ``.`` alone.
+
+    Args:
+        name: as a user or a file gave it.
+        of: what it names, for the message.
+
+    Raises:
+        ValueError: for anything else, as a path, a hidden name or none.
+    """
+    if not is_plain(name):
+        raise ValueError(
+            f"{of} has a plain name, of letters, digits, '_', '-' and '.' and without a dot in front, got {name!r}"
+        )
+    return name
+
+
+def inside(folder: str | Path, name: str, of: str) -> Path:
+    """Return the path of ``name`` in a folder, which it never leaves: what names of others become paths with.
+
+    Args:
+        folder: where it belongs.
+        name: relative, of any characters; ``/`` stands between subfolders.
+        of: what it names, for the message.
+
+    Raises:
+        ValueError: for an absolute name, a step upwards, or none.
+    """
+    parts = str(name).split("/")
+    if any(part in ("", ".", "..") or Path(part).name != part or "\0" in part for part in parts):
+        raise ValueError(f"{of} is a relative path without '..', got {name!r}; it would leave {folder}")
+    return Path(folder, *parts)
 
 
 @contextmanager
@@ -60,7 +103,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield work
         (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
         _check_free(target, overwrite)  # another process may have been faster
-        _move_into_place(work, target)
+        move_into_place(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if _is_full(error):
@@ -100,6 +143,18 @@ def write_json(path: str | Path, obj: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: when it is damaged, or nested so deeply that Python cannot follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _strict(obj: Any) -> Any:
     if isinstance(obj, Mapping):
         return {str(key): _strict(value) for key, value in obj.items()}
@@ -134,7 +189,12 @@ def _check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _move_into_place(work: Path, target: Path) -> None:
+def move_into_place(work: Path, target: Path) -> None:
+    """Rename a finished folder; what it replaces is moved aside before, and comes back when the renaming fails.
+
+    Raises:
+        OSError: when that cannot be.
+    """
     if not target.exists():
         work.rename(target)
         return

@@ -7,19 +7,16 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import decode_png
 
 from ud2m.files import write_bytes
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".npy")
+from ud2m.raster import SUFFIXES, open_limited, opened, read_file, read_numbers
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
@@ -80,16 +77,15 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     Raises:
         FileNotFoundError: when there is no such file.
         IsADirectoryError: when it is a folder.
-        ValueError: when it is no image, is damaged, has transparent pixels or values outside the range.
+        ValueError: when it is no image, is damaged, has transparent pixels or values outside the range, or more pixels
+            than the environment variable ``UD2M_MAX_PIXELS`` allows.
     """
     if channels not in (1, 3, None):
         raise ValueError(f"channels must be 1, 3 or None (as in the file), got {channels}")
     path = _existing(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not an image file; name one file in it")
     if path.suffix.lower() == ".npy":
         return _with_channels(_read_npy(path), channels)
-    return decode_image(path.read_bytes(), path, channels)
+    return decode_image(read_file(path), path, channels)
 
 
 def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Tensor:
@@ -113,8 +109,7 @@ def pixel_format(path: str | Path) -> PixelFormat:
     """
     if Path(path).suffix.lower() == ".npy":
         return PixelFormat(16)
-    with Path(path).open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-        stream.seek(0)
+    with opened(Path(path), path) as image, Path(path).open("rb") as stream:
         header = stream.read(_PNG_DEPTH + 1)
         return PixelFormat(16 if _is_deep(image, header) else 8, image.info.get("icc_profile"))
 
@@ -226,61 +221,42 @@ def _existing(path: str | Path) -> Path:
 
 
 def _decode_encoded(data: bytes, path: str | Path) -> Tensor:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(_unreadable(path, error)) from error
-    try:
-        _refuse_transparency(image, path)
-        return _decode_deep(data) if _is_deep(image, data) else _decode(image)
-    except (OSError, SyntaxError, RuntimeError, EOFError) as error:  # from Pillow and torchvision, midway
-        raise ValueError(f"{path} is a truncated or damaged {image.format} file: {error}") from error
+    with opened(data, path) as image:
+        opaque = _is_opaque(image)
+        pixels = (_decode_deep(data) if _is_deep(image, data) else _decode(image)) if opaque else None
+    if pixels is None:
+        raise ValueError(f"{path} has transparent pixels; flatten it onto the background that it should have")
+    return pixels
 
 
 def _is_deep(image: Image.Image, header: bytes) -> bool:
     return image.format == "PNG" and header[_PNG_DEPTH] == 16
 
 
-def _unreadable(path: str | Path, error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{path} has too many pixels: {error}; cut it into pieces"
-    if not isinstance(error, UnidentifiedImageError):
-        return f"{path} is truncated or damaged: {error}"
-    return f"{path} is not an image that can be read; expected {', '.join(FORMATS)} or floats in a .npy file"
-
-
-def _refuse_transparency(image: Image.Image, path: str | Path) -> None:
-    if not image.has_transparency_data:
-        return
-    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-    if lowest != 255:
-        raise ValueError(f"{path} has transparent pixels; flatten it onto the background that it should have")
+def _is_opaque(image: Image.Image) -> bool:
+    return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
 
 
 def _decode(image: Image.Image) -> Tensor:
     upright = ImageOps.exif_transpose(image)
     is_grey = upright.mode in ("1", "L", "LA")
-    array = np.array(upright.convert("L" if is_grey else "RGB"), dtype=np.float32)
+    array = np.array(upright.convert("L" if is_grey else "RGB"))
     planes = array[None] if is_grey else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes)) / 255
+    return torch.from_numpy(np.ascontiguousarray(planes)).float().div_(255)
 
 
 def _decode_deep(data: bytes) -> Tensor:
     # Pillow keeps 8 of the 16 bits of colour PNGs; torchvision keeps all, but dies of a segmentation fault on
     # damaged files, hence the checksums first
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+    with open_limited(data) as image:
         image.verify()
     levels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
     colours = levels[:1] if len(levels) <= 2 else levels[:3]
-    return colours.float() / 65535
+    return colours.float().div_(65535)
 
 
 def _read_npy(path: Path) -> Tensor:
-    try:
-        with path.open("rb") as file:  # np.load would also open zip archives and pickles
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, TypeError, SyntaxError, TokenError) as error:  # header or data
-        raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
+    array = read_numbers(path, path)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype} values; expected floats in [0, 1] (8 bit: divide by 255)")
     values = _planes(array.astype(np.float32), path)

@@ -6,6 +6,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+PLACES = ("data.root", "data.held_out", "data.cache")
+"""Keys that say where images lie: a run that goes on takes other ones."""
+
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a configuration as plain values."""

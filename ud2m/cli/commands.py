@@ -6,6 +6,7 @@ Their settings are composed, and refused where they cannot be, before PyTorch is
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from ud2m.cli import PLACES
 from ud2m.cli.errors import user_facing
 from ud2m.cli.pages import check_evaluation, check_sampling, check_training
 from ud2m.cli.sweep import survives_sweep
@@ -62,7 +64,14 @@ def run_command(name: str) -> None:
     elif "--version" in sys.argv:
         print(f"ud2m {version('ud2m')}")
     else:
+        sys.argv[1:] = with_places(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(TASKS[name])()
+
+
+def with_places(arguments: Sequence[str]) -> list[str]:
+    """Let ``resume=true`` take the places of the data that its run had, which the page composed here may lack."""
+    goes_on = any(word.lower() == "resume=true" for word in arguments)
+    return [f"++{word}" if goes_on and word.partition("=")[0] in PLACES else word for word in arguments]
 
 
 def explained(name: str) -> str:

@@ -7,9 +7,9 @@ forward and backward there. So no weights are needed, no memory and hardly any t
 from dataclasses import fields
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ud2m.cli.objects import build
 from ud2m.samplers.base import check_count
 from ud2m.training.cost import FLOAT, Estimate, Pass, cost_of
 from ud2m.training.distillation_step import DistillationStep
@@ -64,4 +64,4 @@ def on_meta(config: DictConfig) -> DistillationStep:
     chosen.training.validation.lpips = None
     chosen.training.validation.metric = "psnr"
     with torch.device("meta"):
-        return instantiate(chosen.training, _convert_="all").to("meta").step
+        return build(chosen.training, "training").to("meta").step

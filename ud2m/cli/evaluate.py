@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, shares_prior
+from ud2m.cli.objects import build
 from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
@@ -22,8 +21,8 @@ from ud2m.evaluation.comparison import Images, Job, evenly_spaced
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
-from ud2m.files import write_bytes, write_json
-from ud2m.physics import Problem
+from ud2m.files import inside, write_bytes, write_json
+from ud2m.physics import OperatorFamily, Problem
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
@@ -52,7 +51,7 @@ class EvaluationRun:
 
     def __init__(self, config: DictConfig):
         self.config = config
-        self.folder = Path(config.results) / config.name
+        self.folder = inside(config.results, config.name, "the name of an evaluation")
         self.metrics = list(config.metrics)
         self._check_config()
         self.prior = Prior.from_pretrained(config.prior).to(config.device)
@@ -101,14 +100,14 @@ class EvaluationRun:
                 yield from (job for job in jobs if job is not None)
 
     def _images(self, entry: str) -> Images:
-        data: ImageDataModule = instantiate(part("data", entry), _convert_="all")
+        data: ImageDataModule = build(part("data", entry), "data", ImageDataModule)
         loaders = (data.test_dataloader(), data.val_dataloader())
         test, validation = (torch.cat(list(loader)).to(self.config.device) for loader in loaders)
         picked = validation[evenly_spaced(len(validation), self.config.tune_images)]
         return Images(entry, test, picked, data.batch_size, data.evaluation_set("test").names)
 
     def _problem(self, entry: str, physics: Mapping[str, Any], images: Images) -> Problem:
-        operator = instantiate(physics["operator"], _convert_="all")
+        operator = build(physics["operator"], "physics.operator", OperatorFamily)
         try:
             problem = Problem(operator, physics["sigma_y"], self.config.seed, physics.get("noise"))
             operator.check(images.shape)

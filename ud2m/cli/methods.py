@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import hydra
 import torch
-from hydra.utils import instantiate
 from torch import nn
 
+from ud2m.cli.objects import TARGET, build, find
 from ud2m.samplers.base import Sampler
 
 
@@ -19,7 +18,7 @@ def build_sampler(target: Mapping[str, Any], prior: nn.Module, device: torch.dev
     extra: dict[str, Any] = {"prior": prior} if shares_prior(target) else {}
     if "device" in _arguments(target):
         extra["device"] = device
-    return instantiate(dict(target), _convert_="all", _partial_=True)(**extra)
+    return build(target, "method.target", **extra)
 
 
 def shares_prior(target: Mapping[str, Any]) -> bool:
@@ -29,7 +28,7 @@ def shares_prior(target: Mapping[str, Any]) -> bool:
 
 
 def _arguments(target: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(hydra.utils.get_object(target["_target_"])).parameters
+    return inspect.signature(find(target[TARGET])).parameters
 
 
 def combinations(target: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-import ud2m.physics
 from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
+from ud2m.cli.objects import TARGET, build, resolved
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.evaluation.comparison import best_settings, difference, evenly_spaced
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
-from ud2m.files import atomic_folder, write_json
+from ud2m.files import atomic_folder, inside, write_json
 from ud2m.images import PixelFormat, list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
@@ -86,7 +85,11 @@ class SamplingRun:
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device, **options)
         trained = self.sampler.config.info.get("physics", {})
         chosen = given_operator(config)
-        self.operator = instantiate(chosen.operator) if chosen else trained_operator(trained.get("operator", {}))
+        self.operator: OperatorFamily = (
+            build(chosen.operator, "physics.operator", OperatorFamily)
+            if chosen
+            else trained_operator(trained.get("operator", {}))
+        )
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
@@ -135,7 +138,7 @@ class SamplingRun:
         names = [case.name for case in cases]
         if len(set(names)) < len(names):
             raise ValueError(f"two input files share a name ({names}); rename one, since results are named after them")
-        targets = [folder / case.name if len(cases) > 1 else folder for case in cases]
+        targets = [self.place(folder, case.name) if len(cases) > 1 else folder for case in cases]
         entries = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
         numbers = [entry.numbers for entry in entries]
         row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
@@ -188,7 +191,7 @@ class SamplingRun:
 
     def test_images(self, folder: Path) -> tuple[Rows, list[Section]]:
         """Score all test images of the data set (with the other methods if asked) and show some of them."""
-        data: ImageDataModule = instantiate(self.config.data, _convert_="all")
+        data: ImageDataModule = build(self.config.data, "data", ImageDataModule)
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
         test = [x0.to(self.config.device) for x0 in data.test_dataloader()]
@@ -237,7 +240,7 @@ class SamplingRun:
         images = data.evaluation_set("test")
         picked = evenly_spaced(len(images), self.config.show)
         shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
-        entries = [self.sample(case, folder / case.name) for case in tqdm(shown, desc="pictures")]
+        entries = [self.sample(case, self.place(folder, case.name)) for case in tqdm(shown, desc="pictures")]
         sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
         if self.config.crop is not None:
             sections.append(self.larger_image(folder))
@@ -245,12 +248,12 @@ class SamplingRun:
 
     def larger_image(self, folder: Path) -> Section:
         """Sample for one test image of side ``crop``, larger than what the model was trained on."""
-        settings = {**self.config.data, "tile_size": self.config.crop, "test_limit": 1}
-        images = instantiate(settings, _convert_="all").evaluation_set("test")
+        settings = resolved(self.config.data) | {"tile_size": self.config.crop, "test_limit": 1}
+        images = build(settings, "data", ImageDataModule).evaluation_set("test")
         case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
         text = "The network was trained on small crops and is used at this size without change."
         title = f"A larger picture: {self.config.crop}x{self.config.crop}"
-        return Section(title, text, [self.sample(case, folder / case.name)])
+        return Section(title, text, [self.sample(case, self.place(folder, case.name))])
 
     # --- one observation -----------------------------------------------------------------------------------------
 
@@ -258,6 +261,10 @@ class SamplingRun:
         """Observe a clean image [1, C, H, W], as scoring does."""
         x0 = image.to(self.config.device)
         return Case(name, self.problem.observe(x0, index), x0, pixels)
+
+    def place(self, folder: Path, name: str) -> Path:
+        """Return the folder of the results of an image, by its name."""
+        return inside(folder, name, "the name of an image")
 
     @torch.no_grad()
     def sample(self, case: Case, folder: Path) -> Entry:
@@ -316,24 +323,25 @@ def given_operator(config: DictConfig) -> DictConfig | None:
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    An export may not be trusted, so only families of ``ud2m.physics`` are made; others come from ``physics=``.
+    An export may not be trusted, so only families of operators are made; others come from ``physics=``.
 
     Raises:
-        ValueError: when the description names no such family.
+        ValueError: when the description names no such family of this package.
     """
-    options = dict(description)
-    module, _, name = str(options.pop("class", "")).rpartition(".")
-    family = getattr(ud2m.physics, name, None) if module == "ud2m.physics" else None
-    if not (isinstance(family, type) and issubclass(family, OperatorFamily)):
-        raise ValueError(f"the model names no operator of this package ({name or 'none'}); choose one: physics=...")
-    return family(**{key: _parts(value) for key, value in options.items()})
+    try:
+        made: OperatorFamily = build(_with_targets(description), "operator", OperatorFamily, OperatorFamily)
+    except ValueError as error:
+        reason = f"the operator that the model names cannot be made ({error})"
+        raise ValueError(f"{reason}; choose one: physics=...") from error
+    return made
 
 
-def _parts(value: Any) -> Any:
-    """Return an option of an operator, with the operators that it consists of."""
+def _with_targets(value: Any) -> Any:
     if isinstance(value, list):
-        return [_parts(part) for part in value]
-    return trained_operator(value) if isinstance(value, Mapping) and "class" in value else value
+        return [_with_targets(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {TARGET if key == "class" else key: _with_targets(part) for key, part in value.items()}
 
 
 if __name__ == "__main__":

@@ -4,25 +4,25 @@ import logging
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
+from ud2m.cli import PLACES
 from ud2m.cli.estimate import estimate
+from ud2m.cli.objects import build, leaves, resolved
 from ud2m.cli.sweep import survives_sweep
-from ud2m.files import write_bytes, write_json
+from ud2m.files import plain_name, write_bytes, write_json
 from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
 from ud2m.training.health import Health
 from ud2m.training.progress import StepProgress
@@ -88,11 +88,11 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
             f"steps must be a multiple of validate_every (each run ends in a validation), got {config.steps} and "
             f"{config.validate_every}"
         )
-    resolved = resolve(config)
-    resolved.resume = False
-    resolved.version = version("ud2m")
-    rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(resolved).encode())
-    return resolved
+    final = resolve(config)
+    final.resume = False
+    final.version = version("ud2m")
+    rank_zero_only(write_bytes)(folder / CONFIG_FILE, OmegaConf.to_yaml(final).encode())
+    return final
 
 
 def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) -> DictConfig:
@@ -110,11 +110,11 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
     resumed = load_config(stored)
     changed = [o.split("=")[0].lstrip("+") for o in overrides]
     changed = [key for key in changed if key not in ("resume", "run_dir")]
-    refused = [key for key in changed if not key.startswith(RESUMABLE)]
+    refused = [key for key in changed if not key.startswith(RESUMABLE) and key not in PLACES]
     if refused:
         raise ValueError(
             f"a resumed run keeps its configuration, {stored}; leave out {', '.join(refused)} (what can be given are "
-            "trainer.*, data.num_workers and checkpoint_every), or start a new run"
+            f"trainer.*, data.num_workers, checkpoint_every and {', '.join(PLACES)}), or start a new run"
         )
     for key in ("resume", *changed):
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
@@ -128,7 +128,7 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
         ValueError: when it is another one.
     """
     stored, now = load_config(folder / CONFIG_FILE), resolve(config)
-    before, after = dict(values(stored)), dict(values(now))
+    before, after = dict(leaves(resolved(stored))), dict(leaves(resolved(now)))
     missing = object()
     changed = [
         key
@@ -146,20 +146,9 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
     return stored
 
 
-def values(node: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """Yield the dotted key and the value of every leaf of a configuration."""
-    if isinstance(node, DictConfig):
-        for key, value in node.items():
-            yield from values(value, f"{path}.{key!s}" if path else str(key))
-    else:
-        yield path, node
-
-
 def resolve(config: DictConfig) -> DictConfig:
     """Return the configuration with all its references replaced by values."""
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    assert isinstance(resolved, DictConfig)
-    return resolved
+    return cast(DictConfig, OmegaConf.create(resolved(config)))
 
 
 def load_config(path: Path) -> DictConfig:
@@ -169,10 +158,14 @@ def load_config(path: Path) -> DictConfig:
         ValueError: when it is none, or of a version whose runs this one cannot go on with.
     """
     try:
+        # few of them can stand for more values than there is memory; none of ours has any
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text())):
+            raise ValueError("it has aliases")
         config = OmegaConf.load(path)
-    except YAMLError as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig) or any("${" in str(v) for _, v in leaves(OmegaConf.to_container(config))):
+        raise ValueError(f"{path} holds no values alone, as a run writes them; it cannot be gone on with")
     wrote, this = config.pop("version", None), version("ud2m")
     if wrote is None or series(wrote) != series(this):
         raise ValueError(
@@ -191,16 +184,17 @@ def export(config: DictConfig, folder: Path) -> Path:
     """Write the model of a checkpoint of the run in ``folder`` and return where it is: ``export-<checkpoint>`` there.
 
     Raises:
-        ValueError: when there is no such run.
+        ValueError: when there is no such run, and for a path in place of a name.
         FileNotFoundError: when it has no such checkpoint.
     """
-    path, target = folder / CHECKPOINTS / config.export, folder / f"export-{Path(config.export).stem}"
+    name = plain_name(config.export, "a checkpoint to export")
+    path, target = folder / CHECKPOINTS / name, folder / f"export-{Path(name).stem}"
     if not path.is_file():
         there = sorted(file.name for file in (folder / CHECKPOINTS).glob("*.ckpt"))
         raise FileNotFoundError(
             f"there is no checkpoint {path}; export=... names one of {', '.join(there) or 'none'} in run_dir"
         )
-    model = instantiate(stored_config(config, folder, ()).training, _convert_="all")
+    model = build(stored_config(config, folder, ()).training, "training", L.LightningModule)
     model.restore(path)
     model.export(target)
     return target
@@ -216,8 +210,8 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
     resume_from = checkpoints / LAST if config.resume else None
     if resume_from is not None:
         read_checkpoint(resume_from)  # Lightning's own message for a damaged file is a traceback
-    data = instantiate(config.data, _convert_="all")
-    model = instantiate(config.training, _convert_="all")
+    data = build(config.data, "data", L.LightningDataModule)
+    model = build(config.training, "training", L.LightningModule)
     callbacks = build_callbacks(config, folder)
     trainer = build_trainer(config, folder, callbacks)
     check_batch(config.data.batch_size, trainer.world_size)
@@ -225,11 +219,14 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
         fit(trainer, model, data, resume_from)
         if not trainer.is_global_zero:
             return []
+        prunings = [callback for callback in callbacks if isinstance(callback, MedianPruning)]
+        if all(pruning.stopped_at is None for pruning in prunings):
+            check_finished(model.steps_done, config.steps, folder)
         model.restore(checkpoints / BEST)
         model.export(folder / "export")
         log_export(trainer.loggers, folder / "export", config.name)
         rows = model.evaluate(data)
-        for pruning in (callback for callback in callbacks if isinstance(callback, MedianPruning)):
+        for pruning in prunings:
             rows[-1]["gave_up_at"] = pruning.stopped_at
         return rows
     except SystemExit as error:  # a signal, or Lightning's answer to Ctrl-C
@@ -270,6 +267,16 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "Connection closed by peer"))
 
 
+def check_finished(done: int, steps: int, folder: Path) -> None:
+    """Raise ValueError when a run ended before its last step, whatever ended it: it has no model to show."""
+    if done < steps:
+        raise ValueError(
+            f"the run ended after {done} of {steps} steps and is not finished: something stopped it early, as "
+            "trainer.max_steps, max_epochs, max_time, limit_train_batches or data.samples_per_epoch do; leave it "
+            f"out. {how_to_resume(folder)}"
+        )
+
+
 def check_batch(batch_size: int, world_size: int) -> None:
     """Raise ValueError, before other processes are started, when a batch does not divide over them."""
     if batch_size % world_size:
@@ -288,11 +295,12 @@ def build_callbacks(config: DictConfig, folder: Path) -> list[L.Callback]:
 
 def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """Return the trainer with its loggers."""
-    loggers = [instantiate(logger) for logger in config.logger.values()]
+    loggers = build_loggers(config, folder)
     keep_curves(loggers)
     try:
-        return instantiate(config.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(folder))
-    except InstantiationException as error:
+        given: dict[str, Any] = {"logger": loggers, "callbacks": callbacks, "default_root_dir": str(folder)}
+        return build(config.trainer, "trainer", L.Trainer, **given)
+    except ValueError as error:
         if isinstance(error.__cause__, MisconfigurationException):  # no such device, above all
             reason = " ".join(str(error.__cause__).split())
             raise ValueError(
@@ -300,6 +308,23 @@ def build_trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback])
                 "; see trainer.accelerator, trainer.devices and trainer.strategy"
             ) from error
         raise
+
+
+def build_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """Return the loggers; a run that goes on writes its curves into its folder, wherever that is now.
+
+    Raises:
+        ValueError: when what the run has stored would have them written elsewhere.
+    """
+    pages = resolved(config.logger)
+    if not isinstance(pages, Mapping):
+        raise ValueError(f"logger holds loggers by their names, got {pages!r}")
+    here: dict[str, Any] = {"save_dir": str(folder)} if config.get("resume") else {}
+    loggers: list[Logger] = [build(page, f"logger.{name}", Logger, **here) for name, page in pages.items()]
+    for place in (logger.log_dir for logger in loggers if here and logger.log_dir):
+        if not Path(place).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / CONFIG_FILE} has curves written to {place}, outside of the run folder")
+    return loggers
 
 
 @rank_zero_only

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
-from ud2m.images import FORMATS, SUFFIXES, read_image
+from ud2m.images import read_image
+from ud2m.raster import SUFFIXES, opened
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SHARE = 0.1  # of validation and of test files
@@ -163,16 +163,11 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     if path.suffix.lower() == ".npy":
         return _height_and_width(read_image(path))
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has it
-            is_late = image.format == "PNG" and "exif" not in image.info
-            is_turned = not is_late and image.getexif().get(ORIENTATION, 1) >= 5
-            return (image.width, image.height) if is_turned else (image.height, image.width)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); expected {', '.join(FORMATS)}: repair or remove it"
-        ) from error
+    with opened(path, path) as image:
+        # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has it
+        is_late = image.format == "PNG" and "exif" not in image.info
+        is_turned = not is_late and image.getexif().get(ORIENTATION, 1) >= 5
+        return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def _height_and_width(image: Tensor) -> tuple[int, int]:

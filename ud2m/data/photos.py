@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +14,7 @@ from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.image_store import MemoryImages
 from ud2m.data.module import ImageDataModule, NamedImages, Split
+from ud2m.raster import opened
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def _sklearn(file: str) -> Callable[[], Any]:
 def _grace_hopper() -> Any:
     import matplotlib
 
-    with Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg") as image:
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    with opened(path, path) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -1,19 +1,25 @@
 """Shards that lie behind an address: each is fetched whole when it is first used, checked, and kept on disk."""
 
 import hashlib
-import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 from ud2m.data.shard_index import INDEX_FILE, Shard, ShardIndex, file_sha256, read_index
-from ud2m.files import write_bytes
+from ud2m.files import parse_json, plain_name, write_bytes
 
 CACHE = "~/.cache/ud2m/shards"
 
 
+COMMAND = "pipe:"
+"""What an address begins with that is a command; a configuration has one only where the command line has it too."""
+SCHEMES = ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")
+"""Those that the webdataset package opens without a shell."""
+
+
 def is_address(place: str | Path) -> bool:
     """Return whether a place is none of the file system: it has a scheme, as ``https://``, or is a ``pipe:``."""
-    return "://" in str(place) or str(place).startswith("pipe:")
+    return "://" in str(place) or str(place).startswith(COMMAND)
 
 
 def fetch_index(address: str, cache: Path) -> ShardIndex:
@@ -33,7 +39,7 @@ def fetch_index(address: str, cache: Path) -> ShardIndex:
     content = fetch(address, INDEX_FILE)
     folder = cache / hashlib.sha256(content).hexdigest()[:16]
     try:
-        json.loads(content)
+        parse_json(content)
     except ValueError as error:
         raise ValueError(f"{located(address, INDEX_FILE)} is no index of shards ({error})") from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +56,7 @@ def shard_path(index: ShardIndex, shard: Shard) -> Path:
         OSError: when it cannot be fetched.
         ValueError: when it is not what the index says.
     """
-    path = index.folder / shard.name
+    path = index.place(shard)
     if index.address is None or path.is_file():
         return path
     content = fetch(index.address, shard.name)
@@ -65,7 +71,7 @@ def shard_path(index: ShardIndex, shard: Shard) -> Path:
 
 def wrong_in_cache(index: ShardIndex) -> list[str]:
     """Return a line for each shard that has been fetched and has changed since. Reads every byte of them."""
-    there = [(shard, index.folder / shard.name) for shard in index.shards]
+    there = [(shard, index.place(shard)) for shard in index.shards]
     wrong = (path for shard, path in there if path.is_file() and file_sha256(path) != shard.sha256)
     return [f"{path} is wrong: its SHA-256 is not that of the index; delete it" for path in wrong]
 
@@ -76,19 +82,34 @@ def located(address: str, name: str) -> str:
 
 
 def fetch(address: str, name: str) -> bytes:
-    """Return the file ``name`` behind an address, by whatever means the webdataset package has for its scheme.
+    """Return the file ``name`` behind an address: what its command prints, or what the webdataset package fetches.
 
     Raises:
         OSError: when the file cannot be fetched.
+        ValueError: for a name that is more than the name of a file.
     """
-    from webdataset.gopen import gopen  # here alone: few runs need it
-
-    place = located(address, name)
+    place = located(address, plain_name(name, "a file behind an address"))
     try:
-        with gopen(place) as stream:
-            content: bytes = stream.read()
+        content = _output(place.removeprefix(COMMAND)) if place.startswith(COMMAND) else _opened(place)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot fetch {place} ({error}); check the address, or copy the shards to a disk") from error
-    if not content:  # a command that fails late is no error of its stream
+    if not content:  # a program that fails late is no error of its stream
         raise OSError(f"cannot fetch {place}: nothing came; check the address, or copy the shards to a disk")
     return content
+
+
+def _output(command: str) -> bytes:
+    # a shell, since the user's command may be a pipeline; names of files in it are plain
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise OSError(f"the command ended with {done.returncode}")
+    return done.stdout
+
+
+def _opened(place: str) -> bytes:
+    from webdataset.gopen import gopen  # here alone: few runs need it
+
+    if place.partition(":")[0] not in SCHEMES:  # it would take others for a command or a file, as PIPE:
+        raise ValueError(f"no such scheme; allowed are {', '.join(SCHEMES)} and {COMMAND}")
+    with gopen(place) as stream:
+        return stream.read()

@@ -4,14 +4,16 @@ Imports nothing heavy: ``data_prep/make_shards.py`` starts a process per core wi
 """
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ud2m.files import parse_json, plain_name
+
 INDEX_FILE = "index.json"
 VERSION = 1
+SHARD_SUFFIX = ".tar"
 IMAGE_SUFFIXES = {"png": ".png", "jpg": ".jpg"}
 """Ending of the images inside a shard by the setting ``format``."""
 NAME_LENGTH = 60
@@ -20,12 +22,22 @@ NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name in the folder, the number of images in it, its size in bytes and its SHA-256."""
+    """One tar file: its name in the folder, the number of images in it, its size in bytes and its SHA-256.
+
+    Raises:
+        ValueError: for a name that is a path, and for numbers that are none.
+    """
 
     name: str
     images: int
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not plain_name(self.name, "a shard").endswith(SHARD_SUFFIX):
+            raise ValueError(f"a shard ends in {SHARD_SUFFIX}, got {self.name!r}")
+        if any(type(count) is not int or count < 0 for count in (self.images, self.bytes)):
+            raise ValueError(f"{self.name} has whole numbers of images and bytes, got {self.images} and {self.bytes}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,10 @@ class ShardIndex:
     def images(self) -> int:
         """Number of images in all shards together."""
         return sum(shard.images for shard in self.shards)
+
+    def place(self, shard: Shard) -> Path:
+        """Return where a shard lies, or will lie once it is fetched."""
+        return self.folder / plain_name(shard.name, "a shard")
 
     @property
     def digest(self) -> str:
@@ -92,10 +108,13 @@ def read_index(folder: Path) -> ShardIndex:
             "make it, or go on making it, with data_prep/make_shards.py"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         version = content["version"]
         shards = tuple(Shard(**shard) for shard in content["shards"])
-        index = ShardIndex(folder, content["settings"], content["source"], tuple(content["classes"]), shards)
+        index = ShardIndex(folder, dict(content["settings"]), content["source"], tuple(content["classes"]), shards)
+        size, suffix = index.settings["size"], IMAGE_SUFFIXES[index.settings["format"]]
+        if type(size) is not int or size < 1 or not isinstance(index.settings["crop"], str):
+            raise ValueError(f"its images of {suffix} have size {size!r} and crop {index.settings['crop']!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); make the shards again") from error
     if version != VERSION:
@@ -107,7 +126,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 def quick_faults(index: ShardIndex) -> list[str]:
     """Return a line for each shard that is missing or has another size than the index says."""
-    lines = (_quick_fault(index.folder / shard.name, shard) for shard in index.shards)
+    lines = (_quick_fault(index.place(shard), shard) for shard in index.shards)
     return [line for line in lines if line]
 
 
@@ -115,7 +134,7 @@ def faults(index: ShardIndex) -> list[str]:
     """Return a line for each shard that is missing, differs from the index, or is not in it. Reads every byte."""
     found = []
     for shard in index.shards:
-        path = index.folder / shard.name
+        path = index.place(shard)
         line = _quick_fault(path, shard)
         if not line and file_sha256(path) != shard.sha256:
             line = f"{shard.name} is wrong: its SHA-256 is not that of the index"

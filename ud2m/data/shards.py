@@ -1,6 +1,5 @@
 """Webdataset shards as ``data_prep/make_shards.py`` writes them."""
 
-import io
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,7 +26,9 @@ from ud2m.data.module import ImageDataModule, NamedImages, Split, position
 from ud2m.data.remote import CACHE, fetch_index, is_address, shard_path, wrong_in_cache
 from ud2m.data.sampler import StreamSampler
 from ud2m.data.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
+from ud2m.files import plain_name
 from ud2m.images import decode_image
+from ud2m.raster import opened
 
 MID_EPOCH = ("readers", "buffer")
 """Settings that decide the order within an epoch, but not which samples it has."""
@@ -318,8 +318,9 @@ class ShardReader:
         path, expected = self.path(shard), self.index.shards[shard].images
         try:
             with tarfile.open(path, "r:") as tar:
-                found = [(m.name, m.offset_data, m.size) for m in tar if m.name.endswith(self.suffix)]
-        except tarfile.TarError as error:
+                members = ((m, plain_name(m.name, "an image in a shard")) for m in tar)
+                found = [(name, m.offset_data, m.size) for m, name in members if name.endswith(self.suffix)]
+        except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
         if len(found) != expected:
             raise ValueError(f"{path} holds {len(found)} images, the index says {expected}; {ADVICE}")
@@ -393,7 +394,8 @@ class ShardImages:
         return self.reader.load(*self.places[index])
 
     def _size(self, place: tuple[int, int]) -> tuple[int, int]:
-        with Image.open(io.BytesIO(self.reader.read(*place))) as image:  # the header alone is decoded
+        name = f"{self.reader.name(*place)} in {self.reader.path(place[0])}"
+        with opened(self.reader.read(*place), name) as image:  # the header alone is decoded
             return image.height, image.width
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ud2m.files import write_bytes, write_json
+from ud2m.files import parse_json, write_bytes, write_json
 
 FORMAT = 3
 """Part of every digest: raised when a method or a score changes its meaning, so that old numbers are not taken up."""
@@ -64,7 +64,7 @@ class CellStore:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             known, row, curves = (content[part] for part in PARTS)
             tensors = load_file(path.with_suffix(".safetensors"))
         except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:

@@ -10,13 +10,13 @@ import torch
 from deepinv.physics import LinearPhysics
 from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import MotionBlurGenerator
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.family import OperatorFamily
 from ud2m.random import Generators, rand
+from ud2m.raster import opened, read_file, read_numbers
 
 
 class Blur(OperatorFamily):
@@ -225,11 +225,9 @@ def read_kernel(path: Path) -> Tensor:
         FileNotFoundError: when there is no such file.
         ValueError: when it does not hold a finite matrix of numbers.
     """
-    try:
-        values = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _grey(path)
-        kernel = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
-    except (UnidentifiedImageError, ValueError, TypeError) as error:
-        raise ValueError(f"the kernel {path} is neither an image nor a .npy matrix of numbers ({error})") from error
+    name = f"the kernel {path}"
+    values = read_numbers(path, name) if path.suffix.lower() == ".npy" else _grey(path, name)
+    kernel = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
     while kernel.ndim > 2 and len(kernel) == 1:
         kernel = kernel[0]
     if kernel.ndim != 2:
@@ -239,6 +237,6 @@ def read_kernel(path: Path) -> Tensor:
     return kernel
 
 
-def _grey(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+def _grey(path: Path, name: str) -> np.ndarray:
+    with opened(read_file(path), name) as image:
         return np.array(image if image.mode in ("I", "I;16", "F") else image.convert("L"))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import deepinv
-import numpy as np
 import torch
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor
@@ -20,6 +19,7 @@ from ud2m.physics.iterative import ConjugateGradients
 from ud2m.physics.measurement import image_shape
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.precision import full_precision
+from ud2m.raster import read_numbers
 
 
 class Denoising(FixedOperator):
@@ -221,5 +221,5 @@ def _iterates(physics: LinearPhysics) -> bool:
 
 def _value(value: Any) -> Any:
     if isinstance(value, str) and value.endswith(".npy"):
-        return torch.from_numpy(np.load(Path(value), allow_pickle=False)).float()
+        return torch.from_numpy(read_numbers(Path(value), value)).float()
     return value

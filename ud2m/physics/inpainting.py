@@ -1,6 +1,5 @@
 """Inpainting: masks of random pixels, boxes and strokes, and the user's own."""
 
-import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 import deepinv
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import Generators, rand
+from ud2m.raster import opened, read_collection, read_file
 
 
 class PixelMask(Immutable, deepinv.physics.Inpainting):
@@ -211,11 +211,8 @@ class MaskFile(FixedOperator):
     """
 
     def __init__(self, path: str | Path):
-        try:
-            with Image.open(path) as image:
-                levels = np.array(image.convert("L"))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"the mask {path} is not an image; give a black and white PNG") from error
+        with opened(read_file(Path(path)), f"the mask {path}") as image:
+            levels = np.array(image.convert("L"))
         unclear = np.mean((levels > 96) & (levels < 160))
         if unclear > 0:
             raise ValueError(f"the mask {path} must be black and white, {100 * unclear:.2g} % of its pixels are grey")
@@ -250,12 +247,7 @@ class MaskCollection(RandomMask):
     """
 
     def __init__(self, path: str | Path, key: str = "20-30% freeform", size: int = 256):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                names = list(arrays.files)
-                packed = arrays[key] if key in names else None
-        except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no .npz file of masks: {error}") from error
+        names, packed = read_collection(Path(path), key, f"the collection of masks {path}")
         if packed is None:
             raise ValueError(f"{path} has no masks named {key!r}; choose one of {', '.join(names)}")
         bits = packed.reshape(-1)

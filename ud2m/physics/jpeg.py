@@ -26,6 +26,7 @@ from ud2m.physics.jpeg_codec import (
 from ud2m.physics.measurement import estimate_sigma_y, image_shape, kept_gain, mean_gain, misfit, observe, residual
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import Generators, rand
+from ud2m.raster import opened
 
 TOLERANCE = 1e-3
 """Change of a sweep, in grey levels of 255, at which the projection onto the quantisation cell stops."""
@@ -333,9 +334,10 @@ def read_jpeg(
         import jpeglib
     except ImportError as error:
         raise ImportError("reading the coefficients of a JPEG file needs jpeglib: pip install jpeglib") from error
-    with Path(path).open("rb") as stream:
-        if stream.read(3) != b"\xff\xd8\xff":
-            raise ValueError(f"{path} is no JPEG file; physics=jpeg reads the coefficients of one")
+    with opened(Path(path), path) as image:  # jpeglib has no limit on pixels
+        kind_of_file = image.format
+    if kind_of_file not in ("JPEG", "MPO"):
+        raise ValueError(f"{path} is no JPEG file but {kind_of_file}; physics=jpeg reads the coefficients of one")
     try:
         file = jpeglib.read_dct(str(path))
     except (OSError, RuntimeError, ValueError) as error:

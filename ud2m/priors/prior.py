@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.schedule import VPSchedule, abar
-from ud2m.priors.shipped import ARCHITECTURES, inside, shipped_folder
+from ud2m.priors.shipped import ARCHITECTURES, shipped_folder, subfolder
 from ud2m.priors.store import (
     LABEL,
     SCHEDULER_FILE,
@@ -110,7 +110,7 @@ class Prior(nn.Module):
         """
         reference = str(reference)
         on_meta = torch.get_default_device().type == "meta"
-        where = str((on_meta and inside(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
+        where = str((on_meta and subfolder(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
         scheduler = _read_json(_locate(where, SCHEDULER_FILE))
         architecture = _read_json(_locate(where, UNET_FILE))
         network = NETWORKS.get(str(architecture.get("_class_name")))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ud2m.files import is_plain
 from ud2m.names import unknown
 
 SHIPPED = Path(__file__).parents[1] / "pretrained"
@@ -13,13 +14,12 @@ MARKS = {"prior": "scheduler_config.json", "model": "psi.safetensors"}
 
 def shipped_folder(name: str) -> Path | None:
     """Return the folder of a prior or model that ships with the package, or None when the name is not one of them."""
-    return inside(SHIPPED, name)
+    return subfolder(SHIPPED, name)
 
 
-def inside(parent: Path, name: str) -> Path | None:
+def subfolder(parent: Path, name: str) -> Path | None:
     """Return the folder of this name directly below another one, or None when there is none."""
-    folder = parent / name
-    return folder if name and Path(name).name == name and folder.is_dir() else None
+    return parent / name if is_plain(name) and (parent / name).is_dir() else None
 
 
 def check_reference(kind: str, reference: str) -> None:

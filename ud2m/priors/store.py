@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from ud2m.files import parse_json
 from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.shipped import check_reference
@@ -92,7 +93,7 @@ def _locate(reference: str, file: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is truncated or not valid JSON: {error}") from error
     if not isinstance(content, dict):

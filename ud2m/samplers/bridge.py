@@ -5,7 +5,6 @@ using data consistency for inverse problems", NeurIPS 2023.
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from ud2m.files import atomic_folder
+from ud2m.files import atomic_folder, parse_json
 from ud2m.physics import DataTerm, Observation
 from ud2m.physics.rows import per_sample
 from ud2m.priors.store import SCHEDULER_FILE, load_unet, save_prior, weights_fingerprint
@@ -120,7 +119,7 @@ class Bridge(nn.Module):
         path = Path(folder) / SCHEDULER_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no trained bridge: it has no {SCHEDULER_FILE}")
-        settings = json.loads(path.read_text())
+        settings = parse_json(path.read_text())
         if settings.get("_class_name") != KIND:
             raise ValueError(f"{folder} is a {settings.get('_class_name')}, not a bridge (train.py training=bridge)")
         schedule = BridgeSchedule(settings["beta_min"], settings["beta_max"])

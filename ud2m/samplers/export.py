@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ud2m.files import atomic_folder
+from ud2m.files import atomic_folder, parse_json
 from ud2m.priors.prior import LoraSpec, Prior
 from ud2m.priors.shipped import check_reference, shipped_folder
 from ud2m.samplers.config import SamplerConfig
@@ -147,7 +147,7 @@ def _load_prior(folder: Path, reference: str | Path | None) -> Prior:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except OSError as error:
         raise FileNotFoundError(f"{folder} is not an export: it has no readable {CONFIG_FILE}") from error
     except ValueError as error:
@@ -159,12 +159,12 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 def refer_to_prior(folder: Path, reference: str) -> dict[str, Any]:
     """Write into an export where its prior is; return the content of its config."""
-    content = json.loads((folder / CONFIG_FILE).read_text())
+    content = parse_json((folder / CONFIG_FILE).read_text())
     content["prior"]["reference"] = reference
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
     adapter = folder / CONFIG_NAME
     if adapter.is_file():
-        stored = json.loads(adapter.read_text()) | {"base_model_name_or_path": reference}
+        stored = parse_json(adapter.read_text()) | {"base_model_name_or_path": reference}
         adapter.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     return content
 
@@ -172,7 +172,7 @@ def refer_to_prior(folder: Path, reference: str) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[Mapping[str, Any]]:
     """Return the rows of a ``metrics.json``; raises ValueError when it holds none."""
     try:
-        rows = json.loads(path.read_text())
+        rows = parse_json(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is truncated or not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
