@@ -16,6 +16,7 @@ draws), the same without the bias of finite sets, and the coverage of 90 % inter
 import argparse
 import itertools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from ud2m.evaluation.table import markdown_line
 from ud2m.evaluation.usage import NetworkEvaluations
 from ud2m.files import write_bytes, write_json
 from ud2m.images import LUMINANCE
-from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss
+from ud2m.losses.adversarial import REFERENCE_SIDE, Adversarial, Discriminator, DiscriminatorLoss
 from ud2m.losses.generator import GeneratorLoss
 from ud2m.losses.terms import L2, EnergyScore, MeanL2, Prediction
 from ud2m.physics import GaussianBlur, Inpainting, Observation, OperatorFamily, SuperResolution, observe
@@ -146,7 +147,9 @@ def train(
     psi = [parameter for parameter in network.parameters() if id(parameter) not in adapter]
     groups = [{"params": psi, "lr": 1e-2}, {"params": list(network.denoiser.parameters()), "lr": 1e-3}]
     optimizers = [(torch.optim.AdamW(groups, weight_decay=0.0), [p for g in groups for p in g["params"]])]
-    discriminator, discriminator_loss = loss.discriminator, DiscriminatorLoss(gradient_penalty=1.0)
+    # 1 on the plain square of the gradient, whatever the size of the patches (``gradient_square``)
+    weight = 4 * REFERENCE_SIDE**2 / math.prod(mixture.image_shape[1:])
+    discriminator, discriminator_loss = loss.discriminator, DiscriminatorLoss(gradient_penalty=weight)
     if discriminator is not None:
         own = list(discriminator.parameters())
         optimizers.append((torch.optim.AdamW(own, lr=1e-3, betas=(0.5, 0.99)), own))

@@ -1,3 +1,4 @@
+import math
 import shutil
 import socket
 from urllib.error import URLError
@@ -10,7 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, cached
-from ud2m.evaluation.metrics import calibration_ratio, psnr, spread_and_error, ssim
+from ud2m.evaluation.metrics import calibration_ratio, psnr, psnr_limit, spread_and_error, ssim
 
 
 @pytest.fixture
@@ -83,12 +84,20 @@ def test_metrics_refuse_shapes():
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_calibration_ratio_of_a_gaussian_posterior(count, scale, generator):
     # Posterior N(m, s^2) with s different per pixel; the sampler's standard deviation is scale * s. Then
-    # E (mean - x0)^2 = s^2 (1 + scale^2 / S), so r = scale sqrt((1 + 1/S) / (1 + scale^2 / S)), 1 for scale 1.
+    # E (mean - x0)^2 = s^2 (1 + scale^2 / S), so r = scale whatever S is.
     mean, std = torch.rand(2, 4, 1, 3, 100, 100, generator=generator)
     reference = (mean + std * torch.randn(mean.shape, generator=generator)).squeeze(1)
     samples = mean + scale * std * torch.randn(4, count, 3, 100, 100, generator=generator)
-    expected = scale * ((1 + 1 / count) / (1 + scale**2 / count)) ** 0.5
-    assert calibration_ratio(*spread_and_error(samples, reference)) == pytest.approx(expected, rel=0.015)
+    assert calibration_ratio(*spread_and_error(samples, reference)) == pytest.approx(scale, rel=0.02)
+    expected = psnr(mean.squeeze(1), reference)
+    torch.testing.assert_close(psnr_limit(samples, reference), expected, rtol=0, atol=0.1)
+    assert (psnr(samples.mean(1), reference) < expected - 10 * math.log10(1 + scale**2 / count) + 0.1).all()
+
+
+def test_the_psnr_of_all_samples_is_bounded_where_the_estimate_is_not_positive():
+    x0 = torch.zeros(1, 3, 8, 8)
+    samples = torch.stack([x0 + 0.1, x0 - 0.1], 1)  # their mean is exact
+    assert psnr_limit(samples, x0).item() == pytest.approx(100)
 
 
 def test_halved_spread_is_seen(generator):

@@ -34,9 +34,11 @@ def ssim(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def spread_and_error(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (1 + 1/S) mean V and mean (m - reference)^2 per image [B], for ``calibration_ratio``.
+    """Return mean V and mean ((m - reference)^2 - V / S) per image [B]: unbiased, the same for every S.
 
-    m and V are the mean and the unbiased variance of the S samples per pixel, averaged over pixels and channels.
+    m and V are the mean and the unbiased variance of the S samples per pixel, averaged over pixels and channels. m has
+    an error of its own because S is finite, V / S; without it the second number is the square error of the mean of
+    infinitely many samples, E - reference.
 
     Args:
         samples: [B, S, C, H, W], S >= 2.
@@ -47,19 +49,34 @@ def spread_and_error(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
     """
     if samples.ndim != 5 or samples.shape[1] < 2:
         raise ValueError(f"calibration needs samples [B, S, C, H, W] with S >= 2, got shape {tuple(samples.shape)}")
-    mean, count = samples.mean(1), samples.shape[1]
+    mean = samples.mean(1)
     check_shapes(mean, reference)
-    variance = (1 + 1 / count) * samples.var(1).flatten(1).mean(1)
-    return variance, (mean - reference).square().flatten(1).mean(1)
+    variance = samples.var(1).flatten(1).mean(1)
+    return variance, (mean - reference).square().flatten(1).mean(1) - variance / samples.shape[1]
 
 
 def calibration_ratio(variance: Tensor, error: Tensor) -> float:
     """Return r = sqrt(mean variance / mean error) over images [B], 1 for a calibrated sampler; < 1: too little spread.
 
-    Of ``spread_and_error``: if reference and samples are S + 1 independent draws of the posterior, E(m - reference)^2 =
-    (1 + 1/S) Var; the factor allows for the error that m has because S is finite.
+    Of ``spread_and_error``: if reference and samples are independent draws of the posterior, E(reference - E)^2 = Var.
     """
     return (variance.mean() / error.mean()).sqrt().item()
+
+
+def psnr_limit(samples: Tensor, reference: Tensor) -> Tensor:
+    """Return the PSNR in dB per image [B] that the mean of infinitely many samples would have, for a data range of 1.
+
+    -10 log10 of the second number of ``spread_and_error``. The mean of S samples has a square error that is larger by
+    Var / S: 1 dB for four calibrated samples. Where the estimate is below 1e-10 it counts as that, 100 dB.
+
+    Args:
+        samples: [B, S, C, H, W], S >= 2.
+        reference: [B, C, H, W].
+
+    Raises:
+        ValueError: as ``spread_and_error``.
+    """
+    return -10 * spread_and_error(samples, reference)[1].clamp(min=1e-10).log10()
 
 
 def check_shapes(x: Tensor, reference: Tensor) -> None:

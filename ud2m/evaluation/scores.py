@@ -38,7 +38,7 @@ from ud2m.evaluation.features import (
     check_weights,
     lpips_distance,
 )
-from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, spread_and_error, ssim
+from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, psnr_limit, spread_and_error, ssim
 from ud2m.names import unknown
 from ud2m.physics import Observation, measured, residual
 
@@ -207,6 +207,10 @@ def of_mean_and_samples(
 
 def _diversity(draws: Draws) -> dict[str, Tensor]:
     return {"diversity": draws.samples.var(1).flatten(1).mean(1).sqrt()}
+
+
+def _psnr_limit(draws: Draws) -> dict[str, Tensor]:
+    return {"psnr_limit": psnr_limit(draws.samples.double(), draws.x0.double())}
 
 
 def _energy(draws: Draws) -> dict[str, Tensor]:
@@ -460,6 +464,7 @@ def lpips_metric(net: str) -> str:
 
 SCORES: dict[str, Callable[[], Score]] = {
     "psnr": lambda: PerImage(of_mean_and_samples("psnr", psnr)),
+    "psnr_limit": lambda: PerImage(_psnr_limit, least=2),
     "ssim": lambda: PerImage(of_mean_and_samples("ssim", ssim), smallest=SSIM_WINDOW),
     "residual": lambda: PerImage(_residual),
     "diversity": lambda: PerImage(_diversity, least=2),

@@ -58,6 +58,7 @@ COLUMNS = (
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),
     Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True),
+    Column("psnr_limit", "PSNR of mean, S → ∞ [dB]", "of the mean of infinitely many", ".2f", "max", selects=True),
     Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True),
     Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
     Column("ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True),
