@@ -23,6 +23,7 @@ from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
 from ud2m.files import inside, write_bytes, write_json
 from ud2m.physics import OperatorFamily, Problem
+from ud2m.precision import find_device
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
@@ -50,11 +51,11 @@ class EvaluationRun:
     """
 
     def __init__(self, config: DictConfig):
-        self.config = config
+        self.config, self.device = config, find_device(config.device)
         self.folder = inside(config.results, config.name, "the name of an evaluation")
         self.metrics = list(config.metrics)
         self._check_config()
-        self.prior = Prior.from_pretrained(config.prior).to(config.device)
+        self.prior = Prior.from_pretrained(config.prior).to(self.device)
         self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
         if not self.jobs:
@@ -102,7 +103,7 @@ class EvaluationRun:
     def _images(self, entry: str) -> Images:
         data: ImageDataModule = build(part("data", entry), "data", ImageDataModule)
         loaders = (data.test_dataloader(), data.val_dataloader())
-        test, validation = (torch.cat(list(loader)).to(self.config.device) for loader in loaders)
+        test, validation = (torch.cat(list(loader)).to(self.device) for loader in loaders)
         picked = validation[evenly_spaced(len(validation), self.config.tune_images)]
         return Images(entry, test, picked, data.batch_size, data.evaluation_set("test").names)
 
@@ -142,7 +143,7 @@ class EvaluationRun:
             "num_samples": num_samples,
             "metrics": metrics,
             "shown": evenly_spaced(len(images.test), config.show),
-            "device": str(torch.device(config.device).type),
+            "device": self.device.type,
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
         if config.tune and method.get("tune"):
@@ -164,7 +165,7 @@ class EvaluationRun:
             )
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
-        return build_sampler(target, self.prior, self.config.device)
+        return build_sampler(target, self.prior, self.device)
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""

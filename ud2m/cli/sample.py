@@ -24,6 +24,7 @@ from ud2m.files import atomic_folder, inside, write_json
 from ud2m.images import PixelFormat, list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
+from ud2m.precision import find_device
 from ud2m.priors.prior import Prior
 from ud2m.reports.page import write_page
 from ud2m.reports.samples import Entry, Report, Section, samples_page, write_pictures
@@ -32,7 +33,7 @@ from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 
 AUTO = "auto"
-OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile")
+OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile", "precision")
 """Keys that are options of the sampler."""
 METRICS = ("psnr", "ssim")
 """Besides LPIPS, the distance of the prior's features and the residual."""
@@ -80,9 +81,9 @@ class SamplingRun:
     """
 
     def __init__(self, config: DictConfig):
-        self.config = config
+        self.config, self.device = config, find_device(config.device)
         options = {key: config[key] for key in OPTIONS}
-        self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, config.device, **options)
+        self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, self.device, **options)
         trained = self.sampler.config.info.get("physics", {})
         chosen = given_operator(config)
         self.operator: OperatorFamily = (
@@ -94,7 +95,7 @@ class SamplingRun:
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
-        self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(config.device)
+        self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
 
     @property
     def name(self) -> str:
@@ -166,7 +167,7 @@ class SamplingRun:
 
     def observed(self, path: Path) -> Observation:
         """Return an observation of one image that was made elsewhere."""
-        known = self.operator.read_observation(path, self.prior.channels, self.config.device)
+        known = self.operator.read_observation(path, self.prior.channels, self.device)
         if known is None:
             y = self.picture(path, self.operator.y_channels(self.prior.channels))
             known = y, self.known_operator(y)
@@ -176,7 +177,7 @@ class SamplingRun:
 
     def picture(self, path: Path, channels: int) -> Tensor:
         """Return a file as an image [1, channels, H, W]."""
-        return read_image(path, channels=channels).unsqueeze(0).to(self.config.device)
+        return read_image(path, channels=channels).unsqueeze(0).to(self.device)
 
     def known_operator(self, y: Tensor) -> Any:
         """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
@@ -194,13 +195,13 @@ class SamplingRun:
         data: ImageDataModule = build(self.config.data, "data", ImageDataModule)
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
-        test = [x0.to(self.config.device) for x0 in data.test_dataloader()]
+        test = [x0.to(self.device) for x0 in data.test_dataloader()]
         others = self.others(data, test) if self.config.compare else []
         return [*others, self.row(self.name, self.sampler, test)], self.shown_test_images(data, folder)
 
     def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> Rows:
         """Return a row for each of ``methods``, and for each number by which its setting is chosen."""
-        validation = [x0.to(self.config.device) for x0 in data.val_dataloader()]
+        validation = [x0.to(self.device) for x0 in data.val_dataloader()]
         return [
             self.row(label, self.build(target), test) | extra
             for page in plain(self.config)["methods"].values()
@@ -224,13 +225,13 @@ class SamplingRun:
 
     def build(self, target: Mapping[str, Any]) -> Sampler:
         """Return the sampler of a page of conf/method."""
-        return build_sampler(target, self.prior, self.config.device)
+        return build_sampler(target, self.prior, self.device)
 
     def row(self, name: str, sampler: Sampler, test: Sequence[Tensor]) -> dict[str, Any]:
         """Return the row of a sampler on the test images."""
         count = self.config.num_samples if sampler.draws else 1
         scores = self.scores(count, test[0].shape[1:])
-        measurement = Measurement(sampler, self.problem, scores, count, self.config.device)
+        measurement = Measurement(sampler, self.problem, scores, count, self.device)
         for x0 in tqdm(test, desc=name, unit="batch"):
             measurement.add(x0)
         return {"method": name, "nfe": measurement.nfe} | measurement.means()
@@ -259,7 +260,7 @@ class SamplingRun:
 
     def case(self, name: str, image: Tensor, index: int, pixels: PixelFormat | None = None) -> Case:
         """Observe a clean image [1, C, H, W], as scoring does."""
-        x0 = image.to(self.config.device)
+        x0 = image.to(self.device)
         return Case(name, self.problem.observe(x0, index), x0, pixels)
 
     def place(self, folder: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ud2m.precision import check_precision
 from ud2m.samplers.base import check_count, check_positive
 from ud2m.unfolded.ddim import check_eta
 from ud2m.unfolded.denoisers import check_symmetries, check_tile
@@ -24,6 +25,8 @@ class SamplerConfig:
         tile: pictures larger than tile x tile pixels go through the network in overlapping tiles of that size
             (``ud2m.unfolded.denoisers.tiled``), and fewer at once: it sees at most chunk_size tile^2 pixels. None: the
             whole picture.
+        precision: in which networks are evaluated: float32, bfloat16, float16, or auto (bfloat16 where the hardware has
+            instructions for it). Prox, schedule and noise stay in float32.
         sigma_y: noise level of training, image units; that of a call which gives none.
         info: what else is known of the training (information, not a limit).
 
@@ -38,6 +41,7 @@ class SamplerConfig:
     step_scale: float = 1.0
     chunk_size: int = 64
     tile: int | None = None
+    precision: str = "float32"
     sigma_y: float = 0.01
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -47,6 +51,7 @@ class SamplerConfig:
         check_eta(self.eta)
         check_symmetries(self.symmetries)
         check_tile(self.tile)
+        check_precision(self.precision)
         check_positive("step_scale", self.step_scale)
         check_positive("grid_power", self.grid_power)
         if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
@@ -73,5 +78,5 @@ class SamplerConfig:
         return max(1, min(self.chunk_size, self.chunk_size * self.tile**2 // (height * width)))
 
     def stored(self) -> dict[str, Any]:
-        """Return what an export keeps: not what only bounds the memory of a call."""
-        return {name: value for name, value in asdict(self).items() if name not in ("chunk_size", "tile")}
+        """Return what an export keeps: not what belongs to the machine of a call."""
+        return {name: value for name, value in asdict(self).items() if name not in ("chunk_size", "tile", "precision")}

@@ -19,7 +19,7 @@ from ud2m.samplers.card import model_card
 from ud2m.samplers.config import SamplerConfig
 from ud2m.samplers.export import read_export, read_metrics, refer_to_prior, write_export
 from ud2m.unfolded.ddim import sample_posterior
-from ud2m.unfolded.denoisers import symmetric, tiled
+from ud2m.unfolded.denoisers import in_precision, symmetric, tiled
 from ud2m.unfolded.network import UnfoldedNetwork
 
 
@@ -101,7 +101,8 @@ class PosteriorSampler(Sampler):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         config = self.config
-        denoiser = symmetric(tiled(self.network.denoiser, config.tile), config.symmetries, streams)
+        evaluated = in_precision(self.network.denoiser, config.precision)
+        denoiser = symmetric(tiled(evaluated, config.tile), config.symmetries, streams)
 
         def network(x_sigma: Tensor, sigma: Tensor, observation: Observation, generator: Any) -> Tensor:
             return self.network(x_sigma, sigma, observation, generator, denoiser=denoiser, step_scale=config.step_scale)

@@ -1,10 +1,11 @@
-"""Denoisers around a denoiser: in overlapping tiles, and in random orientations."""
+"""Denoisers around a denoiser: in less precision, in overlapping tiles, and in random orientations."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ud2m.precision import check_precision, network_precision
 from ud2m.random import Generators, rand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -77,6 +78,22 @@ def check_symmetries(count: int) -> None:
     """Raise ValueError unless ``count`` is one of ``SYMMETRIES``."""
     if count not in SYMMETRIES or isinstance(count, bool):
         raise ValueError(f"symmetries must be 1 (none), 2 (left-right flips) or 8 (those of the square), got {count!r}")
+
+
+def in_precision(denoiser: Denoiser, precision: str) -> Denoiser:
+    """Return a denoiser whose network is evaluated in a precision (``ud2m.precision.network_precision``).
+
+    What it returns is x_sigma - sigma eps_hat in the precision of x_sigma: eps_hat alone has been rounded.
+    """
+    check_precision(precision)
+    if precision == "float32":
+        return denoiser
+
+    def denoise(x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        with network_precision(precision, x_sigma.device):
+            return denoiser(x_sigma, sigma)
+
+    return denoise
 
 
 def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser:
