@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import command_line, write_images
 
-import ud2m.priors.store
+import ud2m.priors.shipped
 from ud2m.cli import evaluate, sample
 from ud2m.files import inside, plain_name
 from ud2m.images import write_image
 from ud2m.priors.prior import Prior
-from ud2m.priors.store import shipped_folder
+from ud2m.priors.shipped import shipped_folder
 from ud2m.samplers.export import read_export
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
@@ -153,7 +153,7 @@ def test_repositories_of_the_hub_have_names(name, tmp_path, monkeypatch):
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     folder = tmp_path / "pretrained"
-    monkeypatch.setattr(ud2m.priors.store, "SHIPPED", folder)
+    monkeypatch.setattr(ud2m.priors.shipped, "SHIPPED", folder)
     save_tiny_prior(folder / "one")
     save_tiny_prior(folder / "two", seed=1)
     save_tiny_prior(tmp_path / "new", seed=2)
