@@ -282,6 +282,17 @@ def test_a_grid_names_settings_of_the_method():
     assert found == [{"a": 1, "b": {"c": 4}}, {"a": 3, "b": {"c": 4}}]
     assert target == {"a": 1, "b": {"c": 2}}
     assert comparison.difference(found[1], found) == "a = 3"
+    grid = list(combinations(target, {"a": [1, 3, 2], "b.c": [5, 4]}))
+    words = [comparison.difference(candidate, grid) for candidate in grid]
+    edge = comparison.EDGE
+    assert words == [
+        f"a = 1{edge}, b.c = 5",
+        f"a = 1{edge}, b.c = 4",
+        f"a = 3{edge}, b.c = 5",
+        f"a = 3{edge}, b.c = 4",
+        "a = 2, b.c = 5",
+        "a = 2, b.c = 4",
+    ]
     with pytest.raises(ValueError, match=r"tune names 'b.d', which the method does not have; it has c"):
         list(combinations(target, {"b.d": [1]}))
 

@@ -252,6 +252,27 @@ def test_the_network_sees_no_more_than_a_chunk(make):
     assert set(denoiser.batches) == {3, 1}
 
 
+@each_method
+def test_a_network_that_prefers_a_direction_is_seen_in_all_orientations(make):
+    """A denoiser that brightens the left: with eight orientations no side is brighter, with one the left is."""
+    tilt = torch.linspace(0.1, -0.1, 8).expand(1, 8, 8)
+
+    class Tilted(nn.Module):
+        def forward(self, x, sigma):
+            return 0.5 + 0.2 * (x - 0.5) + tilt
+
+    y, physics = torch.full((1, *SHAPE), 0.5), Denoising().draw(1, SHAPE)
+
+    def slope(**options):
+        mean = make(Tilted(), **options)(y, physics, 0.3, 200, generator=generator()).mean((0, 1, 2))
+        return (mean[:, :4].mean() - mean[:, 4:].mean()).item()
+
+    assert slope() > 0.04
+    assert abs(slope(symmetries=8)) < 0.25 * slope()
+    with pytest.raises(ValueError, match="symmetries must be 1"):
+        make(Tilted(), symmetries=3)
+
+
 @pytest.mark.parametrize(
     ("method", "family", "words"),
     [

@@ -121,6 +121,7 @@ def test_folder_input_gives_a_folder_per_picture(model, picture, tmp_path):
 def test_comparison_has_all_rows_on_test_images(model, tmp_path):
     out = tmp_path / "out"
     limits = ("data.tile_size=16", "data.val_limit=1", "data.test_limit=3", "tune_samples=1")
+    limits += ("methods.latino.tune={setting.tau_first:[0.2],setting.tau_last:[0.01],setting.width:[1.0,1.4]}",)
     sample(f"model={model}", "compare=true", *limits, "num_samples=2", "show=1", "crop=32", f"output={out}")
     rows = json.loads((out / "metrics.json").read_text())
     names = [row["method"] for row in rows]

@@ -16,6 +16,7 @@ from ud2m.samplers.base import Sampler
 
 Setting = TypeVar("Setting")
 Advance = Callable[[int], Any]
+EDGE = " (edge of the grid)"
 
 
 def best_settings(
@@ -144,11 +145,15 @@ def evenly_spaced(count: int, most: int) -> list[int]:
 
 
 def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
-    """Return the values of a description that differ among the candidates, in words."""
-    flat = [flattened(candidate) for candidate in candidates]
-    chosen = flattened(target)
-    return ", ".join(
-        f"{key.removeprefix('setting.')} = {chosen[key]}"
-        for key in chosen
-        if len({str(other[key]) for other in flat}) > 1
-    )
+    """Return the values of a description that differ among the candidates, in words.
+
+    A number at the edge of three or more is marked: a better one may lie beyond.
+    """
+    words, chosen = [], flattened(target)
+    for key, value in chosen.items():
+        values = [flattened(candidate)[key] for candidate in candidates]
+        different = len({str(other) for other in values})
+        if different > 1:
+            is_edge = different > 2 and isinstance(value, int | float) and value in (min(values), max(values))
+            words.append(f"{key.removeprefix('setting.')} = {value}{EDGE if is_edge else ''}")
+    return ", ".join(words)

@@ -17,6 +17,7 @@ from ud2m.physics import DataTerm, Observation, Separable
 from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.priors.schedule import VPSchedule
 from ud2m.samplers.base import Sampler, check_count
+from ud2m.unfolded.denoisers import check_symmetries, symmetric
 
 DDPM_TABLE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
@@ -24,9 +25,10 @@ DDPM_TABLE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "
 class DeepinvDenoiser(deepinv.models.Denoiser):
     """Our ``denoiser(x_sigma, sigma [B])`` as a denoiser of deepinv, which also gives a number for all samples."""
 
-    def __init__(self, denoiser: nn.Module):
+    def __init__(self, denoiser: nn.Module, symmetries: int = 1):
         super().__init__()
-        self.denoiser = denoiser
+        self.network = denoiser  # registered
+        self.denoiser = symmetric(denoiser, symmetries, None)
 
     def forward(self, x: Tensor, sigma: Tensor | float, **kwargs: Any) -> Tensor:
         """Return x0_hat for images x [B, C, H, W] in [0, 1] plus noise of level sigma in the same units."""
@@ -39,15 +41,17 @@ class PriorSampler(Sampler):
     Args:
         prior: ``denoiser(x_sigma, sigma) -> x0_hat``.
         chunk_size: samples that the network sees at once.
+        symmetries: random orientations in which the network sees images: 1, 2 or 8 (``ud2m.unfolded.denoisers``).
     """
 
     takes = "every linear operator"
     """The operators that it takes, in words."""
     mixes_observations = False  # deepinv's samplers know one noise level and one operator
 
-    def __init__(self, prior: nn.Module, chunk_size: int = 64):
+    def __init__(self, prior: nn.Module, chunk_size: int = 64, symmetries: int = 1):
         super().__init__([prior], chunk_size)
-        self.denoiser = DeepinvDenoiser(prior)
+        check_symmetries(symmetries)
+        self.denoiser = DeepinvDenoiser(prior, symmetries)
 
     def supports(self, physics: DataTerm) -> bool:
         """Return whether it can take the operator."""
@@ -81,6 +85,7 @@ class Ddrm(PriorSampler):
     Args:
         prior: as for ``PriorSampler``.
         chunk_size: as for ``PriorSampler``.
+        symmetries: as for ``PriorSampler``.
         num_steps: levels, and network evaluations.
         eta: share of fresh noise, in the paper's notation.
         etab: share of y, in the paper's notation.
@@ -101,8 +106,9 @@ class Ddrm(PriorSampler):
         etab: float = 1.0,
         power: float = 1.0,
         chunk_size: int = 64,
+        symmetries: int = 1,
     ):
-        super().__init__(prior, chunk_size)
+        super().__init__(prior, chunk_size, symmetries)
         if not isinstance(num_steps, int) or num_steps < 2:
             raise ValueError(f"DDRM needs num_steps of at least 2, got {num_steps!r}")
         if not 0 <= eta <= 1 or not 0 <= etab <= 1 or not power > 0:
@@ -223,15 +229,22 @@ class DiffPir(PriorSampler):
     Args:
         prior: as for ``PriorSampler``.
         chunk_size: as for ``PriorSampler``.
+        symmetries: as for ``PriorSampler``.
         num_steps: network evaluations.
         zeta: share of fresh noise.
         lambda_: weight of the prior's term.
     """
 
     def __init__(
-        self, prior: nn.Module, num_steps: int = 100, zeta: float = 0.1, lambda_: float = 7.0, chunk_size: int = 64
+        self,
+        prior: nn.Module,
+        num_steps: int = 100,
+        zeta: float = 0.1,
+        lambda_: float = 7.0,
+        chunk_size: int = 64,
+        symmetries: int = 1,
     ):
-        super().__init__(prior, chunk_size)
+        super().__init__(prior, chunk_size, symmetries)
         check_count("num_steps of DiffPIR", num_steps)
         if not 0 <= zeta <= 1 or not lambda_ > 0:
             raise ValueError(f"DiffPIR needs zeta in [0, 1] and a positive lambda_, got {zeta} and {lambda_}")
@@ -257,12 +270,20 @@ class Dps(PriorSampler):
     Args:
         prior: as for ``PriorSampler``.
         chunk_size: as for ``PriorSampler``.
+        symmetries: as for ``PriorSampler``.
         num_steps: of the solver; the paper takes 1000.
         weight: step size zeta' of the gradient of the residual norm.
     """
 
-    def __init__(self, prior: nn.Module, num_steps: int = 1000, weight: float = 1.0, chunk_size: int = 16):
-        super().__init__(prior, chunk_size)
+    def __init__(
+        self,
+        prior: nn.Module,
+        num_steps: int = 1000,
+        weight: float = 1.0,
+        chunk_size: int = 16,
+        symmetries: int = 1,
+    ):
+        super().__init__(prior, chunk_size, symmetries)
         if not isinstance(num_steps, int) or num_steps < 2 or not weight > 0:
             raise ValueError(f"DPS needs num_steps of at least 2 and a positive weight, got {num_steps!r} and {weight}")
         self.num_steps, self.weight = num_steps, weight
@@ -284,15 +305,22 @@ class PnpFlow(PriorSampler):
     Args:
         prior: as for ``PriorSampler``.
         chunk_size: as for ``PriorSampler``.
+        symmetries: as for ``PriorSampler``.
         num_steps: N - 1, network evaluations.
         alpha: how fast the gradient steps shrink.
         weight: w, in (0, 2).
     """
 
     def __init__(
-        self, prior: nn.Module, num_steps: int = 99, alpha: float = 0.5, weight: float = 1.0, chunk_size: int = 64
+        self,
+        prior: nn.Module,
+        num_steps: int = 99,
+        alpha: float = 0.5,
+        weight: float = 1.0,
+        chunk_size: int = 64,
+        symmetries: int = 1,
     ):
-        super().__init__(prior, chunk_size)
+        super().__init__(prior, chunk_size, symmetries)
         check_count("num_steps of PnP-Flow", num_steps)
         if not alpha >= 0 or not 0 < weight < 2:
             raise ValueError(f"PnP-Flow needs alpha of at least 0 and a weight in (0, 2), got {alpha} and {weight}")
@@ -321,15 +349,22 @@ class Langevin(PriorSampler):
     Args:
         prior: as for ``PriorSampler``.
         chunk_size: as for ``PriorSampler``.
+        symmetries: as for ``PriorSampler``.
         num_steps: length of each chain, and network evaluations.
         sigma: level of the denoiser, image units.
         step: h as a share of the largest stable one, 2 / (g / sigma_y^2 + 1 / sigma^2), g the norm of A^T A; in (0, 1).
     """
 
     def __init__(
-        self, prior: nn.Module, num_steps: int = 5000, sigma: float = 0.02, step: float = 0.25, chunk_size: int = 512
+        self,
+        prior: nn.Module,
+        num_steps: int = 5000,
+        sigma: float = 0.02,
+        step: float = 0.25,
+        chunk_size: int = 512,
+        symmetries: int = 1,
     ):
-        super().__init__(prior, chunk_size)
+        super().__init__(prior, chunk_size, symmetries)
         check_count("num_steps of Langevin", num_steps)
         if not sigma > 0 or not 0 < step < 1:
             raise ValueError(f"Langevin needs a positive sigma and a step in (0, 1), got {sigma} and {step}")

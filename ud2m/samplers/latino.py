@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ud2m.physics import Observation
 from ud2m.random import randn_like
 from ud2m.samplers.base import Sampler
+from ud2m.unfolded.denoisers import check_symmetries, symmetric
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.warm_start import SmoothingStart, Start, start_from_y
 
@@ -72,6 +73,7 @@ class Latino(Sampler):
         setting: its levels.
         warm_start: where it begins; ``SmoothingStart`` unless given.
         chunk_size: images that the network sees at once.
+        symmetries: random orientations in which it sees them: 1, 2 or 8 (``ud2m.unfolded.denoisers.symmetric``).
     """
 
     def __init__(
@@ -80,16 +82,19 @@ class Latino(Sampler):
         setting: LatinoSetting | None = None,
         warm_start: Start | None = None,
         chunk_size: int = 64,
+        symmetries: int = 1,
     ):
         super().__init__([prior], chunk_size)
+        check_symmetries(symmetries)
         self.prior, self.setting = prior, setting or LatinoSetting()
-        self.start = warm_start or SmoothingStart()
+        self.start, self.symmetries = warm_start or SmoothingStart(), symmetries
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         x = start_from_y(self.start, observation).clamp(0, 1)
         y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
+        denoiser = symmetric(self.prior, self.symmetries, streams)
         for tau in self.setting.levels():
-            x = self.prior(x + tau * randn_like(x, streams), torch.full_like(sigma_y, tau))
+            x = denoiser(x + tau * randn_like(x, streams), torch.full_like(sigma_y, tau))
             x = joint_prox(physics, y, x, x, float("inf"), (self.setting.width * tau) ** 2, 1.0, sigma_y)
         return x
