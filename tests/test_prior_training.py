@@ -55,3 +55,20 @@ def test_validation_of_a_prior_weighs_images_not_batches(tmp_path):
         scores = [module.denoising_psnr(x0, i)["psnr@0.3"] for i, x0 in enumerate(TinyData().val_dataloader())]
     assert module.scores["score"] == pytest.approx(torch.cat(scores).mean().item(), rel=1e-6)
     assert [len(s) for s in scores] == [4, 1]
+
+
+def test_a_prior_is_trained_on_from_its_weights(tmp_path):
+    first = prior_module()
+    fit(first, tmp_path)
+    first.export(tmp_path / "export")
+    second = prior_module(start_from=str(tmp_path / "export"))
+    assert second.steps_done == 0
+    x, sigma = images(2), torch.tensor([0.1, 1.0])
+    begun = Prior(copy.deepcopy(second.unet), second.schedule)(x, sigma)
+    torch.testing.assert_close(begun, Prior.from_pretrained(tmp_path / "export")(x, sigma))
+    with second.ema.applied():  # the average begins there too
+        torch.testing.assert_close(Prior(copy.deepcopy(second.unet), second.schedule)(x, sigma), begun)
+    with pytest.raises(ValueError, match=r"cannot begin with photos_prior, whose architecture is another one"):
+        prior_module(start_from="photos_prior")
+    with pytest.raises(FileNotFoundError, match="unknown prior 'photo_prior'"):
+        prior_module(start_from="photo_prior")

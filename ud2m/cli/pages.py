@@ -22,7 +22,7 @@ def check_training(config: DictConfig) -> None:
         check_reference("prior", str(config.prior))
     start = OmegaConf.select(config, "training.start_from")
     if start is not None:
-        check_reference("model", str(start))
+        check_reference("prior" if "unet" in config.training else "model", str(start))
 
 
 def check_sampling(config: DictConfig) -> None:

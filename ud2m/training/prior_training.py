@@ -14,7 +14,7 @@ from ud2m.evaluation.metrics import psnr
 from ud2m.files import atomic_folder
 from ud2m.losses.terms import NonFiniteLossError
 from ud2m.priors.adm import build_unet
-from ud2m.priors.prior import denoise
+from ud2m.priors.prior import Prior, denoise
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.store import save_prior
 from ud2m.random import rand, randn_like
@@ -41,9 +41,10 @@ class PriorModule(SteppedModule):
         seed: of all randomness.
         accumulate: batches summed into one step.
         clip: largest gradient norm.
+        start_from: prior whose weights the run begins with: name of a shipped one, folder or hub id.
 
     Raises:
-        ValueError: for numbers out of range, or an architecture that diffusers cannot build.
+        ValueError: for numbers out of range, an architecture that diffusers cannot build, or a prior of another one.
     """
 
     stream_name = "prior"
@@ -62,6 +63,7 @@ class PriorModule(SteppedModule):
         seed: int = 0,
         accumulate: int = 1,
         clip: float = 1.0,
+        start_from: str | None = None,
     ):
         super().__init__(StepSettings(warmup=warmup, accumulate=accumulate, clip=clip, ema_decay=ema_decay), seed)
         self.scheduler = dict(scheduler)
@@ -76,8 +78,21 @@ class PriorModule(SteppedModule):
         stride, size = 2 ** (len(self.unet.config.block_out_channels) - 1), self.unet.config.sample_size
         if size % stride:
             raise ValueError(f"the network halves images to 1/{stride}; crops must be multiples of that, got {size}")
+        if start_from is not None:
+            self._take_weights(start_from)
         self.ema = Ema(self.unet.parameters(), ema_decay)
         self.lr, self.focus, self.focus_max, self.levels = lr, focus, focus_max, tuple(levels)
+
+    def _take_weights(self, reference: str) -> None:
+        """Begin with the weights of a prior."""
+        try:
+            self.unet.load_state_dict(Prior.from_pretrained(reference).unet.state_dict())
+        except RuntimeError as error:
+            reason = str(error).split("\n")[1].strip()[:160]
+            raise ValueError(
+                f"the run cannot begin with {reference}, whose architecture is another one ({reason}); describe its "
+                "own in training.unet"
+            ) from error
 
     def losses(
         self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
