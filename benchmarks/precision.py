@@ -29,12 +29,13 @@ SIDE, SAMPLES = 128, 2
 def rows_of(model: str, precisions: Sequence[str], batches: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     """Return a row for each precision, the first one float32."""
     rows: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
     for precision in ("float32", *precisions):
         sampler = PosteriorSampler.from_pretrained(model, precision=precision)
         operator = trained_operator(sampler.config.info["physics"]["operator"])
         problem = Problem(operator, sampler.config.sigma_y, seed=0)
         row = row_of(sampler, problem, batches, SAMPLES, f"{model}, {precision}")
-        first = rows[0] if rows else row
+        first = first or row
         rows.append(
             {
                 "method": f"{model}, {precision}",
