@@ -38,7 +38,8 @@ def rows_of(model: str, precisions: Sequence[str], batches: Sequence[torch.Tenso
         first = first or row
         rows.append(
             {
-                "method": f"{model}, {precision}",
+                "method": precision,
+                "operator": model,
                 "psnr_mean": row["psnr_mean"],
                 "loss of PSNR of mean [dB]": first["psnr_mean"] - row["psnr_mean"],
                 "lpips": row.get("lpips"),
