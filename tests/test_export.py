@@ -134,7 +134,7 @@ def test_an_option_that_there_is_not_is_refused_with_those_that_there_are(sample
         lambda: PosteriorSampler.from_pretrained(saved, step_size=2.0),
     ):
         with pytest.raises(
-            ValueError, match=r"no option step_size; it has num_steps, grid_power, eta, .*tile, sigma_y"
+            ValueError, match=r"no option step_size; it has num_steps, grid_power, eta, .*tile, precision, sigma_y"
         ):
             call()
 
