@@ -43,7 +43,8 @@ from ud2m.files import atomic_folder, write_json
 from ud2m.priors.adm import NETWORKS, AdmUNet2DModel, UNet2DModel
 from ud2m.priors.prior import Prior
 from ud2m.priors.schedule import VPSchedule
-from ud2m.priors.store import LABEL, SCHEDULER_FILE, UNET_FILE
+from ud2m.priors.shipped import SCHEDULER_FILE
+from ud2m.priors.store import LABEL, UNET_FILE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 RECORD_FILE = "conversion.json"

@@ -20,9 +20,9 @@ import ud2m.priors.adm
 import ud2m.priors.shipped
 from ud2m.files import move_into_place, parse_json, plain_name, write_json
 from ud2m.priors.prior import Prior
-from ud2m.priors.shipped import shipped_folder
-from ud2m.priors.store import SCHEDULER_FILE, UNET_FILE
-from ud2m.samplers.export import CONFIG_FILE, PSI_FILE
+from ud2m.priors.shipped import PSI_FILE, SCHEDULER_FILE, shipped_folder
+from ud2m.priors.store import UNET_FILE
+from ud2m.samplers.export import CONFIG_FILE
 from ud2m.samplers.ud2m import PosteriorSampler
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

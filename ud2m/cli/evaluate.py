@@ -16,8 +16,9 @@ from ud2m.cli.objects import build
 from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
+from ud2m.data.module import evenly_spaced
 from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job, evenly_spaced
+from ud2m.evaluation.comparison import Images, Job
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting

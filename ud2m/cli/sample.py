@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,9 +14,10 @@ from ud2m.cli import plain
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.objects import TARGET, build, resolved
-from ud2m.cli.train import quiet_libraries
+from ud2m.cli.train import quiet_libraries, resolve
 from ud2m.data import ImageDataModule
-from ud2m.evaluation.comparison import best_settings, difference, evenly_spaced
+from ud2m.data.module import evenly_spaced
+from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
@@ -317,8 +318,7 @@ def given_operator(config: DictConfig) -> DictConfig | None:
     """
     if config.get("physics") is None:
         return None
-    values = OmegaConf.to_container(config.physics, resolve=True, throw_on_missing=True)
-    return cast(DictConfig, OmegaConf.create(values))
+    return resolve(config.physics)
 
 
 def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:

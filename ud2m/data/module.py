@@ -183,6 +183,12 @@ def position(trainer: lightning.Trainer) -> tuple[int, int]:
     return epochs["processed"], batches["processed"]
 
 
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of the numbers 0 to ``count`` - 1, evenly spaced."""
+    chosen = min(count, most)
+    return [k * count // chosen for k in range(chosen)]
+
+
 class EvenSubset(Dataset[Tensor]):
     """At most ``limit`` images of a set, evenly spaced over it: numbers floor(k n / limit), k < limit.
 
@@ -193,8 +199,7 @@ class EvenSubset(Dataset[Tensor]):
     def __init__(self, images: NamedImages, limit: int | None):
         if limit is not None and limit < 1:
             raise ValueError(f"a limit on validation or test images must be at least 1, or null, got {limit}")
-        count = len(images) if limit is None else min(limit, len(images))
-        self.images, self.picked = images, [k * len(images) // count for k in range(count)]
+        self.images, self.picked = images, evenly_spaced(len(images), len(images) if limit is None else limit)
         self.names = [images.names[k] for k in self.picked]
 
     def __len__(self) -> int:

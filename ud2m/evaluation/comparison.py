@@ -138,12 +138,6 @@ class Job:
         return setting | dict(result.row)
 
 
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most so many of the numbers 0 to ``count`` - 1, evenly spaced."""
-    chosen = min(count, most)
-    return [k * count // chosen for k in range(chosen)]
-
-
 def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
     """Return the values of a description that differ among the candidates, in words.
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.schedule import VPSchedule, abar
-from ud2m.priors.shipped import ARCHITECTURES, shipped_folder, subfolder
+from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
 from ud2m.priors.store import (
     LABEL,
-    SCHEDULER_FILE,
     UNET_FILE,
     _locate,
     _read_json,

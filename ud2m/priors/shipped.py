@@ -8,7 +8,8 @@ from ud2m.names import unknown
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 """Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
-MARKS = {"prior": "scheduler_config.json", "model": "psi.safetensors"}
+SCHEDULER_FILE, PSI_FILE = "scheduler_config.json", "psi.safetensors"
+MARKS = {"prior": SCHEDULER_FILE, "model": PSI_FILE}
 """The file by which a folder is known, by kind."""
 
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ud2m.files import parse_json
 from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
-from ud2m.priors.shipped import check_reference
+from ud2m.priors.shipped import SCHEDULER_FILE, check_reference
 
-SCHEDULER_FILE = "scheduler_config.json"
 UNET_FILE = "config.json"
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 LABEL = "class_label"

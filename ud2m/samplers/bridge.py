@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ud2m.files import atomic_folder, parse_json
 from ud2m.physics import DataTerm, Observation
 from ud2m.physics.rows import per_sample
-from ud2m.priors.store import SCHEDULER_FILE, load_unet, save_prior, weights_fingerprint
+from ud2m.priors.shipped import SCHEDULER_FILE
+from ud2m.priors.store import load_unet, save_prior, weights_fingerprint
 from ud2m.random import randn_like
 from ud2m.samplers.base import Sampler, check_count
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y

@@ -17,7 +17,7 @@ from ud2m.physics import DataTerm, Observation, Separable
 from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.priors.schedule import VPSchedule
 from ud2m.samplers.base import Sampler, check_count
-from ud2m.unfolded.denoisers import check_symmetries, symmetric
+from ud2m.unfolded.denoisers import symmetric
 
 DDPM_TABLE = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
@@ -50,7 +50,6 @@ class PriorSampler(Sampler):
 
     def __init__(self, prior: nn.Module, chunk_size: int = 64, symmetries: int = 1):
         super().__init__([prior], chunk_size)
-        check_symmetries(symmetries)
         self.denoiser = DeepinvDenoiser(prior, symmetries)
 
     def supports(self, physics: DataTerm) -> bool:

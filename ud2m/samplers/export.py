@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ud2m.files import atomic_folder, parse_json
 from ud2m.priors.prior import LoraSpec, Prior
-from ud2m.priors.shipped import check_reference, shipped_folder
+from ud2m.priors.shipped import PSI_FILE, check_reference, shipped_folder
 from ud2m.samplers.config import SamplerConfig
 from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
-CONFIG_FILE, PSI_FILE = "config.json", "psi.safetensors"
+CONFIG_FILE = "config.json"
 FORMAT = 1
 PSI_MEANS = ("num_blocks", "rule", "conditioning")
 """Parts of a network's description without which psi means nothing."""

@@ -108,7 +108,11 @@ def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser
         denoiser: (z [B, C, H, W], sigma [B]) -> x0_hat.
         count: 1, 2 or 8 orientations; of the 8, only the 4 that keep the shape are used where H and W differ.
         generator: source of T.
+
+    Raises:
+        ValueError: for another number.
     """
+    check_symmetries(count)
     if count == 1:
         return denoiser
 
