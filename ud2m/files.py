@@ -1,6 +1,7 @@
 """Files: results that are never half-written, and reading what may be damaged or comes from an untrusted source."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -13,8 +14,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
+from ud2m.names import flattened
+
 MARKER = ".ud2m"
 """Lies in every folder that `atomic_folder` made; only such folders are ever replaced."""
+UNFINISHED = ".unfinished"
+"""End of the name of a folder in which an interrupted call has left what it had done."""
+SETTINGS = "config.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -92,7 +98,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: when the place cannot be written or the disk is full, with what to do.
     """
     target = Path(path).resolve()  # through a symbolic link, onto the real place
-    _check_free(target, overwrite)
+    check_free(target, overwrite)
     work = _sibling(target, "incomplete")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +108,84 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield work
         (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
-        _check_free(target, overwrite)  # another process may have been faster
+        check_free(target, overwrite)  # another process may have been faster
         move_into_place(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if _is_full(error):
             raise _explained(error, target) from error
         raise
+
+
+@contextmanager
+def resumable_folder(path: str | Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, with what an interrupted call left in it; it becomes ``path`` when the block succeeds.
+
+    The work is done in ``NAME.unfinished`` beside it, which holds ``config.json``. When the block fails, it stays there
+    for the next call with the same settings if anything else is in it.
+
+    Args:
+        path: the folder to be made, as for `atomic_folder`.
+        settings: what the results depend on, plain values.
+        overwrite: replace a folder that an earlier call made, and what one with other settings has left unfinished.
+
+    Raises:
+        OSError: as `atomic_folder`, and when another process is at work there.
+        ValueError: for what another call has left with other settings.
+    """
+    target = Path(path).resolve()
+    check_free(target, overwrite)
+    work = target.with_name(target.name + UNFINISHED)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explained(error, target) from error
+    with _locked(work):
+        try:
+            _take_up(work, _strict(settings), overwrite)
+            yield work
+            (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
+            check_free(target, overwrite)
+            move_into_place(work, target)
+        except BaseException as error:
+            if work.is_dir() and {file.name for file in work.iterdir()} <= {SETTINGS}:
+                shutil.rmtree(work, ignore_errors=True)
+            if _is_full(error):
+                raise _explained(error, target) from error
+            raise
+
+
+def _take_up(work: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    stored = work / SETTINGS
+    before = parse_json(stored.read_text()) if stored.is_file() else None
+    if before is None and any(work.iterdir()):
+        raise FileExistsError(f"{work} holds files that this program did not write; choose another output, or move it")
+    if before not in (None, settings):
+        if not overwrite:
+            old, new = flattened(before), flattened(settings)
+            changed = [key for key in old | new if old.get(key) != new.get(key)]
+            raise ValueError(
+                f"{work} is what an interrupted call with other settings has left (other {', '.join(changed[:6])}); "
+                "repeat these to go on with it, choose another output, or start anew with overwrite=true"
+            )
+        for left in work.iterdir():  # the folder itself is locked
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    write_json(stored, settings)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that lock the folder out of it; the lock ends with the process, whatever ends that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"another process has just finished {folder}")
+        yield
+    except BlockingIOError as error:
+        raise OSError(f"another process is at work in {folder}; wait for it, or choose another place") from error
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -173,7 +250,8 @@ def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise OSError where ``path`` is no free place for a folder, nor one whose results may be replaced."""
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"the output {path} is a file; choose the name of a folder")
     if not path.exists() or not any(path.iterdir()):

@@ -1,6 +1,8 @@
 """Where computing takes place, and in which precision: only networks may be evaluated in less than float32."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -57,6 +59,18 @@ def find_device(name: str) -> torch.device:
         found = ", ".join(f"{count} of {kind}" for kind, count in there.items())
         raise ValueError(f"there is no device {name!r} on this machine, which has {found}; take device={AUTO}")
     return device
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return the bytes that are left on a device, as far as the system says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def _fastest(device: torch.device) -> str:

@@ -1,9 +1,13 @@
 """Draw samples, write pictures, numbers and the report: what ``sample.py`` runs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -21,7 +25,7 @@ from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
-from ud2m.files import atomic_folder, inside, write_json
+from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
 from ud2m.images import PixelFormat, list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
@@ -39,7 +43,16 @@ OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile",
 METRICS = ("psnr", "ssim")
 """Besides LPIPS, the distance of the prior's features and the residual."""
 
-Rows = list[dict[str, Any]]
+REPORT, METRICS_FILE, NUMBERS_FILE = "report.html", "metrics.json", "numbers.json"
+ENTRY, ROWS = ".entry.pt", ".rows"
+"""What lies in the folder until the job is done: the shown pictures without rounding, and finished rows."""
+TAKEN = (REPORT, METRICS_FILE, SETTINGS)
+"""Names in the output folder that no picture's results may have."""
+MANY = 20
+"""Pictures from which a bar shows how far their check is."""
+
+Numbers = dict[str, Any]
+Rows = list[Numbers]
 
 
 @user_facing
@@ -47,10 +60,19 @@ def main(config: DictConfig) -> None:
     """Run one sampling job into the folder ``output``, which appears when everything is written."""
     quiet_libraries()
     output = Path(config.output)
-    with atomic_folder(output, overwrite=config.overwrite) as folder:
-        rows = SamplingRun(config).run(folder)
+    check_free(output.resolve(), config.overwrite)
+    job = SamplingRun(config)
+    job.check()
+    try:
+        with resumable_folder(output, job.recorded, config.overwrite) as folder:
+            rows = job.run(folder)
+    except BaseException:
+        left = output.with_name(output.name + UNFINISHED)
+        if left.is_dir():
+            print(f"what is done is in {left}; the same command with output={output} goes on", file=sys.stderr)
+        raise
     print(format_table(rows))
-    print(f"report: {output / 'report.html'}")
+    print(f"report: {output / REPORT}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +84,40 @@ class Case:
         observation: of one image.
         x0: the clean image [1, C, H, W] if known.
         pixels: of the file that it comes from, and of those that are made of it.
+        remark: what is said when its turn comes.
     """
 
     name: str
     observation: Observation
     x0: Tensor | None = None
     pixels: PixelFormat | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Observations that a section of the report is about; each is made when its turn comes.
+
+    Attributes:
+        title: of the section.
+        text: below it.
+        names: of their results.
+        case: makes one, by its number.
+        shown: how many of the first ones the report holds; it links the others.
+        files: that they are made of, if they are.
+    """
+
+    title: str
+    text: str
+    names: Sequence[str]
+    case: Callable[[int], Case]
+    shown: int
+    files: Sequence[Path] = ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one file, whose results need no folder of its name."""
+        return len(self.files) == 1
 
 
 class SamplingRun:
@@ -97,20 +147,63 @@ class SamplingRun:
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
+        config_given = {key: value for key, value in plain(config).items() if key not in ("output", "overwrite")}
+        self.recorded = config_given | {"trained": vars(self.sampler.config), "model": self.sampler.fingerprint}
+        self.data: ImageDataModule | None = None if config.input is not None else self.test_data()
+        self.groups = [self.own_files()] if self.data is None else list(self.shown_test_images(self.data))
 
     @property
     def name(self) -> str:
         """What the sampler is called in tables."""
         return f"UD2M (K={self.sampler.network.num_blocks}, N={self.sampler.config.num_steps})"
 
+    def check(self) -> None:
+        """Make every observation, and everything that follows its sampling once with blank samples of each shape.
+
+        Raises:
+            ValueError: for whatever would otherwise end the job after its sampling has begun.
+        """
+        names = [name for group in self.groups if not group.alone for name in group.names]
+        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+        if twice:
+            shared = ", ".join(sorted(twice))
+            raise ValueError(f"two pictures share a name ({shared}); rename one, since results are named after them")
+        for name in names:
+            if self.place(Path(), name).parts[0] in TAKEN:
+                raise ValueError(f"the results of {name} would take the place of {name} itself; rename that picture")
+        rehearsed = set()
+        for group in self.groups:
+            for number in tqdm(range(len(group.names)), desc="checking", disable=len(group.names) < MANY):
+                case = group.case(number)
+                shapes = (tuple(case.observation.y.shape), case.observation.image_shape)
+                if shapes not in rehearsed:
+                    rehearsed.add(shapes)
+                    self.rehearse(case)
+
+    def rehearse(self, case: Case) -> None:
+        """Do what follows the sampling of an observation, with blank samples."""
+        try:
+            self.sampler.check_call(case.observation, self.config.num_samples)
+            blank = case.observation.y.new_zeros(1, min(self.config.num_samples, 2), *case.observation.image_shape)
+            entry = self.entry(case, blank)
+            with TemporaryDirectory() as folder:
+                write_pictures(Path(folder), entry, case.pixels)
+            samples_page(Report("", "", [], {}, [Section("", "", [entry])]))
+        except (ValueError, FloatingPointError) as error:
+            raise ValueError(f"{case.name}: {error}") from error
+
     def run(self, folder: Path) -> Rows:
-        """Fill the output folder and return the rows of ``metrics.json``."""
-        rows, sections = self.own_files(folder) if self.config.input is not None else self.test_images(folder)
-        write_json(folder / "metrics.json", rows)
-        settings = plain(self.config) | {"trained": vars(self.sampler.config)}
-        write_json(folder / "config.json", settings)
-        report = Report(*self.headline(), rows, settings, sections)
-        write_page(folder / "report.html", samples_page(report))
+        """Fill the output folder and return the rows of ``metrics.json``; what lies in it already is not done again."""
+        rows = [] if self.data is None else self.rows(self.data, folder / ROWS)
+        parts = [self.section(group, folder) for group in self.groups]
+        if self.data is None:
+            rows = [{"method": self.name, "nfe": self.sampler.nfe()} | averages(parts[0][1])]
+        report = Report(*self.headline(), rows, self.recorded, [section for section, _ in parts])
+        write_page(folder / REPORT, samples_page(report))
+        write_json(folder / METRICS_FILE, rows)
+        shutil.rmtree(folder / ROWS, ignore_errors=True)
+        for entry in folder.rglob(ENTRY):
+            entry.unlink()
         return rows
 
     def headline(self) -> tuple[str, str]:
@@ -134,37 +227,28 @@ class SamplingRun:
 
     # --- the user's files ----------------------------------------------------------------------------------------
 
-    def own_files(self, folder: Path) -> tuple[Rows, list[Section]]:
-        """Sample for the files of ``input``; one row of averages over them."""
-        cases = list(self.file_cases())
-        names = [case.name for case in cases]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two input files share a name ({names}); rename one, since results are named after them")
-        targets = [self.place(folder, case.name) if len(cases) > 1 else folder for case in cases]
-        entries = [self.sample(*pair) for pair in zip(tqdm(cases, desc="images"), targets, strict=True)]
-        numbers = [entry.numbers for entry in entries]
-        row = {k: sum(n[k] for n in numbers) / len(numbers) for k in numbers[0]}
-        return [{"method": self.name, "nfe": self.sampler.nfe()} | row], [Section("Images", "", entries)]
+    def own_files(self) -> Group:
+        """Return what the files of ``input`` ask for."""
+        files = list_images(self.config.input)
+        names = [path.stem for path in files]
+        return Group("Images", "", names, lambda k: self.file_case(files[k], k), self.config.show, files)
 
-    def file_cases(self) -> Iterator[Case]:
-        """Yield what each input file asks for."""
-        for index, path in enumerate(list_images(self.config.input)):
-            try:
-                if self.config.degraded:
-                    yield Case(path.stem, self.observed(path), None, pixel_format(path))
-                else:
-                    yield self.case(path.stem, self.clean(path), index, pixel_format(path))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+    def file_case(self, path: Path, index: int) -> Case:
+        """Return what one input file asks for."""
+        try:
+            if self.config.degraded:
+                return Case(path.stem, self.observed(path), None, pixel_format(path))
+            image = self.picture(path, self.prior.channels)
+            x0 = self.fitting(image)
+            cut = "" if x0.shape == image.shape else f"cut to {x0.shape[2]}x{x0.shape[3]}, what the operator can take"
+            return replace(self.case(path.stem, x0, index, pixel_format(path)), remark=cut)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
-    def clean(self, path: Path) -> Tensor:
-        """Return a clean picture [1, C, H, W], without the rows and columns that the operator cannot take."""
-        image = self.picture(path, self.prior.channels)
+    def fitting(self, image: Tensor) -> Tensor:
+        """Return an image without the last rows and columns that the operator cannot take."""
         height, width = (side - side % self.operator.multiple for side in image.shape[-2:])
-        if (height, width) != image.shape[-2:] and min(height, width) > 0:
-            tqdm.write(f"{path.name}: cut to {height}x{width}, multiples of {self.operator.multiple}")
-            return image[..., :height, :width]
-        return image
+        return image[..., :height, :width] if min(height, width) > 0 else image
 
     def observed(self, path: Path) -> Observation:
         """Return an observation of one image that was made elsewhere."""
@@ -191,23 +275,29 @@ class SamplingRun:
 
     # --- test images ---------------------------------------------------------------------------------------------
 
-    def test_images(self, folder: Path) -> tuple[Rows, list[Section]]:
-        """Score all test images of the data set (with the other methods if asked) and show some of them."""
+    def test_data(self) -> ImageDataModule:
+        """Return the data set whose test images are scored and shown."""
         data: ImageDataModule = build(self.config.data, "data", ImageDataModule)
         if data.channels != self.prior.channels:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
-        test = [x0.to(self.device) for x0 in data.test_dataloader()]
-        others = self.others(data, test) if self.config.compare else []
-        return [*others, self.row(self.name, self.sampler, test)], self.shown_test_images(data, folder)
+        return data
 
-    def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> Rows:
-        """Return a row for each of ``methods``, and for each number by which its setting is chosen."""
+    def rows(self, data: ImageDataModule, folder: Path) -> Rows:
+        """Score all test images (with the other methods if asked); finished rows are kept in ``folder``."""
+        test = [x0.to(self.device) for x0 in data.test_dataloader()]
+        own = {"ud2m": lambda: [self.row(self.name, self.sampler, test)]}
+        jobs = own if not self.config.compare else self.others(data, test) | own
+        return [row for name, job in jobs.items() for row in kept(folder / f"{name}.json", job)]
+
+    def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> dict[str, Callable[[], Rows]]:
+        """Return what makes the rows of each of ``methods``, one for each number by which its setting is chosen."""
         validation = [x0.to(self.device) for x0 in data.val_dataloader()]
-        return [
-            self.row(label, self.build(target), test) | extra
-            for page in plain(self.config)["methods"].values()
-            for label, target, extra in self.settings(page, validation)
-        ]
+
+        def rows(page: Mapping[str, Any]) -> Rows:
+            found = self.settings(page, validation)
+            return [self.row(label, self.build(target), test) | extra for label, target, extra in found]
+
+        return {f"methods.{name}": partial(rows, page) for name, page in plain(self.config)["methods"].items()}
 
     def settings(self, page: Mapping[str, Any], validation: Sequence[Tensor]) -> Iterator[tuple[str, Any, dict]]:
         """Yield label, target and what is written beside the row of the best settings of a method."""
@@ -237,25 +327,29 @@ class SamplingRun:
             measurement.add(x0)
         return {"method": name, "nfe": measurement.nfe} | measurement.means()
 
-    def shown_test_images(self, data: ImageDataModule, folder: Path) -> list[Section]:
-        """Return the sections of the report: evenly spaced test images, and one larger image."""
+    def shown_test_images(self, data: ImageDataModule) -> Iterator[Group]:
+        """Yield evenly spaced test images, and one larger image."""
         images = data.evaluation_set("test")
         picked = evenly_spaced(len(images), self.config.show)
-        shown = [self.case(images.names[i], images[i].unsqueeze(0), i) for i in picked]
-        entries = [self.sample(case, self.place(folder, case.name)) for case in tqdm(shown, desc="pictures")]
-        sections = [Section("Test images", "Evenly spaced over the test images.", entries)] if entries else []
+        if picked:
+            yield Group(
+                "Test images",
+                "Evenly spaced over the test images.",
+                [images.names[i] for i in picked],
+                lambda k: self.case(images.names[picked[k]], images[picked[k]].unsqueeze(0), picked[k]),
+                len(picked),
+            )
         if self.config.crop is not None:
-            sections.append(self.larger_image(folder))
-        return sections
+            yield self.larger_image(self.config.crop)
 
-    def larger_image(self, folder: Path) -> Section:
-        """Sample for one test image of side ``crop``, larger than what the model was trained on."""
-        settings = resolved(self.config.data) | {"tile_size": self.config.crop, "test_limit": 1}
+    def larger_image(self, side: int) -> Group:
+        """Return one test image of side ``crop``, larger than what the model was trained on."""
+        settings = resolved(self.config.data) | {"tile_size": side, "test_limit": 1}
         images = build(settings, "data", ImageDataModule).evaluation_set("test")
-        case = self.case(f"{images.names[0]}-{self.config.crop}", images[0].unsqueeze(0), 0)
+        name = f"{images.names[0]}-{side}"
         text = "The network was trained on small crops and is used at this size without change."
-        title = f"A larger picture: {self.config.crop}x{self.config.crop}"
-        return Section(title, text, [self.sample(case, self.place(folder, case.name))])
+        title = f"A larger picture: {side}x{side}"
+        return Group(title, text, [name], lambda k: self.case(name, images[0].unsqueeze(0), 0), 1)
 
     # --- one observation -----------------------------------------------------------------------------------------
 
@@ -268,16 +362,47 @@ class SamplingRun:
         """Return the folder of the results of an image, by its name."""
         return inside(folder, name, "the name of an image")
 
+    def section(self, group: Group, folder: Path) -> tuple[Section, list[Numbers]]:
+        """Return a section of the report and the numbers of all its pictures."""
+        places = [folder if group.alone else self.place(folder, name) for name in group.names]
+        numbers = [self.results(group, k, places[k]) for k in tqdm(range(len(places)), desc="pictures")]
+        entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
+        further = dict(zip(group.names[group.shown :], numbers[group.shown :], strict=True))
+        return Section(group.title, group.text, entries, {} if group.alone else further), numbers
+
+    def results(self, group: Group, number: int, place: Path) -> Numbers:
+        """Sample for an observation, write its results, and return its numbers; these alone where they are there."""
+        record, shown = place / NUMBERS_FILE, number < group.shown
+        state = stamp(group.files[number]) if group.files else None
+        if record.is_file() and parse_json(record.read_text())["file"] == state:
+            return cast(Numbers, parse_json(record.read_text())["numbers"])
+        case = group.case(number)
+        entry = self.entry(case, self.sample(case))
+        for note in filter(None, (case.remark, entry.note)):
+            tqdm.write(f"{case.name}: {note}")
+        write_pictures(place, entry, case.pixels)
+        if shown:
+            torch.save(vars(entry), place / ENTRY)
+        write_json(record, {"numbers": entry.numbers, "note": entry.note, "file": state})
+        return cast(Numbers, parse_json(record.read_text())["numbers"])
+
     @torch.no_grad()
-    def sample(self, case: Case, folder: Path) -> Entry:
-        """Draw samples for one observation, write its pictures into ``folder`` and return its part of the report."""
-        observation, x0, count = case.observation, case.x0, self.config.num_samples
-        y, physics = observation.y, observation.physics
-        generator = torch.Generator(y.device).manual_seed(self.config.seed)
+    def sample(self, case: Case) -> Tensor:
+        """Draw samples [1, S, C, H, W] for one observation."""
+        observation = case.observation
+        generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
         try:
-            samples = self.sampler(y, physics, observation.sigma_y, count, generator=generator)
+            return self.sampler(
+                observation.y, observation.physics, observation.sigma_y, self.config.num_samples, generator=generator
+            )
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
+
+    @torch.no_grad()
+    def entry(self, case: Case, samples: Tensor) -> Entry:
+        """Return the part of the report that samples of an observation have, with their scores."""
+        observation, x0, count = case.observation, case.x0, samples.shape[1]
+        y, physics = observation.y, observation.physics
         draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
         numbers: dict[str, float] = {}
         for score in self.scores(count, observation.image_shape, x0 is not None):
@@ -285,16 +410,33 @@ class SamplingRun:
             numbers |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
         if x0 is None:
             numbers["sigma_y"] = float(observation.sigma_y)
-        note = misfit(physics, numbers["residual"])
-        if note:
-            tqdm.write(f"{case.name}: {note}")
         mask = measured(physics, y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(y)[0].amax(0) > 0
         mean, std = samples[0].mean(0), samples[0].std(0) if count > 1 else None
-        reference = None if x0 is None else x0[0]
-        entry = Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
-        write_pictures(folder, entry, case.pixels)
-        return entry
+        reference, note = None if x0 is None else x0[0], misfit(physics, numbers["residual"])
+        return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
+
+
+def stamp(path: Path) -> list[int]:
+    """Return what changes when a file does."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def kept(path: Path, make: Callable[[], Rows]) -> Rows:
+    """Return the rows in a file, made and written where it is not there."""
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, make())
+    return cast(Rows, parse_json(path.read_text()))
+
+
+def averages(numbers: Sequence[Numbers]) -> Numbers:
+    """Return the mean of each number; None where a picture has none, as SSIM of a small one or PSNR of equal images."""
+    columns: dict[str, list[Any]] = {
+        key: [row.get(key) for row in numbers] for key in dict.fromkeys(key for row in numbers for key in row)
+    }
+    return {key: None if None in values else sum(values) / len(values) for key, values in columns.items()}
 
 
 def given_noise_level(config: DictConfig, default: float) -> float:

@@ -37,7 +37,7 @@ def figure(image: Tensor, caption: str, alt: str, display: int | None = None) ->
     height, width = image.shape[1:]
     factor = math.ceil(max(height, width) / MAX_SIDE)
     if factor > 1:
-        image = interpolate(image[None], scale_factor=1 / factor, mode="area")[0]
+        image = interpolate(image[None], size=[max(side // factor, 1) for side in (height, width)], mode="area")[0]
         caption += f", reduced to 1/{factor}"
     display = display or display_width(width)
     scaling = "crisp" if display >= 1.5 * image.shape[2] else "smooth"

@@ -1,9 +1,10 @@
 """The report on samples: tables, and the pictures of each observation, on one page and as files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -62,11 +63,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a text and the images that belong to it; their std maps share one colour scale."""
+    """A heading, a text and the images that belong to it; their std maps share one colour scale.
+
+    ``further`` are the numbers of images whose pictures lie in folders of their names beside the page, which it links.
+    """
 
     title: str
     text: str
     entries: Sequence[Entry] = ()
+    further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,13 @@ def write_pictures(folder: Path, entry: Entry, pixels: PixelFormat | None) -> No
 def _section(section: Section) -> dict[str, Any]:
     scale = max((std_scale(entry.std) for entry in section.entries if entry.std is not None), default=1.0)
     entries = [_entry(entry, scale) for entry in section.entries]
-    return {"title": section.title, "text": section.text, "entries": entries}
+    columns = table_columns(list(section.further.values())) if section.further else []
+    further = [
+        (name, quote(name), [format_value(column, numbers.get(column.key)) for column in columns])
+        for name, numbers in section.further.items()
+    ]
+    headings = [column.heading for column in columns]
+    return {"title": section.title, "text": section.text, "entries": entries, "headings": headings, "further": further}
 
 
 def _entry(entry: Entry, scale: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ud2m.physics import DataTerm, Observation
+from ud2m.precision import free_memory
 
 
 class Sampler(ABC):
@@ -67,8 +68,7 @@ class Sampler(ABC):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return samples [B, S, C, H, W] in [0, 1] of an observation."""
-        check_count("num_samples", num_samples)
-        self.check(observation.physics)
+        self.check_call(observation, num_samples)
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         samples = [
@@ -76,6 +76,21 @@ class Sampler(ABC):
             for chunk, part in self._chunks(rows, seeds, num_samples, self.images_at_once(observation))
         ]
         return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
+
+    def check_call(self, observation: Observation, num_samples: int) -> None:
+        """Raise ValueError where ``sample`` could not draw so many samples: before the first is drawn."""
+        check_count("num_samples", num_samples)
+        self.check(observation.physics)
+        self.images_at_once(observation)
+        # the chunks, and all of them joined
+        needed = 2 * observation.y.element_size() * len(observation) * math.prod(observation.image_shape) * num_samples
+        there = free_memory(observation.y.device)
+        if needed > there:
+            raise ValueError(
+                f"num_samples={num_samples} of {len(observation)} x {list(observation.image_shape)} take "
+                f"{needed / 1e9:.3g} GB and {there / 1e9:.3g} GB of memory are free; at most "
+                f"{num_samples * there // needed} fit: draw fewer at once, with other seeds"
+            )
 
     @abstractmethod
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
