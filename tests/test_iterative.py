@@ -269,5 +269,8 @@ def test_operators_that_deepinv_iterates_are_solved_here():
 
 def test_closed_forms_of_deepinv_are_kept():
     theirs = deepinv.physics.Inpainting(SHAPE, mask=0.5, rng=generator())
-    for physics in (theirs, GaussianBlur(1.0).draw(1, SHAPE), Jpeg().draw(1, SHAPE)):
+    adopted = Observation.of(torch.rand(1, *SHAPE), theirs, 0.1).physics
+    assert adopted.exact
+    assert adopted.inner is theirs
+    for physics in (GaussianBlur(1.0).draw(1, SHAPE), Jpeg().draw(1, SHAPE)):
         assert Observation.of(torch.rand(1, *SHAPE), physics, 0.1).physics is physics

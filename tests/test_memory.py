@@ -114,8 +114,9 @@ OPERATORS = [Inpainting(0.5), GaussianBlur(1.0), SuperResolution(2)]
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: type(operator).__name__)
 def test_prox_schedule_and_losses_stay_in_float32_under_autocast(operator, prior):
     module = module_of(prior, operator=operator)
-    unet = module.prior._base()
-    watch = Watch([module.prior.unet, module.discriminator, *unet.down_blocks, unet.conv_in, unet.time_embedding])
+    frozen = module.prior.frozen_network()
+    parts = [*frozen.down_blocks, frozen.conv_in, frozen.time_embedding]
+    watch = Watch([module.prior.unet, module.discriminator, *parts])
     x0 = torch.rand(2, 3, SIZE, SIZE)
     with watch, torch.autocast("cpu", torch.bfloat16):
         total, values = module.losses(x0, row_streams("cpu", [0, 1], 3, "distillation"))

@@ -5,7 +5,7 @@ from operators import generator
 from tiny import SIZE
 from tiny_sampler import CONFIG, SHAPE, build, observation
 
-from ud2m.physics import GaussianBlur, Inpainting, Observation, SuperResolution, select_samples
+from ud2m.physics import Denoising, GaussianBlur, Inpainting, Observation, SuperResolution, select_samples
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 
@@ -169,10 +169,10 @@ def test_other_values_of_eta_are_refused(sampler, eta):
 
 
 def test_noise_levels_are_one_per_observation():
-    y = torch.zeros(3, 1, 4, 4)
-    assert Observation.of(y, None, 0.5).sigma_y.tolist() == [0.5] * 3
-    assert Observation.of(y, None, torch.tensor([0.5])).sigma_y.tolist() == [0.5] * 3
-    assert Observation.of(y, None, torch.tensor([1.0, 2.0, 3.0])).sigma_y.tolist() == [1, 2, 3]
+    y, physics = torch.zeros(3, 1, 4, 4), Denoising().draw(3, (1, 4, 4))
+    assert Observation.of(y, physics, 0.5).sigma_y.tolist() == [0.5] * 3
+    assert Observation.of(y, physics, torch.tensor([0.5])).sigma_y.tolist() == [0.5] * 3
+    assert Observation.of(y, physics, torch.tensor([1.0, 2.0, 3.0])).sigma_y.tolist() == [1, 2, 3]
 
 
 def test_a_grey_image_does_not_fit_a_colour_prior(sampler):

@@ -216,8 +216,7 @@ def test_without_adapter_the_network_is_the_prior_bit_for_bit(output_conv):
     expected = prior(x, SIGMA)
     adapted(prior, output_conv=output_conv)
     assert not torch.allclose(prior(x, SIGMA), expected, atol=1e-2)
-    with prior.adapter_disabled():
-        assert torch.equal(prior(x, SIGMA), expected)
+    assert torch.equal(prior.frozen(x, SIGMA), expected)
     assert not torch.allclose(prior(x, SIGMA), expected, atol=1e-2)
 
 
@@ -233,8 +232,7 @@ def test_training_moves_the_adapter_and_nothing_else():
     moved = {name for name, p in prior.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(trained(prior))
     assert all("lora_" in name or "conv_out.modules_to_save" in name for name in moved)
-    with prior.adapter_disabled():
-        assert torch.equal(prior(images(), SIGMA), tiny_prior()(images(), SIGMA))
+    assert torch.equal(prior.frozen(images(), SIGMA), tiny_prior()(images(), SIGMA))
 
 
 def test_the_adapter_has_the_rank_scale_and_layers_of_its_spec():
@@ -252,14 +250,12 @@ def test_the_adapter_has_the_rank_scale_and_layers_of_its_spec():
 def test_merging_changes_nothing_but_rounding():
     prior, x = adapted(tiny_prior()), images()
     unmerged = prior(x, SIGMA)
-    with prior.adapter_disabled():
-        frozen = prior(x, SIGMA)
+    frozen = prior.frozen(x, SIGMA)
     prior.merge_adapter()
     assert all(layer.merged for layer in prior.modules() if isinstance(layer, peft.tuners.lora.LoraLayer))
     scale = unmerged.abs().amax((1, 2, 3), keepdim=True)
     torch.testing.assert_close(prior(x, SIGMA) / scale, unmerged / scale, rtol=0, atol=1e-5)
-    with prior.adapter_disabled():
-        torch.testing.assert_close(prior(x, SIGMA) / scale, frozen / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prior.frozen(x, SIGMA) / scale, frozen / scale, rtol=0, atol=1e-5)
 
 
 def test_plain_peft_loads_the_adapter(saved, tmp_path):

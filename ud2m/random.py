@@ -1,11 +1,36 @@
 """Random numbers with one generator for all, or one per row so that a row does not depend on its batch."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+_GLOBAL = threading.RLock()
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@contextmanager
+def global_draws(seed: int | None = None, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Keep in here what code of others draws from torch's global generators: afterwards they are as before.
+
+    One thread at a time: a second one would draw from the first one's stream.
+
+    Args:
+        seed: of the generators of the CPU and of ``device`` inside the context; None leaves them.
+        device: another device whose generator is drawn from.
+    """
+    device = torch.device(device)
+    cuda = [device] if device.type == "cuda" else []
+    with _GLOBAL, torch.random.fork_rng(devices=cuda):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach those of all other devices
+            for each in cuda:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(seed)
+        yield
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:

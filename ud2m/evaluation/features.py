@@ -16,6 +16,7 @@ from torchmetrics.functional.image.dists import DISTSNetwork
 from ud2m.evaluation.metrics import check_shapes
 from ud2m.files import read_tensors
 from ud2m.precision import full_precision
+from ud2m.random import global_draws
 
 # torchvision's ImageNet weights of each LPIPS backbone, and the smallest side its pooling layers can take.
 BACKBONES = {
@@ -55,7 +56,7 @@ class LPIPSDistance(nn.Module):
         if net not in BACKBONES:
             raise ValueError(f"unknown LPIPS net {net!r}; allowed: {', '.join(BACKBONES)}")
         self.net, self.smallest = net, BACKBONES[net][1]
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), global_draws():
             warnings.simplefilter("ignore")  # its advice and its draws stay in here
             # with a random backbone: the package itself would download one
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval().requires_grad_(False)
@@ -124,7 +125,7 @@ class DISTSDistance(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         check_weights("vgg")
-        with torch.random.fork_rng(devices=[]):  # its draws stay in here
+        with global_draws():  # its draws stay in here
             self.network = DISTSNetwork().eval().requires_grad_(False)
         self.name = f"vgg, torchmetrics {version('torchmetrics')}"
 
@@ -221,7 +222,7 @@ class InceptionFeatures(nn.Module):
         try:
             # torch-fidelity unpickles whatever the file holds: a file with more than tensors is refused before
             read_tensors(path)
-            with torch.random.fork_rng(devices=[]):  # its draws stay in here
+            with global_draws():  # its draws stay in here
                 self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{path} does not hold the weights of Inception; download it anew") from error

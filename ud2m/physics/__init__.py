@@ -1,7 +1,9 @@
 """Measurement operators A of y = A x0 + sigma_y w: families to draw them from, and what to ask them."""
 
+from ud2m.physics.adopted import Adopted, adopt, joined
 from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, RandomGaussianBlur, UniformBlur
 from ud2m.physics.boundary import BoundedBlur
+from ud2m.physics.checks import NoiseLevelWarning, told_level
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.ddrm import DdrmBlur, DdrmJpeg, DdrmSuperResolution
@@ -26,6 +28,7 @@ from ud2m.physics.separable import Separable
 from ud2m.physics.super_resolution import SuperResolution
 
 __all__ = [
+    "Adopted",
     "BlurMixture",
     "BoundedBlur",
     "CircularBlur",
@@ -48,6 +51,7 @@ __all__ = [
     "MissingStrokes",
     "Mixture",
     "MotionBlur",
+    "NoiseLevelWarning",
     "Observation",
     "OperatorFamily",
     "PixelMask",
@@ -56,9 +60,11 @@ __all__ = [
     "Separable",
     "SuperResolution",
     "UniformBlur",
+    "adopt",
     "at_least_float32",
     "estimate_sigma_y",
     "image_shape",
+    "joined",
     "kept_gain",
     "mean_gain",
     "measured",
@@ -67,4 +73,5 @@ __all__ = [
     "per_sample",
     "residual",
     "select_samples",
+    "told_level",
 ]

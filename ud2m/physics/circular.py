@@ -27,6 +27,7 @@ class CircularFilter(Immutable):
     The kernel's centre lies on the centre of each block of factor x factor pixels: A shifts nothing.
     """
 
+    per_sample: tuple[str, ...] = ("spectrum",)
     spectrum: Tensor
     img_size: tuple[int, int, int]
     factor: int
@@ -137,6 +138,8 @@ class CircularBlur(CircularFilter, BlurFFT):
     Raises:
         ValueError: for a kernel that is not finite, not of these dimensions, or larger than the image.
     """
+
+    per_sample = ("spectrum", "filter", "mask", "angle")
 
     def __init__(self, kernel: Tensor, image_shape: tuple[int, int, int], device: torch.device | str = "cpu"):
         check_kernel(kernel, image_shape)

@@ -1,24 +1,23 @@
 """Operators that need no code of their own: denoising, luminance, and any linear operator of deepinv by name."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepinv
 import torch
-from deepinv.physics import DecomposablePhysics, LinearPhysics
+from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.images import LUMINANCE
+from ud2m.physics.adopted import adopt
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
-from ud2m.physics.iterative import ConjugateGradients
-from ud2m.physics.measurement import image_shape
 from ud2m.physics.rows import at_least_float32, per_sample
-from ud2m.precision import full_precision
+from ud2m.random import global_draws
 from ud2m.raster import read_numbers
 
 
@@ -102,7 +101,7 @@ class Luminance(Immutable, LinearPhysics):
 class DeepinvOperator(FixedOperator):
     """Any linear operator of ``deepinv.physics`` by its name, the same for all samples.
 
-    The prox is solved by ``ConjugateGradients``, whatever the operator brings, so that it is right for all of them.
+    It is tried out before it is used (``adopt``). Where its constructor draws random numbers, they are always the same.
 
     Args:
         name: of a subclass of ``deepinv.physics.LinearPhysics`` in ``deepinv.physics``, e.g. ``Tomography``.
@@ -129,97 +128,42 @@ class DeepinvOperator(FixedOperator):
         if unknown:
             names = ", ".join(n for n in self.arguments if n not in ("kwargs", "device"))
             raise ValueError(f"deepinv's {name} has no parameter {', '.join(unknown)}; it has {names}")
+        self.made: dict[tuple[tuple[int, ...], str], DataTerm] = {}
         self.size = None if size is None else (int(size[0]), int(size[1]), int(size[2]))
 
-    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> "Adopted":
+    def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> DataTerm:
         """Return the operator for images of this shape.
 
         Raises:
             ValueError: when deepinv cannot build it, or it does not take these images.
         """
+        key = (tuple(image_shape), str(device))
+        if key not in self.made:
+            self.made = {key: self._adopted(image_shape, device)}  # the last one alone: training asks for it again
+        return self.made[key]
+
+    def _adopted(self, image_shape: tuple[int, int, int], device: torch.device | str) -> DataTerm:
         sizes = {"img_size": tuple(image_shape), "img_width": image_shape[-1]}
         parameters: dict[str, Any] = {k: v for k, v in sizes.items() if k in self.arguments} | self.parameters
         # an operator whose precision is a parameter takes no other
         dtype = parameters.get("dtype", torch.get_default_dtype()) if "dtype" in self.arguments else None
         try:
-            physics = self.kind(**parameters, device=device)
-            y = physics.A(torch.zeros(1, *image_shape, device=device, dtype=dtype))
-        except (TypeError, ValueError, RuntimeError) as error:
+            with global_draws(0, device):
+                physics = self.kind(**parameters, device=device)
+            return adopt(physics, physics.A(torch.zeros(1, *image_shape, device=device, dtype=dtype)))
+        except Exception as error:  # whatever the constructor raises
             raise ValueError(
                 f"deepinv's {self.kind.__name__} with {', '.join(self.parameters) or 'no parameters'} does not take "
                 f"images {tuple(image_shape)}: {error}"
             ) from error
-        return Adopted(physics, image_shape, tuple(y.shape[1:]), dtype)
 
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return ``size``, or the shape of y when none was given."""
         return self.size or y_shape
 
 
-class Adopted(ConjugateGradients, Immutable, LinearPhysics):
-    """An operator of deepinv with the prox of ``ConjugateGradients``; no call changes its parameters.
-
-    Computed in ``dtype`` or, when that is None, in the precision of the images, but not below float32: under a
-    mixed-precision context its products would be rounded.
-    """
-
-    inner: LinearPhysics
-
-    def __init__(
-        self,
-        inner: LinearPhysics,
-        image_shape: tuple[int, int, int],
-        y_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(img_size=tuple(image_shape))
-        self.img_size, self.y_shape = image_shape, y_shape
-        self.inner, self.dtype = inner, dtype
-
-    def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return A x."""
-        self.update_parameters(**kwargs)
-        return self._product(self.inner.A, x, self.img_size)
-
-    def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """Return A^T y."""
-        self.update_parameters(**kwargs)
-        return self._product(self.inner.A_adjoint, y, self.y_shape)
-
-    def _product(self, product: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if tuple(x.shape[1:]) != shape:
-            raise ValueError(f"the operator takes [B, {', '.join(map(str, shape))}] here, got {list(x.shape)}")
-        with full_precision(x.device):
-            return product(x.to(self.dtype or at_least_float32(x))).to(x.dtype)
-
-
-@image_shape.register
-def _(physics: Adopted, y: Tensor) -> tuple[int, int, int]:
-    return physics.img_size
-
-
-def adopt(physics: DataTerm, y: Tensor) -> DataTerm:
-    """Return an operator whose prox deepinv would iterate as an ``Adopted`` one, and any other as it is.
-
-    deepinv's iteration stops at 50 steps without a word, and its samples disturb each other when their weights differ.
-
-    Args:
-        physics: the operator of these observations.
-        y: [B, ...].
-    """
-    if not isinstance(physics, LinearPhysics) or not isinstance(y, Tensor) or not _iterates(physics):
-        return physics
-    channels, height, width = physics.A_adjoint(y.to(at_least_float32(y))).shape[1:]
-    return Adopted(physics, (channels, height, width), tuple(y.shape[1:]))
-
-
-def _iterates(physics: LinearPhysics) -> bool:
-    """Return whether the prox is one of deepinv's own but for those with singular values, which have closed forms."""
-    whose = type(physics).prox_l2.__module__
-    return whose.startswith("deepinv.") and not isinstance(physics, DecomposablePhysics)
-
-
 def _value(value: Any) -> Any:
     if isinstance(value, str) and value.endswith(".npy"):
-        return torch.from_numpy(read_numbers(Path(value), value)).float()
+        tensor = torch.from_numpy(read_numbers(Path(value), value))
+        return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
     return value

@@ -33,6 +33,8 @@ class PixelMask(Immutable, deepinv.physics.Inpainting):
         ValueError: for a mask of another shape, not binary, or with every pixel missing in some sample.
     """
 
+    per_sample = ("mask",)
+
     def __init__(self, mask: Tensor, image_shape: tuple[int, int, int], device: torch.device | str = "cpu"):
         channels, height, width = image_shape
         if mask.ndim != 4 or mask.shape[1] not in (1, channels) or mask.shape[2:] != (height, width):

@@ -54,6 +54,7 @@ class JpegCodec(Immutable, Physics):
         device: where the operator lives.
     """
 
+    per_sample = ("tables",)
     ycbcr: tuple[tuple[float, ...], ...] = YCBCR
     tables: Tensor
     img_size: tuple[int, int, int]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ud2m.physics.adopted import Measured, adopt, joined
+from ud2m.physics.checks import check_numbers, check_observation, check_range, warn_of_another_level
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import OperatorFamily
-from ud2m.physics.general import adopt
 from ud2m.physics.measurement import image_shape, observe
 from ud2m.physics.rows import select_samples
 
@@ -27,21 +28,33 @@ class Observation:
     sigma_y: Tensor
 
     @classmethod
-    def of(cls, y: Tensor, physics: DataTerm, sigma_y: float | Tensor) -> "Observation":
+    def of(cls, y: Measured, physics: DataTerm, sigma_y: float | Tensor) -> "Observation":
         """Return the observation for a noise level that is one number, or [B].
 
-        An operator of deepinv whose prox has no closed form is solved by ``ConjugateGradients`` from here on.
+        This is the door for what users bring: y and the operator's numbers are looked at, and an operator of deepinv is
+        tried out (``adopt``).
+
+        Args:
+            y: [B, ...] in image units, float; half precision becomes float32, and deepinv's ``TensorList`` one tensor.
+            physics: the operator.
+            sigma_y: noise level.
 
         Raises:
-            ValueError: unless all levels are positive and finite, and one or as many as observations.
+            ValueError: for values that are no numbers of an observation, levels that are not positive and finite, or
+                neither one nor as many as observations, and as ``adopt``.
         """
-        levels = torch.as_tensor(sigma_y, device=y.device, dtype=y.dtype).reshape(-1)
-        if len(levels) not in (1, len(y)) or not (levels > 0).all() or not levels.isfinite().all():
+        check_numbers(physics)
+        data = check_observation(joined(y))
+        levels = torch.as_tensor(sigma_y, device=data.device, dtype=data.dtype).reshape(-1)
+        if len(levels) not in (1, len(data)) or not (levels > 0).all() or not levels.isfinite().all():
             raise ValueError(
                 f"sigma_y must be a positive noise level in image units (images lie in [0, 1]), one number or one per "
-                f"observation ({len(y)}); got {levels.tolist()}"
+                f"observation ({len(data)}); got {levels.tolist()}"
             )
-        return cls(y, adopt(physics, y), levels.expand(len(y)))
+        warn_of_another_level(physics, levels)
+        adopted = adopt(physics, data if isinstance(y, Tensor) else y)
+        check_range(adopted, data, levels)
+        return cls(data, adopted, levels.expand(len(data)))
 
     def __len__(self) -> int:
         return len(self.y)
@@ -50,6 +63,10 @@ class Observation:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x0."""
         return image_shape(self.physics, self.y)
+
+    def to(self, dtype: torch.dtype) -> "Observation":
+        """Return the observations with other floats."""
+        return Observation(self.y.to(dtype), self.physics, self.sigma_y.to(dtype))
 
     def rows(self, index: Tensor) -> "Observation":
         """Return the observations ``index`` (int64, may repeat)."""
@@ -103,9 +120,8 @@ class Problem:
     def draw(self, x0: Tensor, sigma_y: Tensor, streams: list[torch.Generator]) -> Observation:
         """Draw an operator and noise for each image x0 [B, C, H, W], whose sampler is told sigma_y [B]."""
         physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
-        return Observation(
-            observe(physics, x0, sigma_y if self.noise is None else self.noise, streams), physics, sigma_y
-        )
+        y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
+        return Observation(y, adopt(physics, y), sigma_y)
 
     def sampling_generator(self, first: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return the source of a sampler's own randomness for a batch that begins with image ``first``.

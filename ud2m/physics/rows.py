@@ -1,15 +1,18 @@
 """Parameters per sample: of a call, and of an operator."""
 
 import copy
+from collections.abc import Callable
 from functools import singledispatch
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ud2m.physics.data_term import DataTerm
+from ud2m.physics.immutable import Immutable
 
 AnyPhysics = TypeVar("AnyPhysics", bound=DataTerm)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
@@ -45,13 +48,32 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def select_samples(physics: AnyPhysics, index: Tensor) -> AnyPhysics:
     """Return the operator of the samples ``index`` (int64, may repeat) of the batch it was drawn for.
 
-    For example ``arange(B).repeat_interleave(S)`` serves S samples per measurement. Works on any deepinv
-    operator that keeps parameters per sample as buffers [B, C, H, W], others register; what all samples share is not
-    copied.
+    For example ``arange(B).repeat_interleave(S)`` serves S samples per measurement. An operator of this package says
+    what it has for each sample (``Immutable.per_sample``), others register; of an operator of deepinv it is found out
+    by ``adopt``. What all samples share is not copied.
+
+    Raises:
+        ValueError: when it is not known which parameters belong to one sample.
     """
-    replaced = {
-        id(buffer): buffer[index.to(buffer.device)] if buffer.ndim >= 4 and len(buffer) > 1 else buffer
-        for buffer in cast(nn.Module, physics).buffers()
+    if not isinstance(physics, Immutable) or not isinstance(physics, nn.Module):
+        raise ValueError(
+            f"it is not known which parameters of {type(physics).__name__} belong to one sample each; make it an "
+            "Observation.of(y, physics, sigma_y) first, which finds out"
+        )
+    names = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in physics.named_modules()
+        for name in getattr(module, "per_sample", ())
     }
+    return with_rows(physics, lambda name, rows: name in names and len(rows) > 1, index)
+
+
+def with_rows(module: AnyModule, chosen: Callable[[str, Tensor], bool], index: Tensor) -> AnyModule:
+    """Return a copy of a module with the rows ``index`` of those buffers for which ``chosen(name, buffer)`` is true.
+
+    All other tensors are shared.
+    """
+    tensors = [*module.named_buffers(), *module.named_parameters()]
+    replaced = {id(t): t[index.to(t.device)] if chosen(name, t) else t for name, t in tensors}
     # deepcopy takes these replacements for copies it has already made
-    return copy.deepcopy(physics, memo=replaced)
+    return copy.deepcopy(module, memo=replaced)

@@ -1,16 +1,21 @@
 """A frozen pre-trained diffusion network, seen as a denoiser of noisy images in [0, 1], and its LoRA adapter."""
 
+import copy
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -92,6 +97,7 @@ class Prior(nn.Module):
         self.fingerprint = "" if on_meta else fingerprint(unet, schedule, prediction, label)
         self.unet: nn.Module = unet.requires_grad_(False).eval()
         self.in_bfloat16 = False
+        self._frozen: tuple[UNet2DModel, ...] = ()  # of frozen_network(); in a tuple it is no submodule
 
     @classmethod
     def from_pretrained(cls, reference: str | Path, label: int | None = None) -> "Prior":
@@ -126,12 +132,21 @@ class Prior(nn.Module):
 
         Sides that are no multiples of the network's total stride are continued by reflection, and cut off again.
         """
-        height, width = x_sigma.shape[-2:]
-        bottom, right = -height % self.stride, -width % self.stride
-        padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
-        with self._autocast(x_sigma):
-            x0_hat = denoise(self.unet, self.schedule, padded, sigma, self.prediction, self.label)
-        return x0_hat[..., :height, :width]
+        return self._x0_hat(self.unet, x_sigma, sigma)
+
+    def frozen(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        """Return what ``forward`` would without an adapter."""
+        return self._x0_hat(self.frozen_network(), x_sigma, sigma)
+
+    def frozen_network(self) -> UNet2DModel:
+        """Return the network without its adapter.
+
+        Nothing is switched off for it, so that others may call this prior meanwhile: it is a second network, which has
+        the weights of the first in common; those that the adapter was merged into are its own, right up to rounding.
+        """
+        if not self._frozen:
+            self._frozen = (_without_adapter(self.unet),)
+        return self._frozen[0]
 
     @property
     def stride(self) -> int:
@@ -144,8 +159,8 @@ class Prior(nn.Module):
         The last feature of every resolution, from fine to coarse; no noise is added to x [B, C, H, W] in [0, 1].
         """
         level = x.new_full((len(x),), sigma)
-        unet = self._base()
-        with self.adapter_disabled(), self._autocast(x), self._without_checkpoints():
+        unet = self.frozen_network()
+        with self._autocast(x):
             emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
             if self.label is not None:
                 emb = emb + unet.class_embedding(_labels(x, self.label))
@@ -182,7 +197,7 @@ class Prior(nn.Module):
             self.unet = peft.get_peft_model(self.unet, config).eval()
         except ValueError as error:
             raise ValueError(f"the prior has no layer to adapt whose name ends with one of {spec.targets}") from error
-        self.lora = spec
+        self.lora, self._frozen = spec, ()
         return self
 
     def checkpoint_layers(self) -> "Prior":
@@ -257,16 +272,11 @@ class Prior(nn.Module):
             peft.set_peft_model_state_dict(self.unet, state)
         return self
 
-    @contextmanager
-    def adapter_disabled(self) -> Iterator[None]:
-        """Switch the adapter off inside the context: the denoiser is the frozen prior again, exactly."""
-        with self.unet.disable_adapter() if isinstance(self.unet, peft.PeftModel) else nullcontext():
-            yield
-
     def merge_adapter(self) -> "Prior":
         """Add the LoRA products into the weights, so that sampling costs what the bare network costs."""
         if isinstance(self.unet, peft.PeftModel):
             self.unet.merge_adapter()
+            self._frozen = ()
         return self
 
     def train(self, mode: bool = True) -> "Prior":
@@ -278,21 +288,41 @@ class Prior(nn.Module):
     def _autocast(self, x: Tensor) -> AbstractContextManager:
         return torch.autocast(x.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
 
-    @contextmanager
-    def _without_checkpoints(self) -> Iterator[None]:
-        """Keep all activations inside the context: a second evaluation would come after it, with the adapter on."""
-        unet = self._base()
-        if not unet.is_gradient_checkpointing:
-            yield
-            return
-        unet.disable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            unet.enable_gradient_checkpointing()
+    def _x0_hat(self, network: nn.Module, x_sigma: Tensor, sigma: Tensor) -> Tensor:
+        height, width = x_sigma.shape[-2:]
+        bottom, right = -height % self.stride, -width % self.stride
+        padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
+        with self._autocast(x_sigma):
+            x0_hat = denoise(network, self.schedule, padded, sigma, self.prediction, self.label)
+        return x0_hat[..., :height, :width]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Prior":
+        super()._apply(fn, recurse)
+        self._frozen = ()  # weights of its own are elsewhere now, or of another kind
+        return self
 
     def _base(self) -> UNet2DModel:
         return self.unet.get_base_model() if isinstance(self.unet, peft.PeftModel) else self.unet
+
+
+@torch.no_grad()
+def _without_adapter(network: nn.Module) -> UNet2DModel:
+    """Return the network inside an adapted one: the same parameters, other modules."""
+    common: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(network.parameters(), network.buffers())}
+    common |= {id(m._forward_hooks): OrderedDict() for m in network.modules()}  # these watch the first network
+    common |= {id(m._forward_pre_hooks): OrderedDict() for m in network.modules()}
+    copied = copy.deepcopy(network, common)
+    bare: UNet2DModel = copied.get_base_model() if isinstance(copied, peft.PeftModel) else copied
+    for name, layer in list(bare.named_modules()):
+        if isinstance(layer, ModulesToSaveWrapper):
+            bare.set_submodule(name, layer.original_module)
+        elif isinstance(layer, LoraLayer):
+            inner = layer.get_base_layer()
+            for adapter in layer.merged_adapters:
+                inner.weight = nn.Parameter(inner.weight - layer.get_delta_weight(adapter), requires_grad=False)
+            bare.set_submodule(name, inner)
+    bare.disable_gradient_checkpointing()  # features keep their activations
+    return bare
 
 
 def denoise(

@@ -13,9 +13,10 @@ from deepinv.optim.data_fidelity import L2
 from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor, nn
 
-from ud2m.physics import DataTerm, Observation, Separable
+from ud2m.physics import Adopted, DataTerm, Observation, Separable
 from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.priors.schedule import VPSchedule
+from ud2m.random import global_draws
 from ud2m.samplers.base import Sampler, check_count
 from ud2m.unfolded.denoisers import symmetric
 
@@ -66,8 +67,7 @@ class PriorSampler(Sampler):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row; the rows are copies of one observation."""
         y, one = observation.y, observation.rows(torch.tensor([0]))
-        with torch.random.fork_rng(devices=[] if y.device.type == "cpu" else [y.device]):
-            torch.manual_seed(streams[0].initial_seed())
+        with global_draws(streams[0].initial_seed(), y.device):
             return self.run(y.clone(), one.physics, float(one.sigma_y)).to(y.dtype)
 
     @abstractmethod
@@ -118,11 +118,11 @@ class Ddrm(PriorSampler):
 
     def supports(self, physics: DataTerm) -> bool:
         """Return whether there is a decomposition."""
-        return isinstance(physics, DecomposablePhysics | Separable | CircularDownsampling)
+        return isinstance(bare(physics), DecomposablePhysics | Separable | CircularDownsampling)
 
     def run(self, y: Tensor, physics: Any, sigma_y: float) -> Tensor:
         """Return one sample for each y [S, ...]."""
-        parts = decomposition(physics)
+        parts = decomposition(bare(physics))
         scale = 1.0 if parts.is_complex else 2**0.5
         mask = parts.gains.expand(1, *parts.U_adjoint(y[:1]).shape[1:]).to(y.dtype)
         decomposed = SimpleNamespace(
@@ -133,6 +133,11 @@ class Ddrm(PriorSampler):
             V=lambda coefficients: parts.V(scale * coefficients),
         )
         return self.sampler(y, decomposed)
+
+
+def bare(physics: DataTerm) -> DataTerm:
+    """Return an operator of deepinv as it came, where its own prox, and so its decomposition, is right."""
+    return physics.inner if isinstance(physics, Adopted) and physics.exact else physics
 
 
 @dataclass(frozen=True)

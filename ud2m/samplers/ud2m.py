@@ -10,7 +10,7 @@ from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 
 from ud2m.files import MARKER
-from ud2m.physics import DataTerm, Observation
+from ud2m.physics import DataTerm, Observation, told_level
 from ud2m.priors.prior import Prior
 from ud2m.priors.shipped import shipped_folder
 from ud2m.priors.store import weights_fingerprint
@@ -74,7 +74,8 @@ class PosteriorSampler(Sampler):
         Args:
             y: observations, in image units.
             physics: a linear operator of deepinv that fits y.
-            sigma_y: noise level of y, a number or [B]; default: the level the model was trained with.
+            sigma_y: noise level of y, a number or [B]; default: ``physics.noise_model.sigma`` where there is one, else
+                the level the model was trained with.
             num_samples: samples per observation.
             generator: source of randomness (on any device); each sample draws from its own stream, so that it depends
                 on the chunk size by rounding alone.
@@ -84,9 +85,11 @@ class PosteriorSampler(Sampler):
             ValueError: for numbers out of range, or an image size that the prior cannot take.
         """
         sampler = PosteriorSampler(self.network, self.config.with_options(**options)) if options else self
-        y = y.to(next(self.network.blocks.parameters()).dtype)  # of psi: frozen weights may be stored in less
-        observation = Observation.of(y, physics, self.config.sigma_y if sigma_y is None else sigma_y)
-        return sampler.sample(observation, num_samples, generator)
+        if sigma_y is None:
+            told = told_level(physics)
+            sigma_y = self.config.sigma_y if told is None else told
+        dtype = next(self.network.blocks.parameters()).dtype  # of psi: frozen weights may be stored in less
+        return sampler.sample(Observation.of(y, physics, sigma_y).to(dtype), num_samples, generator)
 
     def images_at_once(self, observation: Observation) -> int:
         """Return how many images the network sees at once: fewer where they are cut into tiles.
