@@ -36,7 +36,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ud2m.data.shard_index import (
@@ -50,10 +50,11 @@ from ud2m.data.shard_index import (
     read_index,
 )
 from ud2m.files import parse_json, write_bytes, write_json
+from ud2m.listing import list_files
 from ud2m.raster import FORMATS, open_limited
+from ud2m.raster import decode as decode_levels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "La", "RGBa")
 CROPS = ("center", "random", "none")
 LMDB_FILE = "data.mdb"
 PROGRESS_FILE, BROKEN_FILE = "progress.json", "broken.txt"
@@ -159,18 +160,19 @@ def list_source(source: Path) -> list[Entry]:
 
 
 def folder_entries(folder: Path) -> Iterator[Entry]:
-    """Yield the images below a folder and in the tars below it."""
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if is_hidden(name) or not path.is_file():
-            continue
-        if path.suffix.lower() in SUFFIXES:
-            yield Entry(name, path, 0, path.stat().st_size)
+    """Yield the images below a folder and in the tars below it; what is passed over is printed."""
+    found = list_files(folder, (*SUFFIXES, ".tar", LMDB_FILE))
+    if found.passed:
+        print(f"{folder}: passed over {found.others}", flush=True)
+    for name in found.names:
+        path = folder / name
+        if path.name == LMDB_FILE:
+            yield from lmdb_entries(path.parent, name[: -len(LMDB_FILE)])
         elif path.suffix.lower() == ".tar":
             with path.open("rb") as stream:
                 yield from tar_entries(stream, path, 0, name[: -len(".tar")] + "/")
-        elif path.name == LMDB_FILE:
-            yield from lmdb_entries(path.parent, name[: -len(LMDB_FILE)])
+        elif path.suffix.lower() in SUFFIXES:
+            yield Entry(name, path, 0, path.stat().st_size)
 
 
 def lmdb_entries(folder: Path, prefix: str) -> Iterator[Entry]:
@@ -256,19 +258,17 @@ def make_image(settings: Settings, item: tuple[int, Entry]) -> Made:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return an upright RGB image of 8 bits per channel.
+    """Return an upright RGB image of 8 bits per channel; 16 bits are rounded to these.
 
     Raises:
-        ValueError: for transparent pixels, which have no colour, and more bits than Pillow can reduce.
-        OSError and others of Pillow: for what is no image or a damaged one.
+        ValueError: for what ``raster.decode`` refuses.
+        OSError: and others of Pillow, for what is no image or a damaged one.
     """
-    image = open_limited(data)
-    image.load()
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(f"pixels of mode {image.mode}; convert the file to 8 bits per channel")
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        raise ValueError("transparent pixels; flatten the file onto the background that it should have")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    with open_limited(data) as image:
+        levels = decode_levels(image, data)
+    if levels.dtype == np.uint16:
+        levels = np.round(levels / 257).astype(np.uint8)
+    return Image.fromarray(levels if levels.shape[2] == 3 else levels.repeat(3, axis=2))
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:

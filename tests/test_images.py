@@ -74,7 +74,8 @@ def test_16_bit_png_keeps_every_bit(tmp_path, channels):
 def test_16_bits_and_the_colour_profile_are_written_and_found_again(tmp_path, channels):
     # Oracles: torchvision's decoder for the levels, Pillow's for the profile.
     levels = torch.randint(0, 65536, (channels, 5, 7), generator=torch.Generator().manual_seed(0))
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    colour = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = colour if channels == 3 else colour[:16] + b"GRAY" + colour[20:]
     for bits, top in ((16, 65535), (8, 255)):
         pixels = PixelFormat(bits, profile)
         path = tmp_path / f"{bits}.png"

@@ -11,18 +11,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_png
 
 from ud2m.files import write_bytes
-from ud2m.raster import SUFFIXES, open_limited, opened, read_file, read_numbers
+from ud2m.listing import Listing, list_files
+from ud2m.raster import SUFFIXES, is_array, read_header, read_numbers, read_picture
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
 
 _NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
-_PNG_DEPTH = 24  # offset of the bit depth in a PNG's header
+_PROFILES = {1: b"GRAY", 3: b"RGB "}
+"""What bytes 16 to 19 of a colour profile say, by the channels of the pixels that it is of [ICC.1:2022, table 19]."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +40,37 @@ class PixelFormat:
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """Return the image files that ``path`` names: itself, or those in a folder, sorted by name.
-
-    In a folder, subfolders, hidden files and files whose suffix is not in `SUFFIXES` are passed over.
+    """Return the image files that ``path`` names: itself, or those in a folder, sorted, as ``image_files`` finds them.
 
     Raises:
         FileNotFoundError: when the path does not exist.
         ValueError: when the folder holds no image.
     """
     path = _existing(path)
-    if path.is_file():
-        return [path]
-    found = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and p.name[0] != "."]
-    if not found:
-        raise ValueError(
-            f"no image in the folder {path} (subfolders are not searched); expected files that end in "
-            + ", ".join(SUFFIXES)
-        )
-    return sorted(found)
+    return [path / name for name in image_files(path, below=False).names] if path.is_dir() else [path]
+
+
+def image_files(folder: Path, below: bool) -> Listing:
+    """Return the image files of a folder (see ``list_files``), and with ``below`` those of all its subfolders.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    found = list_files(folder, SUFFIXES, below)
+    if not found.names:
+        where = f"below {folder}" if below else f"in the folder {folder} (subfolders are not searched)"
+        passed = f", passed over: {found.others}" if found.passed else ""
+        raise ValueError(f"no image {where}; expected files that end in {', '.join(SUFFIXES)}{passed}")
+    return found
 
 
 def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     """Read an image file: float32 [C, H, W] in [0, 1].
 
     PNG (8 and 16 bit, grey, palette or colour), JPEG, WebP and BMP are understood by content, not by name,
-    and turned upright by their EXIF orientation. An alpha channel is dropped where it is opaque and refused
-    where it is not: no background would be right for every use. Colour profiles are not applied (``pixel_format``).
+    and turned upright by their orientation in EXIF or XMP. An alpha channel is dropped where it is opaque and refused
+    where it is not: no background would be right for every use. A file of several pictures is refused. Colour profiles
+    are not applied (``pixel_format``).
 
     ``.npy`` files hold floats [H, W], [H, W, C] or [C, H, W] in [0, 1]; they keep noise that an 8-bit file
     would clip, hence values a little outside pass (down to -0.5 and up to 1.5).
@@ -83,9 +89,7 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     if channels not in (1, 3, None):
         raise ValueError(f"channels must be 1, 3 or None (as in the file), got {channels}")
     path = _existing(path)
-    if path.suffix.lower() == ".npy":
-        return _with_channels(_read_npy(path), channels)
-    return decode_image(read_file(path), path, channels)
+    return with_channels(_read_npy(path) if is_array(path) else _unit(read_picture(path, path)), channels)
 
 
 def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Tensor:
@@ -99,7 +103,7 @@ def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Ten
     Raises:
         ValueError: as ``read_image``.
     """
-    return _with_channels(_decode_encoded(data, name), channels)
+    return with_channels(_unit(read_picture(data, name)), channels)
 
 
 def pixel_format(path: str | Path) -> PixelFormat:
@@ -107,15 +111,16 @@ def pixel_format(path: str | Path) -> PixelFormat:
 
     Numbers are the profile's own, unchanged by ``read_image``: what is made of them has the same profile.
     """
-    if Path(path).suffix.lower() == ".npy":
+    if is_array(path):
         return PixelFormat(16)
-    with opened(Path(path), path) as image, Path(path).open("rb") as stream:
-        header = stream.read(_PNG_DEPTH + 1)
-        return PixelFormat(16 if _is_deep(image, header) else 8, image.info.get("icc_profile"))
+    header = read_header(Path(path), path)
+    return PixelFormat(header.bits, header.profile)
 
 
 def write_image(image: Tensor, path: str | Path, pixels: PixelFormat | None = None) -> None:
     """Write [C, H, W] (C = 1 or 3) as a PNG, atomically; values are clamped to [0, 1]. Default: 8 bit, no profile.
+
+    A profile of another colour space than the pixels have, as of colour for grey, is left out.
 
     Raises:
         ValueError: when the name does not end in ``.png``, the shape is no image or a value is not finite.
@@ -140,13 +145,12 @@ def to_png_bytes(image: Tensor, pixels: PixelFormat | None = None) -> bytes:
     pixels = pixels or PixelFormat()
     top = 2**pixels.bits - 1
     levels = (values.double().clamp(0, 1) * top).round().permute(1, 2, 0).numpy()
+    profile = pixels.profile if pixels.profile and pixels.profile[16:20] == _PROFILES[image.shape[0]] else None
     if pixels.bits == 16:
-        return _deep_png(levels.astype(">u2"), pixels.profile)
+        return _deep_png(levels.astype(">u2"), profile)
     array = levels.astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(
-        buffer, format="PNG", icc_profile=pixels.profile
-    )
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG", icc_profile=profile)
     return buffer.getvalue()
 
 
@@ -220,39 +224,9 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _decode_encoded(data: bytes, path: str | Path) -> Tensor:
-    with opened(data, path) as image:
-        opaque = _is_opaque(image)
-        pixels = (_decode_deep(data) if _is_deep(image, data) else _decode(image)) if opaque else None
-    if pixels is None:
-        raise ValueError(f"{path} has transparent pixels; flatten it onto the background that it should have")
-    return pixels
-
-
-def _is_deep(image: Image.Image, header: bytes) -> bool:
-    return image.format == "PNG" and header[_PNG_DEPTH] == 16
-
-
-def _is_opaque(image: Image.Image) -> bool:
-    return not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
-
-
-def _decode(image: Image.Image) -> Tensor:
-    upright = ImageOps.exif_transpose(image)
-    is_grey = upright.mode in ("1", "L", "LA")
-    array = np.array(upright.convert("L" if is_grey else "RGB"))
-    planes = array[None] if is_grey else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes)).float().div_(255)
-
-
-def _decode_deep(data: bytes) -> Tensor:
-    # Pillow keeps 8 of the 16 bits of colour PNGs; torchvision keeps all, but dies of a segmentation fault on
-    # damaged files, hence the checksums first
-    with open_limited(data) as image:
-        image.verify()
-    levels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
-    colours = levels[:1] if len(levels) <= 2 else levels[:3]
-    return colours.float().div_(65535)
+def _unit(levels: np.ndarray) -> Tensor:
+    planes = np.ascontiguousarray(levels.transpose(2, 0, 1), dtype=np.float32)
+    return torch.from_numpy(planes).div_(np.iinfo(levels.dtype).max)
 
 
 def _read_npy(path: Path) -> Tensor:
@@ -283,7 +257,8 @@ def _planes(array: np.ndarray, path: Path) -> np.ndarray:
     return np.ascontiguousarray(planes)
 
 
-def _with_channels(image: Tensor, channels: int | None) -> Tensor:
+def with_channels(image: Tensor, channels: int | None) -> Tensor:
+    """Return [C, H, W] with so many channels, as ``read_image`` does."""
     if channels is None or channels == len(image):
         return image
     if channels == 3:

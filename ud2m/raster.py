@@ -12,12 +12,16 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+from ud2m.png import HEADER, deep_levels, may_be_turned, png_header, whole_png
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """What is decoded. Pillow knows more, some of which start programs, as Ghostscript for EPS."""
@@ -30,14 +34,24 @@ BYTES_PER_PIXEL, VALUES_PER_PIXEL = 8, 4
 _HEADER = 2**14
 """Bytes in which the header of an array must end; numpy's own limit is 10000 characters."""
 _STORED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_DAMAGED = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, ValueError)
-"""What Pillow, torchvision, numpy and zipfile raise for damaged files."""
+_DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+)
+"""What Pillow, numpy and zipfile raise for damaged files."""
 
 _PILLOW = threading.Lock()
 
 
-class TooLargeError(ValueError):
-    """A picture or array is larger than ``UD2M_MAX_PIXELS`` allows."""
+class RefusedError(ValueError):
+    """A whole file has what is not taken, as too many pixels; the message says what."""
 
 
 def max_pixels() -> int:
@@ -72,7 +86,7 @@ def read_file(path: Path) -> bytes:
     check_file(path)
     size, most = path.stat().st_size, BYTES_PER_PIXEL * max_pixels()
     if size > most:
-        raise TooLargeError(f"{path} is too large: {size} bytes, at most {most} for {LIMIT}={max_pixels()}")
+        raise ValueError(f"{path} is too large: {size} bytes, at most {most} for {LIMIT}={max_pixels()}")
     return path.read_bytes()
 
 
@@ -80,7 +94,7 @@ def open_limited(source: Path | bytes) -> Image.Image:
     """Return a picture of ``FORMATS`` whose header has been read, and none of its pixels.
 
     Raises:
-        TooLargeError: when there are too many.
+        RefusedError: when there are too many.
         OSError: and others of Pillow, for what is no such picture.
     """
     most = max_pixels()
@@ -92,16 +106,36 @@ def open_limited(source: Path | bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = theirs
     if image.width * image.height > most:
         image.close()
-        raise TooLargeError(
+        raise RefusedError(
             f"too many pixels: {image.width}x{image.height}, at most {most} are decoded; cut it into pieces, or set "
             f"the environment variable {LIMIT}"
         )
     return image
 
 
-@contextmanager
-def opened(source: Path | bytes, name: str | Path) -> Iterator[Image.Image]:
-    """Yield a picture as ``open_limited`` does; what goes wrong in the block too becomes a line that names the file.
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself before a pixel is decoded.
+
+    Attributes:
+        format: of Pillow's names; "MPO" is a JPEG with further pictures.
+        height: in pixels, upright.
+        width: in pixels, upright.
+        bits: per channel, 8 or 16.
+        orientation: EXIF's 1 to 8, of the pixels as they are stored.
+        profile: ICC colour profile; None: none.
+    """
+
+    format: str
+    height: int
+    width: int
+    bits: int
+    orientation: int
+    profile: bytes | None
+
+
+def read_header(source: Path | bytes, name: str | Path) -> Header:
+    """Return what a picture says of itself; of a file little more than its beginning is read.
 
     Args:
         source: file, or all its bytes.
@@ -113,10 +147,101 @@ def opened(source: Path | bytes, name: str | Path) -> Iterator[Image.Image]:
     """
     if isinstance(source, Path):
         check_file(source)
+    with _opened(source, name) as image, io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        bits = png_header(file.read(HEADER)).bits if image.format == "PNG" else 8
+        turned = _orientation(image, file)
+        height, width = (image.width, image.height) if turned >= 5 else (image.height, image.width)
+        return Header(image.format or "", height, width, max(8, bits), turned, image.info.get("icc_profile"))
+
+
+def read_picture(source: Path | bytes, name: str | Path) -> np.ndarray:
+    """Return all that a picture shows, upright, or refuse it: uint8 or uint16 [H, W, C], C = 1 (grey) or 3.
+
+    What would be lost is refused: further pictures, transparent pixels, missing rows. Colour profiles are not applied.
+
+    Args:
+        source: file, or all its bytes.
+        name: what messages call it.
+
+    Raises:
+        OSError: for a path that cannot be read.
+        ValueError: for what is no picture, too large, damaged, or shows more than these levels.
+    """
+    data = read_file(source) if isinstance(source, Path) else source
+    with _opened(data, name) as image:
+        return decode(image, data)
+
+
+def decode(image: Image.Image, data: bytes) -> np.ndarray:
+    """Return the levels of a picture that ``open_limited`` has opened, as ``read_picture`` does.
+
+    Raises:
+        RefusedError: for what would be lost.
+        OSError: and others of Pillow, for damaged files.
+    """
+    count = _pictures(data)
+    if count > 1:
+        raise RefusedError(f"{count} pictures in it; save the one that is meant as a file of its own")
+    levels, opaque = _levels(image, data)
+    if not opaque:
+        raise RefusedError("transparent pixels; flatten it onto the background that it should have")
+    return np.ascontiguousarray(upright(levels, _orientation(image, io.BytesIO(data))))
+
+
+def upright(levels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return [H, W, C] turned and mirrored as an EXIF orientation of 1 to 8 asks for [TIFF 6.0, section 8]."""
+    sides = levels.swapaxes(0, 1) if orientation >= 5 else levels
+    # then the first row is at the bottom, the first column at the right
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    right = -1 if orientation in (2, 3, 6, 7) else 1
+    return sides[::down, ::right]
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str | Path) -> Iterator[Image.Image]:
+    """Yield a picture as ``open_limited`` does; what goes wrong in the block too becomes a line that names the file."""
     with _telling(name, "is truncated or damaged"):
         image = open_limited(source)
     with image, _telling(name, f"is a truncated or damaged {image.format} file"):
         yield image
+
+
+def _levels(image: Image.Image, data: bytes) -> tuple[np.ndarray, bool]:
+    """Return the levels of a picture as they are stored, and whether it is opaque."""
+    if image.format == "PNG":
+        whole = whole_png(data)
+        if whole.header.bits == 16:
+            return deep_levels(whole)
+    opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
+    grey = image.mode in ("1", "L", "LA")
+    levels = np.array(image.convert("L" if grey else "RGB"))
+    return levels[..., None] if grey else levels, opaque
+
+
+def _orientation(image: Image.Image, file: IO[bytes]) -> int:
+    # of a PNG that says none in front, Pillow decodes all pixels to look behind them
+    if image.format == "PNG" and not may_be_turned(file):
+        return 1
+    orientation: Any = image.getexif().get(Base.Orientation)
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
+def _pictures(data: bytes) -> int:
+    """Return how many pictures of equal right a file holds: those of a JPEG that are smaller are previews and maps."""
+    with open_limited(data) as image:
+        count, whole = getattr(image, "n_frames", 1), image.size
+        if image.format != "MPO":
+            return int(count)
+        found = 1
+        for number in range(1, count):
+            image.seek(number)
+            found += image.size == whole
+        return found
+
+
+def is_array(path: str | Path) -> bool:
+    """Return whether a file is an array by its name, in any case of letters."""
+    return Path(path).suffix.lower() == ".npy"
 
 
 def read_numbers(path: Path, name: str | Path) -> np.ndarray:
@@ -163,9 +288,10 @@ def _array(stream: IO[bytes], length: int) -> np.ndarray:
     if values * dtype.itemsize > length - start:
         raise ValueError(f"its header says {values * dtype.itemsize} bytes of {dtype}, and {length - start} are there")
     if values > most:
-        raise TooLargeError(f"too many values: shape {shape}, at most {most} for {LIMIT}={max_pixels()}")
+        raise RefusedError(f"too many values: shape {shape}, at most {most} for {LIMIT}={max_pixels()}")
     stream.seek(0)
-    return np.lib.format.read_array(stream, allow_pickle=False)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # torch knows no other order
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -184,7 +310,7 @@ def _telling(name: str | Path, fault: str) -> Iterator[None]:
     """Turn errors of damaged files into lines that name them."""
     try:
         yield
-    except TooLargeError as error:
+    except RefusedError as error:
         raise ValueError(f"{name} has {error}") from error
     except UnidentifiedImageError as error:
         expected = f"expected {', '.join(FORMATS)} or floats in a .npy file"

@@ -26,7 +26,7 @@ from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
 from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
-from ud2m.images import PixelFormat, list_images, pixel_format, read_image
+from ud2m.images import PixelFormat, image_files, list_images, pixel_format, read_image
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
 from ud2m.precision import find_device
@@ -230,6 +230,8 @@ class SamplingRun:
     def own_files(self) -> Group:
         """Return what the files of ``input`` ask for."""
         files = list_images(self.config.input)
+        if len(files) > 1:
+            tqdm.write(str(image_files(files[0].parent, below=False)))
         names = [path.stem for path in files]
         return Group("Images", "", names, lambda k: self.file_case(files[k], k), self.config.show, files)
 

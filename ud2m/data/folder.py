@@ -5,18 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
-from ud2m.images import read_image
-from ud2m.raster import SUFFIXES, opened
+from ud2m.images import image_files, read_image
+from ud2m.listing import Listing
+from ud2m.raster import is_array, read_header
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SHARE = 0.1  # of validation and of test files
-ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 
 class FolderData(ImageDataModule):
@@ -48,12 +49,12 @@ class FolderData(ImageDataModule):
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
         self.cache_bytes = cache_mb * 2**20
+        self._told: set[Path] = set()
 
     def train_set(self) -> Dataset[Tensor]:
         """Return endless crops of the training files."""
-        images = FolderImages(self.root, files_of(self.root, "train"), self.channels)
         return RandomCrops(
-            images,
+            self._images("train"),
             self.crop_size,
             self.seed,
             self.scales,
@@ -65,8 +66,14 @@ class FolderData(ImageDataModule):
 
     def all_images(self, split: Split) -> NamedImages:
         """Return the tiles of the files of a split."""
-        images = FolderImages(self.root, files_of(self.root, split), self.channels)
-        return Tiles(images, self.tile_size, self.cache_bytes)
+        return Tiles(self._images(split), self.tile_size, self.cache_bytes)
+
+    def _images(self, split: Split) -> "FolderImages":
+        found = find_images(folder_of(self.root, split))
+        if found.folder not in self._told:
+            self._told.add(found.folder)
+            rank_zero_only(print)(found, flush=True)
+        return FolderImages(self.root, names_of(self.root, split, found), self.channels)
 
 
 class FolderImages:
@@ -100,13 +107,23 @@ def files_of(root: Path, split: Split) -> list[str]:
         NotADirectoryError: when it is a file.
         ValueError: when it holds no images, or too few to be split.
     """
-    if any((root / name).is_dir() for name in SPLITS):
-        return [f"{split}/{name}" for name in find_images(root / split)]
-    return split_files(find_images(root), root)[split]
+    return names_of(root, split, find_images(folder_of(root, split)))
 
 
-def find_images(folder: Path) -> list[str]:
-    """Return the names of all image files below ``folder``, relative to it and sorted, without hidden ones.
+def folder_of(root: Path, split: Split) -> Path:
+    """Return the folder that the files of a split lie in, perhaps with those of others."""
+    return root / split if any((root / name).is_dir() for name in SPLITS) else root
+
+
+def names_of(root: Path, split: Split, found: Listing) -> list[str]:
+    """Return the names, relative to ``root``, of the files of a split in its ``folder_of``."""
+    if found.folder == root:
+        return split_files(found.names, root)[split]
+    return [f"{split}/{name}" for name in found.names]
+
+
+def find_images(folder: Path) -> Listing:
+    """Return the image files below ``folder``, as ``image_files`` finds them.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -117,11 +134,7 @@ def find_images(folder: Path) -> list[str]:
         raise FileNotFoundError(f"no such folder of images: {folder} (looked in {Path.cwd()}); set data.root")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; data.root must be a folder of images")
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    found = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
-    if not found:
-        raise ValueError(f"no image below {folder}; expected files that end in {', '.join(SUFFIXES)}")
-    return found
+    return image_files(folder, below=True)
 
 
 def split_files(names: Sequence[str], root: Path) -> dict[Split, list[str]]:
@@ -161,14 +174,8 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: when the file is no image.
     """
-    if path.suffix.lower() == ".npy":
-        return _height_and_width(read_image(path))
-    with opened(path, path) as image:
-        # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has it
-        is_late = image.format == "PNG" and "exif" not in image.info
-        is_turned = not is_late and image.getexif().get(ORIENTATION, 1) >= 5
-        return (image.width, image.height) if is_turned else (image.height, image.width)
-
-
-def _height_and_width(image: Tensor) -> tuple[int, int]:
-    return image.shape[1], image.shape[2]
+    if is_array(path):
+        image = read_image(path)
+        return image.shape[1], image.shape[2]
+    header = read_header(path, path)
+    return header.height, header.width

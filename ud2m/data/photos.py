@@ -14,7 +14,7 @@ from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.image_store import MemoryImages
 from ud2m.data.module import ImageDataModule, NamedImages, Split
-from ud2m.raster import opened
+from ud2m.raster import read_picture
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def _grace_hopper() -> Any:
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    with opened(path, path) as image:
-        return np.asarray(image.convert("RGB"))
+    return read_picture(path, path)
 
 
 # Pictures of no everyday scene (sky, eye, tissue) weigh a quarter; two views of one scene share its weight.

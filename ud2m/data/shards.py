@@ -28,7 +28,7 @@ from ud2m.data.sampler import StreamSampler
 from ud2m.data.shard_index import IMAGE_SUFFIXES, ShardIndex, faults, key_name, quick_faults, read_index
 from ud2m.files import plain_name
 from ud2m.images import decode_image
-from ud2m.raster import opened
+from ud2m.raster import read_header
 
 MID_EPOCH = ("readers", "buffer")
 """Settings that decide the order within an epoch, but not which samples it has."""
@@ -395,8 +395,8 @@ class ShardImages:
 
     def _size(self, place: tuple[int, int]) -> tuple[int, int]:
         name = f"{self.reader.name(*place)} in {self.reader.path(place[0])}"
-        with opened(self.reader.read(*place), name) as image:  # the header alone is decoded
-            return image.height, image.width
+        header = read_header(self.reader.read(*place), name)
+        return header.height, header.width
 
 
 def place_of(number: int, ends: np.ndarray) -> tuple[int, int]:

@@ -16,7 +16,10 @@ from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.family import OperatorFamily
 from ud2m.random import Generators, rand
-from ud2m.raster import opened, read_file, read_numbers
+from ud2m.raster import is_array, read_numbers, read_picture
+
+GREY = 2 / 255
+"""How far the channels of a picture of a kernel may differ, as a share of white: JPEG rounds."""
 
 
 class Blur(OperatorFamily):
@@ -226,17 +229,22 @@ def read_kernel(path: Path) -> Tensor:
         ValueError: when it does not hold a finite matrix of numbers.
     """
     name = f"the kernel {path}"
-    values = read_numbers(path, name) if path.suffix.lower() == ".npy" else _grey(path, name)
+    values = read_numbers(path, name) if is_array(path) else _grey(read_picture(path, name), name)
+    if values.dtype.kind == "c":
+        raise ValueError(f"{name} must hold real weights, got {values.dtype}; take the part that is meant")
     kernel = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
     while kernel.ndim > 2 and len(kernel) == 1:
         kernel = kernel[0]
     if kernel.ndim != 2:
-        raise ValueError(f"the kernel {path} must be a matrix [h, w], got shape {list(values.shape)}")
+        raise ValueError(f"{name} must be a matrix [h, w], got shape {list(values.shape)}")
     if not kernel.isfinite().all():
-        raise ValueError(f"the kernel {path} must be finite, got NaN or infinity")
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
     return kernel
 
 
-def _grey(path: Path, name: str) -> np.ndarray:
-    with opened(read_file(path), name) as image:
-        return np.array(image if image.mode in ("I", "I;16", "F") else image.convert("L"))
+def _grey(levels: np.ndarray, name: str) -> np.ndarray:
+    """Return the levels [h, w] of a grey picture, which may be stored as colours that differ by rounding."""
+    first, others = levels[..., :1].astype(np.int64), levels.astype(np.int64)
+    if np.abs(others - first).max() > GREY * np.iinfo(levels.dtype).max:
+        raise ValueError(f"{name} is in colour, but the weights of a kernel are grey levels; save one channel of it")
+    return levels[..., 0] if levels.shape[2] == 1 else levels.mean(-1)

@@ -18,7 +18,7 @@ from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import global_draws
-from ud2m.raster import read_numbers
+from ud2m.raster import is_array, read_numbers
 
 
 class Denoising(FixedOperator):
@@ -106,7 +106,8 @@ class DeepinvOperator(FixedOperator):
     Args:
         name: of a subclass of ``deepinv.physics.LinearPhysics`` in ``deepinv.physics``, e.g. ``Tomography``.
         parameters: keyword arguments of its constructor; a string that ends in ``.npy`` is replaced by the tensor in
-            that file. The image's size is filled in where the constructor has ``img_size`` or ``img_width``.
+            that file, complex64 or float32. The image's size is filled in where the constructor has ``img_size`` or
+            ``img_width``.
         size: (C, H, W) of the images, when an observation made elsewhere is to be explained; only you know it.
 
     Raises:
@@ -163,7 +164,7 @@ class DeepinvOperator(FixedOperator):
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, str) and value.endswith(".npy"):
+    if isinstance(value, str) and is_array(value):
         tensor = torch.from_numpy(read_numbers(Path(value), value))
         return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
     return value

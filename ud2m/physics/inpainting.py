@@ -15,7 +15,7 @@ from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import Generators, rand
-from ud2m.raster import opened, read_collection, read_file
+from ud2m.raster import is_array, read_collection, read_numbers, read_picture
 
 
 class PixelMask(Immutable, deepinv.physics.Inpainting):
@@ -205,20 +205,16 @@ def draw_stroke(canvas: Image.Image, rng: np.random.Generator) -> None:
 
 
 class MaskFile(FixedOperator):
-    """y = mask x with the user's own mask, from an image file: white (above half) is measured, black is missing.
+    """y = mask x with the user's own mask: white is measured, black is missing; of a ``.npy`` file, 1 and 0.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is not an image, or has pixels that are neither black nor white (levels 97 to 159 of 255).
+        ValueError: when it is not an image, has pixels that are neither black nor white (levels 97 to 159 of 255 in
+            some channel, or channels that disagree), or nothing white.
     """
 
     def __init__(self, path: str | Path):
-        with opened(read_file(Path(path)), f"the mask {path}") as image:
-            levels = np.array(image.convert("L"))
-        unclear = np.mean((levels > 96) & (levels < 160))
-        if unclear > 0:
-            raise ValueError(f"the mask {path} must be black and white, {100 * unclear:.2g} % of its pixels are grey")
-        self.mask = torch.from_numpy(levels)[None, None] > 127
+        self.mask = read_mask(Path(path))[None, None]
 
     def operator(self, image_shape: tuple[int, int, int], device: torch.device | str) -> PixelMask:
         """Return the mask, the same for all samples."""
@@ -232,6 +228,40 @@ class MaskFile(FixedOperator):
                 f"the mask has {self.mask.shape[2]}x{self.mask.shape[3]} pixels (height x width), the image "
                 f"{image_shape[1]}x{image_shape[2]}; they must be equal"
             )
+
+
+def read_mask(path: Path) -> Tensor:
+    """Return a mask [H, W], true where a pixel is measured (see ``MaskFile``)."""
+    name = f"the mask {path}"
+    if is_array(path):
+        values = read_numbers(path, name)
+        known, unclear = values.reshape(*values.shape, 1) == 1, ~np.isin(values, (0, 1))
+        found = f"values {_some(values)}; 1 is measured, 0 is missing"
+    else:
+        levels = read_picture(path, name)
+        share = levels / np.iinfo(levels.dtype).max
+        known = share > 0.5
+        unclear = ((share > 96 / 255) & (share < 160 / 255)).any(-1) | (known != known[..., :1]).any(-1)
+        found = f"levels {_some(levels)} of {np.iinfo(levels.dtype).max}; white is measured, black is missing"
+    if known.ndim != 3 or not known.size:
+        raise ValueError(f"{name} must be a matrix [H, W], got shape {list(known.shape[:-1])}")
+    if unclear.any():
+        share_of_them = 100 * float(np.mean(unclear))
+        raise ValueError(
+            f"{name} must be black and white, {share_of_them:.2g} % of its pixels are grey or coloured: it has {found}"
+        )
+    if not known.any():
+        raise ValueError(
+            f"every pixel is missing in {name}: it has {found}. Scale a mask of 0 and 1 by 255, and paint palettes of "
+            "labels black and white"
+        )
+    return torch.from_numpy(known[..., 0])
+
+
+def _some(values: np.ndarray) -> str:
+    """Return the numbers that occur, a few of them if there are many."""
+    found = np.unique(values)
+    return ", ".join(f"{value:g}" for value in found[:6]) + (f" ... {found[-1]:g}" if len(found) > 6 else "")
 
 
 class MaskCollection(RandomMask):

@@ -26,7 +26,7 @@ from ud2m.physics.jpeg_codec import (
 from ud2m.physics.measurement import estimate_sigma_y, image_shape, kept_gain, mean_gain, misfit, observe, residual
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import Generators, rand
-from ud2m.raster import opened
+from ud2m.raster import read_header, read_picture
 
 TOLERANCE = 1e-3
 """Change of a sweep, in grey levels of 255, at which the projection onto the quantisation cell stops."""
@@ -324,8 +324,8 @@ def read_jpeg(
 ) -> tuple[Tensor, JpegCodec]:
     """Return y [1, C, H', W'] and the encoder of a JPEG file, read with jpeglib.
 
-    A grey file for ``channels`` = 3 is refused, and so is a colour file for 1. The picture is as stored: an EXIF
-    orientation is not applied, since blocks would no longer lie where the encoder put them.
+    A grey file for ``channels`` = 3 is refused, and so is a colour file for 1, and one with an orientation: turned,
+    blocks would no longer lie where the encoder put them.
 
     Raises:
         ImportError: see ``Jpeg.read_observation``.
@@ -335,10 +335,15 @@ def read_jpeg(
         import jpeglib
     except ImportError as error:
         raise ImportError("reading the coefficients of a JPEG file needs jpeglib: pip install jpeglib") from error
-    with opened(Path(path), path) as image:  # jpeglib has no limit on pixels
-        kind_of_file = image.format
-    if kind_of_file not in ("JPEG", "MPO"):
-        raise ValueError(f"{path} is no JPEG file but {kind_of_file}; physics=jpeg reads the coefficients of one")
+    header = read_header(Path(path), path)
+    if header.format not in ("JPEG", "MPO"):
+        raise ValueError(f"{path} is no JPEG file but {header.format}; physics=jpeg reads the coefficients of one")
+    if header.orientation != 1:
+        raise ValueError(
+            f"{path} is to be turned (EXIF orientation {header.orientation}), which blocks of 8x8 pixels cannot be; "
+            "turn it without loss (jpegtran -rotate, -flip), or remove its orientation to have it sampled as it lies"
+        )
+    read_picture(Path(path), path)  # jpeglib has no limit on pixels, and takes cut files
     try:
         file = jpeglib.read_dct(str(path))
     except (OSError, RuntimeError, ValueError) as error:
