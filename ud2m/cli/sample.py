@@ -230,8 +230,8 @@ class SamplingRun:
     def own_files(self) -> Group:
         """Return what the files of ``input`` ask for."""
         files = list_images(self.config.input)
-        if len(files) > 1:
-            tqdm.write(str(image_files(files[0].parent, below=False)))
+        if (folder := Path(self.config.input).expanduser()).is_dir():
+            tqdm.write(str(image_files(folder, below=False)))
         names = [path.stem for path in files]
         return Group("Images", "", names, lambda k: self.file_case(files[k], k), self.config.show, files)
 
