@@ -197,17 +197,20 @@ class Unfolded(Sampler):
 class Exact(Sampler):
     """Exact draws of the posterior: whose distance to others is the floor."""
 
-    mixes_observations = False
-
     def __init__(self, mixture: GaussianMixture):
         super().__init__(chunk_size=4096)
         self.mixture = mixture
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
-        """Return one sample for each row; the rows are copies of one observation."""
-        one = observation.rows(torch.tensor([0]))
-        posterior = self.mixture.posterior(one.y, one.physics, float(one.sigma_y))
-        return posterior.sample(len(observation), streams[0]).float()
+        """Return one sample for each row."""
+        _, numbers = observation.y.flatten(1).unique(dim=0, return_inverse=True)
+        drawn = torch.empty(len(observation), *observation.image_shape)
+        for number in numbers.unique():
+            rows = torch.nonzero(numbers == number)[:, 0]
+            one = observation.rows(rows[:1])
+            posterior = self.mixture.posterior(one.y, one.physics, float(one.sigma_y))
+            drawn[rows] = posterior.sample(len(rows), streams[int(rows[0])]).float()
+        return drawn
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -356,7 +359,7 @@ def rivals(mixture: GaussianMixture) -> dict[str, Any]:
         "DDRM, 20": lambda: Ddrm(mixture, 20, chunk_size=512),
         "DiffPIR, 100": lambda: DiffPir(mixture, 100, chunk_size=512),
         "DPS, 1000": lambda: Dps(mixture, 1000, weight=30.0, chunk_size=512),
-        "Langevin, 5000": lambda: Langevin(mixture, 5000),
+        "Langevin, 5000": lambda: Langevin(mixture, 5000, chunk_size=512),
     }
 
 

@@ -9,6 +9,8 @@ import torch
 # One thread per test process (and in the programs that tests start): make test runs one process per core.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# precision=auto is float32 on every CPU: tests compare samples up to the rounding of float32.
+torch.cpu.get_capabilities = dict
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from ud2m.physics import GaussianBlur, observe
+from ud2m.cli.commands import conf_folder
+from ud2m.cli.methods import build_sampler, shares_prior
+from ud2m.physics import DdrmSuperResolution, GaussianBlur, Separable, observe
 from ud2m.precision import find_device, network_precision
+from ud2m.priors.prior import Prior, denoise
+from ud2m.samplers.bridge import BridgeSampler, BridgeSchedule
+from ud2m.samplers.deepinv import Ddrm, DiffPir, Dps, Langevin, PnpFlow
+from ud2m.samplers.latino import Latino, LatinoSetting
 from ud2m.unfolded.denoisers import in_precision
 
 
@@ -37,8 +44,81 @@ def test_networks_alone_are_evaluated_in_less(sampler, precision, dtype):
     assert given == {torch.float32}
     assert low.dtype == torch.float32
     exact = draw(sampler)
-    assert torch.equal(exact, draw(sampler, precision="float32"))
+    assert torch.equal(exact, draw(sampler, precision="float32"))  # what auto is in tests
     assert 0 < (low - exact).abs().mean() < 0.02
+
+
+class Convolution(nn.Module):
+    """A denoiser, and a bridge, whose network is one convolution; it keeps the precisions that it computes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Conv2d(3, 3, 3, padding=1), set()
+
+    def forward(self, x_sigma, sigma):
+        eps = self.layer(x_sigma)
+        self.seen.add(eps.dtype)
+        return x_sigma - 0.1 * sigma.view(-1, 1, 1, 1) * eps.to(x_sigma.dtype)
+
+    def degraded(self, observation):
+        return torch.rand(len(observation), 3, 16, 16)
+
+    x0_hat, schedule = forward, BridgeSchedule()
+
+
+METHODS = {
+    "latino": lambda network, **options: Latino(network, LatinoSetting(2), **options),
+    "ddrm": lambda network, **options: Ddrm(network, 2, **options),
+    "diffpir": lambda network, **options: DiffPir(network, 2, **options),
+    "dps": lambda network, **options: Dps(network, 3, **options),
+    "pnp_flow": lambda network, **options: PnpFlow(network, 2, **options),
+    "langevin": lambda network, **options: Langevin(network, 2, **options),
+    "cddb": lambda network, **options: BridgeSampler(network, 2, consistency=1.0, **options),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_same_precisions_and_operators_are_never_rounded(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    rounding, product = [], Separable._to
+    monkeypatch.setattr(
+        Separable, "_to", staticmethod(lambda *a: rounding.append(torch.is_autocast_enabled("cpu")) or product(*a))
+    )
+    physics = DdrmSuperResolution(2).draw(1, (3, 16, 16))
+    y = observe(physics, torch.rand(1, 3, 16, 16), 0.05)
+    for options, dtype in (({}, torch.bfloat16), ({"precision": "float32"}, torch.float32)):
+        network = Convolution()
+        samples = METHODS[name](network, **options)(y, physics, 0.05, 2)
+        assert network.seen == {dtype}
+        assert samples.dtype == torch.float32
+    assert rounding
+    assert not any(rounding)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        METHODS[name](Convolution(), precision="half")
+
+
+def test_pages_leave_the_precision_to_the_command():
+    for page in sorted((conf_folder() / "method").glob("*.yaml")):
+        target = OmegaConf.to_container(OmegaConf.load(page))["target"]
+        if shares_prior(target):
+            assert build_sampler(target, nn.Identity(), "cpu", "float16").precision == "float16", page.name
+            own = target | {"precision": "float32"}
+            assert build_sampler(own, nn.Identity(), "cpu", "float16").precision == "float32"
+        elif "model" in target:
+            assert target["precision"] is None, page.name
+
+
+def test_a_large_picture_is_computed_with_channels_side_by_side(prior):
+    network, layouts = Prior.from_pretrained(prior), []
+    network.unet.conv_in.register_forward_hook(
+        lambda module, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
+    x, sigma = torch.rand(1, 3, 64, 64), torch.tensor([0.1])
+    with torch.no_grad():
+        whole = network(x, sigma)
+        network(x[..., :32], sigma)
+        torch.testing.assert_close(denoise(network.unet, network.schedule, x, sigma), whole, atol=1e-5, rtol=0)
+    assert layouts == [True, False, False]
 
 
 def test_what_is_left_of_a_step_is_not_rounded():

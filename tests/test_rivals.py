@@ -13,13 +13,15 @@ from ud2m.physics import (
     GaussianBlur,
     Inpainting,
     Jpeg,
+    MotionBlur,
+    Observation,
     SuperResolution,
     UniformBlur,
     observe,
 )
 from ud2m.priors.gaussian_mixture import GaussianMixture
 from ud2m.samplers.base import seeds_from
-from ud2m.samplers.deepinv import Ddrm, DeepinvDenoiser, DiffPir, Dps, PnpFlow, decomposition
+from ud2m.samplers.deepinv import Ddrm, DeepinvDenoiser, DiffPir, Dps, Langevin, PnpFlow, decomposition
 
 SHAPE = (1, 8, 8)
 
@@ -46,6 +48,15 @@ def problem(prior, family, sigma_y=0.05):
     x0 = prior.sample(1, generator(1)).float()
     physics = family.draw(1, tuple(x0.shape[1:]), generator(2))
     return observe(physics, x0, sigma_y, generator(3)), physics
+
+
+def one_by_one(sample, seeds):
+    """Samples of deepinv by itself, whose noise is torch's global one."""
+    drawn = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        drawn.append(sample().float().clamp(0, 1))
+    return torch.cat(drawn)
 
 
 class Recorder(nn.Module):
@@ -115,7 +126,8 @@ def test_ddrm_draws_unseen_pixels_from_the_prior_and_deepinv_alone_too_narrowly(
         SHAPE, mask=physics.mask[0].float(), noise_model=deepinv.physics.GaussianNoise(0.02)
     )
     torch.manual_seed(0)
-    plain = method.sampler(y.expand(200, *SHAPE).clone(), theirs)
+    sampler = deepinv.sampling.DDRM(DeepinvDenoiser(prior), method.levels, eta=0.0)
+    plain = sampler(y.expand(200, *SHAPE).clone(), theirs)
     assert plain[:, unseen].std(0).mean() == pytest.approx(0.1 / 2**0.5, rel=0.05)
 
 
@@ -123,13 +135,13 @@ def test_ddrm_is_deepinvs_where_coefficients_are_complex():
     prior, family = smooth(), UniformBlur(3)
     y, physics = problem(prior, family)
     method = Ddrm(prior, num_steps=10)
-    ours = method(y, physics, 0.05, 3, generator=generator(5))[0]
+    ours = method(y, physics, 0.05, 3, generator=generator(5))
     blur = deepinv.physics.BlurFFT(
         SHAPE, filter=family.kernels(1).float(), noise_model=deepinv.physics.GaussianNoise(0.05)
     )
-    torch.manual_seed(seeds_from(generator(5), 1)[0])
-    theirs = method.sampler(y.expand(3, *SHAPE).clone(), blur).clamp(0, 1)
-    torch.testing.assert_close(ours, theirs.to(ours), atol=1e-4, rtol=0)
+    theirs = deepinv.sampling.DDRM(DeepinvDenoiser(prior), method.levels)
+    expected = one_by_one(lambda: theirs(y.clone(), blur), seeds_from(generator(5), 3))
+    torch.testing.assert_close(ours[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", [UniformBlur(3), Inpainting(0.5), DdrmSuperResolution(2), SuperResolution(2)])
@@ -161,9 +173,8 @@ def test_diffpir_is_deepinvs_and_comes_near_to_the_exact_posterior():
     sampler = deepinv.sampling.DiffPIR(
         DeepinvDenoiser(prior), deepinv.optim.data_fidelity.L2(), sigma=0.05, max_iter=50, zeta=0.1, lambda_=7.0
     )
-    torch.manual_seed(seeds_from(generator(4), 100)[0])
-    expected = sampler(y.expand(100, *SHAPE).clone(), theirs).clamp(0, 1)
-    torch.testing.assert_close(samples, expected, atol=1e-3, rtol=0)
+    expected = one_by_one(lambda: sampler(y, theirs), seeds_from(generator(4), 100)[:8])
+    torch.testing.assert_close(samples[:8], expected, atol=1e-3, rtol=0)
     deviation = posterior.covariance().diagonal().mean().sqrt()
     assert (samples.mean(0) - posterior.mean()).square().mean().sqrt() < 0.6 * deviation
     assert 0.7 < (samples.var(0).mean().sqrt() / deviation).item() < 1.6
@@ -187,9 +198,8 @@ def test_dps_is_deepinvs():
     y, physics = problem(prior, UniformBlur(3))
     ours = Dps(prior, num_steps=10, weight=30.0)(y, physics, 0.05, 2, generator=generator(4))[0]
     sampler = deepinv.sampling.DPS(DeepinvDenoiser(prior), num_steps=10, weight=30.0)
-    torch.manual_seed(seeds_from(generator(4), 2)[0])
-    expected = sampler(y.expand(2, *SHAPE).clone(), physics).clamp(0, 1)
-    torch.testing.assert_close(ours, expected.to(ours), atol=1e-5, rtol=0)
+    expected = one_by_one(lambda: sampler(y, physics), seeds_from(generator(4), 2))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 # --- PnP-Flow -----------------------------------------------------------------------------------------------------
@@ -213,7 +223,11 @@ def test_pnp_flow_moves_mean_and_covariance_of_a_gaussian_as_its_affine_steps_do
         covariance = gain @ (forward @ covariance @ forward.T + variance * identity) @ gain.T
     torch.manual_seed(0)
     count = 4000
-    drawn = PnpFlow(prior, steps, alpha, weight).run(y.expand(count, *SHAPE), physics, 0.05).flatten(1).double()
+    method = PnpFlow(prior, steps, alpha, weight, chunk_size=count)
+    with torch.no_grad():
+        streams = [generator(seed) for seed in range(count)]
+        drawn = method.draw(Observation.of(y, physics, 0.05).rows(torch.zeros(count, dtype=int)), streams)
+    drawn = drawn.flatten(1).double()
     error = (drawn.mean(0) - mean) / (covariance.diagonal() / count).sqrt()
     assert error.abs().max() < 5
     assert error.square().mean() < 2
@@ -237,18 +251,40 @@ def test_every_observation_gets_its_own_mask_and_samples(make):
     before = torch.get_rng_state()
     samples = make(prior)(y, physics, 0.01, 4, generator=generator())
     assert samples.shape == (3, 4, *SHAPE)
-    assert torch.equal(torch.get_rng_state(), before)  # deepinv draws from the global source
+    assert torch.equal(torch.get_rng_state(), before)  # deepinv by itself draws from the global source
     assert 0 <= samples.min() < samples.max() <= 1
     assert torch.equal(samples, make(prior)(y, physics, 0.01, 4, generator=generator()))
     assert not torch.equal(samples, make(prior)(y, physics, 0.01, 4, generator=generator(1)))
     assert not torch.equal(samples[:, 0], samples[:, 1])
 
 
+@pytest.mark.parametrize("make", [*METHODS, lambda prior, **o: Langevin(prior, 5, **o)])
+@pytest.mark.parametrize("family", [Inpainting(0.3), MotionBlur(3), GaussianBlur(0.8, boundary="valid")])
+def test_a_sample_does_not_depend_on_its_batch(make, family):
+    """Operators, noise levels, noise and orientations are those of the row: one by one or together."""
+    prior, levels = smooth(), torch.tensor([0.02, 0.05, 0.02])
+    x0 = prior.sample(3, generator(1)).float()
+    physics = family.draw(3, SHAPE, generator(2))
+    y = observe(physics, x0, levels, generator(3))
+    method = make(prior, symmetries=8)
+    try:
+        method.check(physics)
+    except ValueError:
+        pytest.skip("this method does not take the operator")
+    together = method(y, physics, levels, 2, generator=generator(4))
+    streams = [generator(seed) for seed in seeds_from(generator(4), 6)]
+    observation = Observation.of(y, physics, levels)
+    with torch.no_grad():
+        for row, stream in enumerate(streams):
+            alone = method.draw(observation.rows(torch.tensor([row // 2])), [stream]).clamp(0, 1)
+            torch.testing.assert_close(together[row // 2, row % 2], alone[0], atol=1e-4, rtol=0)
+
+
 @each_method
-def test_the_network_sees_no_more_than_a_chunk(make):
+def test_the_network_sees_chunks_of_several_observations(make):
     y, physics = problem(white(), UniformBlur(3))
     denoiser = Recorder()
-    make(denoiser, chunk_size=3)(y, physics, 0.05, 7, generator=generator())
+    make(denoiser, chunk_size=3)(y.expand(2, *SHAPE), physics, 0.05, 5, generator=generator())
     assert set(denoiser.batches) == {3, 1}
 
 

@@ -11,6 +11,8 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Names of precisions; None: autocast stays off."""
 AMPERE = 8
 """Compute capability from which GPUs have instructions for bfloat16."""
+LARGE = 64 * 64
+"""Pixels from which ``fastest_layout`` changes."""
 
 
 def full_precision(device: torch.device | str) -> AbstractContextManager:
@@ -26,12 +28,29 @@ def network_precision(precision: str, device: torch.device | str) -> AbstractCon
     """Return the context that a network is evaluated in: autocast, or nothing for ``float32``.
 
     Args:
-        precision: of ``DTYPES``, or ``auto``: bfloat16 where the hardware has instructions for it, else float32.
+        precision: of ``DTYPES``, or ``auto``.
         device: of the network.
     """
-    device = torch.device(device)
-    dtype = DTYPES[_fastest(device) if precision == AUTO else precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    dtype = DTYPES[chosen_precision(precision, device)]
+    return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+
+
+def chosen_precision(precision: str, device: torch.device | str) -> str:
+    """Return what ``auto`` is on a device, bfloat16 where the hardware has instructions for it, else float32.
+
+    Any other precision is returned as it is.
+    """
+    return _fastest(torch.device(device)) if precision == AUTO else precision
+
+
+def fastest_layout(images: torch.Tensor) -> torch.memory_format:
+    """Return the layout in which a network computes fastest: channels side by side from 64 x 64 pixels on.
+
+    Measured on CPUs: 0.8 to 0.95 of the time in float32 and bfloat16; in small images bfloat16 loses as much. What GPUs
+    do is the training's choice (``training.channels_last``).
+    """
+    is_large = images.device.type == "cpu" and images.shape[-2] * images.shape[-1] >= LARGE
+    return torch.channels_last if is_large else torch.contiguous_format
 
 
 def check_precision(precision: str) -> None:

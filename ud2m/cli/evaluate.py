@@ -24,7 +24,7 @@ from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
 from ud2m.files import inside, write_bytes, write_json
 from ud2m.physics import OperatorFamily, Problem
-from ud2m.precision import find_device
+from ud2m.precision import check_precision, chosen_precision, find_device
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
@@ -66,6 +66,7 @@ class EvaluationRun:
 
     def _check_config(self) -> None:
         config = self.config
+        check_precision(config.precision)
         for name in ("num_samples", "tune_images", "tune_samples"):
             check_count(name, config[name])
         if config.unsupported not in ("error", "skip"):
@@ -145,6 +146,7 @@ class EvaluationRun:
             "metrics": metrics,
             "shown": evenly_spaced(len(images.test), config.show),
             "device": self.device.type,
+            "precision": chosen_precision(sampler.precision, self.device) if sampler.networks else None,
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
         if config.tune and method.get("tune"):
@@ -166,7 +168,7 @@ class EvaluationRun:
             )
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
-        return build_sampler(target, self.prior, self.device)
+        return build_sampler(target, self.prior, self.device, self.config.precision)
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is missing, write everything, and return the rows."""

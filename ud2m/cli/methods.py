@@ -10,14 +10,22 @@ import torch
 from torch import nn
 
 from ud2m.cli.objects import TARGET, build, find
+from ud2m.precision import AUTO
 from ud2m.samplers.base import Sampler
 
 
-def build_sampler(target: Mapping[str, Any], prior: nn.Module, device: torch.device | str) -> Sampler:
-    """Return the sampler of a page's ``target``; it gets the prior and the device where it has such an argument."""
+def build_sampler(
+    target: Mapping[str, Any], prior: nn.Module, device: torch.device | str, precision: str = AUTO
+) -> Sampler:
+    """Return the sampler of a page's ``target``.
+
+    It gets the prior and the device where it has such an argument, and the precision where the page leaves it open.
+    """
     extra: dict[str, Any] = {"prior": prior} if shares_prior(target) else {}
     if "device" in _arguments(target):
         extra["device"] = device
+    if target.get("precision", precision) is None:
+        extra["precision"] = precision
     return build(target, "method.target", **extra)
 
 

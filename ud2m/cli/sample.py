@@ -318,7 +318,7 @@ class SamplingRun:
 
     def build(self, target: Mapping[str, Any]) -> Sampler:
         """Return the sampler of a page of conf/method."""
-        return build_sampler(target, self.prior, self.device)
+        return build_sampler(target, self.prior, self.device, self.config.precision)
 
     def row(self, name: str, sampler: Sampler, test: Sequence[Tensor]) -> dict[str, Any]:
         """Return the row of a sampler on the test images."""

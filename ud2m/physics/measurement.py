@@ -56,6 +56,17 @@ def kept_gain(physics: DataTerm, like: Tensor) -> Tensor:
     return kept / y.flatten(1).square().sum(1).clamp_min(torch.finfo(y.dtype).tiny)
 
 
+def largest_gain(physics: LinearPhysics, like: Tensor, iterations: int = 100) -> Tensor:
+    """Return |A|^2 [B], each sample's largest eigenvalue of A^T A, by power iteration from the w of ``mean_gain``.
+
+    deepinv's ``compute_norm`` knows one number for all samples, and begins at random.
+    """
+    x = _white_noise(like)
+    for _ in range(iterations):
+        x = physics.A_adjoint(physics.A(x / per_sample(x.flatten(1).norm(dim=1), x)))
+    return x.flatten(1).norm(dim=1)
+
+
 def _white_noise(like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(20_250_703)  # a seed that no mask is drawn with
     return torch.randn(like.shape[1:], generator=generator).to(like).expand(like.shape)

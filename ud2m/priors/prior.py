@@ -19,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ud2m.precision import fastest_layout
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
@@ -292,6 +293,7 @@ class Prior(nn.Module):
         height, width = x_sigma.shape[-2:]
         bottom, right = -height % self.stride, -width % self.stride
         padded = F.pad(x_sigma, (0, right, 0, bottom), mode="reflect") if bottom or right else x_sigma
+        padded = padded.contiguous(memory_format=fastest_layout(padded))
         with self._autocast(x_sigma):
             x0_hat = denoise(network, self.schedule, padded, sigma, self.prediction, self.label)
         return x0_hat[..., :height, :width]

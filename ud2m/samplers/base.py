@@ -2,14 +2,15 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ud2m.physics import DataTerm, Observation
-from ud2m.precision import free_memory
+from ud2m.precision import AUTO, check_precision, free_memory
+from ud2m.unfolded.denoisers import Denoiser, check_symmetries, in_precision, symmetric
 
 
 class Sampler(ABC):
@@ -18,22 +19,23 @@ class Sampler(ABC):
     Args:
         networks: modules whose evaluations are counted; none for a method that evaluates none.
         chunk_size: images that the networks see at once; bounds the memory.
+        precision: in which denoisers are evaluated: float32, bfloat16, float16, or auto (bfloat16 where the hardware
+            has instructions for it). All else stays in float32.
 
     Raises:
-        ValueError: for a chunk size that is no count.
+        ValueError: for a chunk size that is no count, or an unknown precision.
     """
 
     draws = True
     """Whether samples of one observation differ."""
-    mixes_observations = True
-    """Whether rows of several observations may be drawn in one batch."""
 
     fingerprint: str | None = None
     """Which weights it draws with, for records of results."""
 
-    def __init__(self, networks: Sequence[nn.Module] = (), chunk_size: int = 64):
+    def __init__(self, networks: Sequence[nn.Module] = (), chunk_size: int = 64, precision: str = AUTO):
         check_count("chunk_size", chunk_size)
-        self.networks, self.chunk_size = tuple(networks), chunk_size
+        check_precision(precision)
+        self.networks, self.chunk_size, self.precision = tuple(networks), chunk_size, precision
 
     def check(self, physics: DataTerm) -> None:  # noqa: B027 - by default every operator is taken
         """Raise ValueError where the operator cannot be taken, with those that can be."""
@@ -71,10 +73,11 @@ class Sampler(ABC):
         self.check_call(observation, num_samples)
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
-        samples = [
-            self.draw(observation.rows(chunk), [torch.Generator(rows.device).manual_seed(seed) for seed in part])
-            for chunk, part in self._chunks(rows, seeds, num_samples, self.images_at_once(observation))
-        ]
+        size = self.images_at_once(observation)
+        samples = []
+        for first in range(0, len(rows), size):
+            streams = [torch.Generator(rows.device).manual_seed(seed) for seed in seeds[first : first + size]]
+            samples.append(self.draw(observation.rows(rows[first : first + size]), streams))
         return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
 
     def check_call(self, observation: Observation, num_samples: int) -> None:
@@ -100,14 +103,28 @@ class Sampler(ABC):
         """Return how many images the networks see at once."""
         return self.chunk_size
 
-    def _chunks(
-        self, rows: Tensor, seeds: list[int], num_samples: int, size: int
-    ) -> Iterable[tuple[Tensor, list[int]]]:
-        groups = [rows] if self.mixes_observations else rows.split(num_samples)
-        first = 0
-        for chunk in (chunk for group in groups for chunk in group.split(size)):
-            yield chunk, seeds[first : first + len(chunk)]
-            first += len(chunk)
+
+class PriorSampler(Sampler):
+    """A sampler around a frozen prior.
+
+    Args:
+        prior: ``denoiser(x_sigma, sigma) -> x0_hat``.
+        chunk_size: see ``Sampler``.
+        precision: see ``Sampler``.
+        symmetries: random orientations in which it sees images: 1, 2 or 8 (``ud2m.unfolded.denoisers.symmetric``).
+
+    Raises:
+        ValueError: for options out of range.
+    """
+
+    def __init__(self, prior: nn.Module, chunk_size: int = 64, precision: str = AUTO, symmetries: int = 1):
+        super().__init__([prior], chunk_size, precision)
+        check_symmetries(symmetries)
+        self.prior, self.symmetries = prior, symmetries
+
+    def denoiser(self, streams: list[torch.Generator]) -> Denoiser:
+        """Return the denoiser of rows with these streams."""
+        return symmetric(in_precision(self.prior, self.precision), self.symmetries, streams)
 
 
 def seeds_from(generator: torch.Generator | None, count: int) -> list[int]:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ud2m.files import atomic_folder, parse_json
 from ud2m.physics import DataTerm, Observation
 from ud2m.physics.rows import per_sample
+from ud2m.precision import find_device
 from ud2m.priors.shipped import SCHEDULER_FILE
 from ud2m.priors.store import load_unet, save_prior, weights_fingerprint
 from ud2m.random import randn_like
 from ud2m.samplers.base import Sampler, check_count
+from ud2m.unfolded.denoisers import in_precision
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
 KIND = "Bridge"
@@ -138,14 +140,14 @@ class BridgeSampler(Sampler):
         bridge: the network.
         num_steps: N, and network evaluations.
         consistency: c >= 0.
-        chunk_size: images that the network sees at once.
+        options: of ``Sampler``.
 
     Raises:
         ValueError: for numbers out of range.
     """
 
-    def __init__(self, bridge: Bridge, num_steps: int = 9, consistency: float = 0.0, chunk_size: int = 64):
-        super().__init__([bridge], chunk_size)
+    def __init__(self, bridge: Bridge, num_steps: int = 9, consistency: float = 0.0, **options: Any):
+        super().__init__([bridge], **options)
         check_count("num_steps", num_steps)
         if not consistency >= 0:
             raise ValueError(f"consistency must not be negative, got {consistency}")
@@ -157,14 +159,14 @@ class BridgeSampler(Sampler):
 
         Args:
             model: the folder.
-            device: where it computes.
+            device: where it computes; ``auto``: a GPU where there is one.
             options: of ``BridgeSampler``.
 
         Raises:
             FileNotFoundError: as ``Bridge.load``.
             ValueError: as ``Bridge.load``.
         """
-        sampler = cls(Bridge.load(model).to(device).eval(), **options)
+        sampler = cls(Bridge.load(model).to(find_device(str(device))).eval(), **options)
         sampler.fingerprint = weights_fingerprint(sampler.bridge.state_dict())
         return sampler
 
@@ -177,9 +179,10 @@ class BridgeSampler(Sampler):
         """Return one sample for each row."""
         y, physics = observation.y, cast(Any, observation.physics)
         x = self.bridge.degraded(observation)
+        x0_hat_of = in_precision(self.bridge.x0_hat, self.precision)
         times = torch.linspace(1, 0, self.num_steps + 1, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, len(x))
         for t, earlier in itertools.pairwise(times):
-            x0_hat = self.bridge.x0_hat(x, t)
+            x0_hat = x0_hat_of(x, t)
             if self.consistency:
                 x0_hat = x0_hat + self.consistency * physics.A_adjoint(y - physics.A(x0_hat))
             share, deviation = (per_sample(value, x) for value in self.bridge.schedule.step(t, earlier))

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ud2m.precision import check_precision
+from ud2m.precision import AUTO, check_precision
 from ud2m.samplers.base import check_count, check_positive
 from ud2m.unfolded.ddim import check_eta
 from ud2m.unfolded.denoisers import check_symmetries, check_tile
@@ -41,7 +41,7 @@ class SamplerConfig:
     step_scale: float = 1.0
     chunk_size: int = 64
     tile: int | None = None
-    precision: str = "float32"
+    precision: str = AUTO
     sigma_y: float = 0.01
     info: dict[str, Any] = field(default_factory=dict)
 

@@ -1,14 +1,14 @@
 """What needs no training: A^dagger y, a warm start, and zero-shot LATINO."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ud2m.physics import Observation
 from ud2m.random import randn_like
-from ud2m.samplers.base import Sampler
-from ud2m.unfolded.denoisers import check_symmetries, symmetric
+from ud2m.samplers.base import PriorSampler, Sampler
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.warm_start import SmoothingStart, Start, start_from_y
 
@@ -63,17 +63,16 @@ class LatinoSetting:
         return [self.tau_first ** (1 - k / last) * self.tau_last ** (k / last) for k in range(self.num_levels)]
 
 
-class Latino(Sampler):
+class Latino(PriorSampler):
     """Zero-shot LATINO [LATINO, algorithm 1] with a frozen pixel-space prior.
 
     From the warm start, for each level: z = x + tau eps; x = denoiser(z, tau); x = prox of the data at x with delta.
 
     Args:
-        prior: ``denoiser(x_sigma, sigma) -> x0_hat``.
+        prior: see ``PriorSampler``.
         setting: its levels.
         warm_start: where it begins; ``SmoothingStart`` unless given.
-        chunk_size: images that the network sees at once.
-        symmetries: random orientations in which it sees them: 1, 2 or 8 (``ud2m.unfolded.denoisers.symmetric``).
+        options: of ``PriorSampler``.
     """
 
     def __init__(
@@ -81,19 +80,16 @@ class Latino(Sampler):
         prior: nn.Module,
         setting: LatinoSetting | None = None,
         warm_start: Start | None = None,
-        chunk_size: int = 64,
-        symmetries: int = 1,
+        **options: Any,
     ):
-        super().__init__([prior], chunk_size)
-        check_symmetries(symmetries)
-        self.prior, self.setting = prior, setting or LatinoSetting()
-        self.start, self.symmetries = warm_start or SmoothingStart(), symmetries
+        super().__init__(prior, **options)
+        self.setting, self.start = setting or LatinoSetting(), warm_start or SmoothingStart()
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         x = start_from_y(self.start, observation).clamp(0, 1)
         y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
-        denoiser = symmetric(self.prior, self.symmetries, streams)
+        denoiser = self.denoiser(streams)
         for tau in self.setting.levels():
             x = denoiser(x + tau * randn_like(x, streams), torch.full_like(sigma_y, tau))
             x = joint_prox(physics, y, x, x, float("inf"), (self.setting.width * tau) ** 2, 1.0, sigma_y)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ud2m.files import MARKER
 from ud2m.physics import DataTerm, Observation, told_level
+from ud2m.precision import find_device
 from ud2m.priors.prior import Prior
 from ud2m.priors.shipped import shipped_folder
 from ud2m.priors.store import weights_fingerprint
@@ -39,7 +40,7 @@ class PosteriorSampler(Sampler):
     def __init__(self, network: UnfoldedNetwork, config: SamplerConfig | None = None):
         self.network, self.prior, self.config = network, cast(Prior, network.denoiser), config or SamplerConfig()
         starts: list[nn.Module] = [network.warm_start] if network.warm_start.evaluations else []
-        super().__init__([self.prior, *starts], self.config.chunk_size)
+        super().__init__([self.prior, *starts], self.config.chunk_size, self.config.precision)
 
     @property
     def device(self) -> torch.device:
@@ -175,12 +176,12 @@ class PosteriorSampler(Sampler):
         Args:
             model: e.g. ``"photos_gaussian_blur"`` or ``runs/.../export``.
             prior: where the prior is, when it moved since the export; its fingerprint must still be the same.
-            device: where it computes.
+            device: where it computes; ``auto``: a GPU where there is one.
             options: of ``SamplerConfig``, in place of the model's; None: the model's.
 
         Raises:
             FileNotFoundError: when nothing is there.
-            ValueError: when the export is damaged or made for another prior.
+            ValueError: when the export is damaged or made for another prior, or the device is not there.
         """
         network, config = read_export(str(model), prior)
-        return cls(network.to(device), config.with_options(**options))
+        return cls(network.to(find_device(str(device))), config.with_options(**options))
