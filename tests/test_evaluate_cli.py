@@ -112,7 +112,7 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
         part = x0[first : first + 3]
         observation = problem.observe(part, first)
         y, physics = observation.y, observation.physics
-        samples = sampler(y, physics, 0.01, 2, generator=problem.sampling_generator(first), tile=512)
+        samples = sampler(y, physics, 0.01, 2, generator=problem.sampling_generator(first), tile=1024)
         values.append(-10 * (samples.mean(1) - part).square().flatten(1).mean(1).log10())
     assert rows[3]["psnr_mean"] == pytest.approx(torch.cat(values).mean().item(), abs=1e-4)
     assert images_digest([x0]) == settings["cells"][3]["images"]

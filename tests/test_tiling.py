@@ -1,6 +1,6 @@
 """Denoising in tiles: coverage, continuity across the edges, and what it changes."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from skimage import data
 
 from ud2m.physics import GaussianBlur, observe
 from ud2m.samplers.ud2m import PosteriorSampler
-from ud2m.unfolded.denoisers import tile_starts, tiled
+from ud2m.unfolded.denoisers import tile_places, tiled
 
 SIGMA = torch.full((1,), 0.1)
 
@@ -21,13 +21,23 @@ def cat(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [16, 17, 20, 32, 33, 100, 451])
 @pytest.mark.parametrize("tile", [16, 24, 64])
 def test_tiles_cover_evenly_and_overlap(length, tile):
-    starts = tile_starts(length, tile)
-    assert starts[0] == 0
-    assert starts[-1] == max(0, length - tile)
-    steps = [b - a for a, b in pairwise(starts)]
-    assert all(0 < step <= tile - tile // 4 for step in steps)
-    if steps:
-        assert max(steps) - min(steps) <= 1
+    places = tile_places(length, tile)
+    assert places[0].start == 0
+    assert places[-1].stop == length
+    sides = {place.stop - place.start for place in places}
+    assert len(sides) == 1
+    assert sides.pop() <= tile
+    assert all(a.stop - b.start >= tile // 4 for a, b in pairwise(places))
+    steps = {b.start - a.start for a, b in pairwise(places)}
+    assert not steps or max(steps) - min(steps) <= 1
+
+
+def test_large_pictures_cost_little_more_in_tiles():
+    """Pixels that the network sees of 1536 x 1024, at most 1024^2 at once, are within 1.05 times those there are."""
+    rows, columns = tile_places(1024, 1024), tile_places(1536, 1024)
+    seen = [(r.stop - r.start) * (c.stop - c.start) for r, c in product(rows, columns)]
+    assert max(seen) <= 1024**2
+    assert sum(seen) < 1.05 * 1024 * 1536
 
 
 def test_a_pointwise_denoiser_does_not_notice():
@@ -96,8 +106,8 @@ def test_there_is_no_seam(samples):
     error = made[64] - x0
     for axis, length in ((1, 160), (2, 144)):
         jumps = error.diff(dim=axis).abs().mean((0, 1, 3) if axis == 1 else (0, 1, 2))
-        starts = tile_starts(length, 64)
-        edges = sorted({s - 1 for s in starts[1:]} | {s + 63 for s in starts[:-1]})
+        places = tile_places(length, 64)
+        edges = sorted({p.start - 1 for p in places[1:]} | {p.stop - 1 for p in places[:-1]})
         assert jumps[edges].mean() < 1.2 * jumps.mean()
 
 
@@ -113,4 +123,6 @@ def test_chunks_hold_fewer_large_pictures(monkeypatch):
     physics = GaussianBlur(1.6).draw(1, (3, 96, 64))
     sampler(torch.zeros(1, 3, 96, 64), physics, 0.01, num_samples=4, num_steps=1, chunk_size=4, tile=32)
     assert {shape[0] * shape[2] * shape[3] for shape in seen} == {32 * 32}
-    assert all(shape[0] * 96 * 64 <= 4 * 32 * 32 or shape[0] == 1 for shape in seen)
+    seen.clear()
+    sampler(torch.zeros(1, 3, 96, 64), physics, 0.01, num_samples=5, num_steps=1, chunk_size=4, tile=128)
+    assert {shape[0] for shape in seen} == {2, 1}  # two of them fit into a tile, and are fewer than the chunk

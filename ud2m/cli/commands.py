@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from ud2m.cli import PLACES
 from ud2m.cli.errors import user_facing
 from ud2m.cli.pages import check_evaluation, check_sampling, check_training
+from ud2m.cli.process import prepare_process
 from ud2m.cli.sweep import survives_sweep
 
 USAGE = """ud2m COMMAND [KEY=VALUE ...]
@@ -64,6 +65,7 @@ def run_command(name: str) -> None:
     elif "--version" in sys.argv:
         print(f"ud2m {version('ud2m')}")
     else:
+        prepare_process()
         sys.argv[1:] = with_places(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(TASKS[name])()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ud2m.precision import fastest_layout
 from ud2m.priors.adm import NETWORKS
+from ud2m.priors.attention import attend_locally
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
 from ud2m.priors.store import (
@@ -96,7 +97,7 @@ class Prior(nn.Module):
         self.lora: LoraSpec | None = None
         on_meta = any(parameter.is_meta for parameter in unet.parameters())
         self.fingerprint = "" if on_meta else fingerprint(unet, schedule, prediction, label)
-        self.unet: nn.Module = unet.requires_grad_(False).eval()
+        self.unet: nn.Module = attend_locally(unet.requires_grad_(False).eval())
         self.in_bfloat16 = False
         self._frozen: tuple[UNet2DModel, ...] = ()  # of frozen_network(); in a tuple it is no submodule
 

@@ -23,8 +23,8 @@ class SamplerConfig:
             gives single samples that are closer to the posterior mean.
         chunk_size: images that the network sees at once; bounds the memory. It changes samples by rounding alone.
         tile: pictures larger than tile x tile pixels go through the network in overlapping tiles of that size
-            (``ud2m.unfolded.denoisers.tiled``), and fewer at once: it sees at most chunk_size tile^2 pixels. None: the
-            whole picture.
+            (``ud2m.unfolded.denoisers.tiled``), and the network sees at most tile^2 pixels at once, which bounds the
+            memory of large pictures. None: neither.
         precision: in which networks are evaluated: float32, bfloat16, float16, or auto (bfloat16 where the hardware has
             instructions for it). Prox, schedule and noise stay in float32.
         sigma_y: noise level of training, image units; that of a call which gives none.
@@ -75,7 +75,7 @@ class SamplerConfig:
         """Return how many images of this size the network sees at once."""
         if self.tile is None:
             return self.chunk_size
-        return max(1, min(self.chunk_size, self.chunk_size * self.tile**2 // (height * width)))
+        return max(1, min(self.chunk_size, self.tile**2 // (height * width)))
 
     def stored(self) -> dict[str, Any]:
         """Return what an export keeps: not what belongs to the machine of a call."""

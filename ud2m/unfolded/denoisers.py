@@ -9,8 +9,10 @@ from ud2m.precision import check_precision, network_precision
 from ud2m.random import Generators, rand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-OVERLAP = 0.25
-"""Share of a tile's side that it has in common with the next one, at least."""
+OVERLAP = 64
+"""Pixels that a tile has in common with the next one, at least; a quarter of its side where that is less."""
+MULTIPLE = 16
+"""Of which the sides of tiles are multiples where they can be: of the total stride of networks."""
 
 
 def check_tile(tile: int | None) -> None:
@@ -22,13 +24,14 @@ def check_tile(tile: int | None) -> None:
 def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
     """Return a denoiser that calls another one on tiles of ``tile`` x ``tile`` pixels and blends them.
 
-    x0_hat = sum_t w_t denoiser(tile_t) / sum_t w_t, where w_t rises linearly from the edges of tile t to 1 over a
-    quarter of its side, which it shares with its neighbours: the result is continuous across every edge. Only the
-    network sees tiles; noise, prox and measurement are those of the whole picture.
+    x0_hat = sum_t w_t denoiser(tile_t) / sum_t w_t, where w_t rises linearly from the edges of tile t to 1 over what it
+    shares with its neighbours: the result is continuous across every edge. Only the network sees tiles; noise, prox and
+    measurement are those of the whole picture.
 
     Args:
         denoiser: ``denoiser(x_sigma [B, C, H, W], sigma [B]) -> x0_hat``.
-        tile: side in pixels, at least 16; pictures that fit into one tile, or None, go to the denoiser as they are.
+        tile: largest side in pixels, at least 16; pictures that fit into one tile, or None, go to the denoiser as they
+            are.
 
     Raises:
         ValueError: for another side.
@@ -41,12 +44,11 @@ def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
         height, width = x_sigma.shape[2:]
         if max(height, width) <= tile:
             return denoiser(x_sigma, sigma)
-        rows, columns = tile_starts(height, tile), tile_starts(width, tile)
-        weight = torch.outer(ramp(min(tile, height)), ramp(min(tile, width))).to(x_sigma)
         total, weights = torch.zeros_like(x_sigma), torch.zeros_like(x_sigma[:1, :1])
-        for top in rows:
-            for left in columns:
-                place = (..., slice(top, top + tile), slice(left, left + tile))
+        for rows in tile_places(height, tile):
+            for columns in tile_places(width, tile):
+                place = (..., rows, columns)
+                weight = torch.outer(ramp(rows, tile), ramp(columns, tile)).to(x_sigma)
                 total[place] += weight * denoiser(x_sigma[place], sigma)
                 weights[place] += weight
         return total / weights
@@ -54,20 +56,27 @@ def tiled(denoiser: Denoiser, tile: int | None) -> Denoiser:
     return denoise
 
 
-def tile_starts(length: int, tile: int) -> list[int]:
-    """Return the first pixels of tiles that cover ``length`` pixels evenly, overlapping by a quarter or more."""
+def tile_places(length: int, tile: int) -> list[slice]:
+    """Return the places of tiles that cover ``length`` pixels evenly: as few as can be, no larger than they must."""
     if length <= tile:
-        return [0]
-    step = tile - round(OVERLAP * tile)
-    count = -(-(length - tile) // step) + 1
-    return [round(k * (length - tile) / (count - 1)) for k in range(count)]
+        return [slice(0, length)]
+    shared = _overlap(tile)
+    count = -(-(length - shared) // (tile - shared))
+    side = min(tile, MULTIPLE * -(-(length + (count - 1) * shared) // (count * MULTIPLE)))
+    starts = [round(k * (length - side) / (count - 1)) for k in range(count)]
+    return [slice(start, start + side) for start in starts]
 
 
-def ramp(side: int) -> Tensor:
+def ramp(place: slice, tile: int) -> Tensor:
     """Return weights of a tile's pixels along one axis: distance to the nearer edge over the overlap, at most 1."""
+    side = place.stop - place.start
     position = torch.arange(side, dtype=torch.float32) + 0.5
     distance = torch.minimum(position, side - position)
-    return (distance / max(1, round(OVERLAP * side))).clamp(max=1)
+    return (distance / _overlap(tile)).clamp(max=1)
+
+
+def _overlap(tile: int) -> int:
+    return min(OVERLAP, round(tile / 4))
 
 
 SYMMETRIES = (1, 2, 8)
