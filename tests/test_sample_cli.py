@@ -272,7 +272,7 @@ def test_a_residual_far_from_one_is_explained(capsys, model, picture, tmp_path, 
 
 @pytest.mark.parametrize(
     ("value", "silent"),
-    [(0.59, False), (0.61, True), (1.0, True), (1.49, True), (1.51, False), (float("nan"), False)],
+    [(0.84, False), (0.86, True), (1.0, True), (1.19, True), (1.21, False), (float("nan"), False)],
 )
 def test_residuals_near_one_are_left_alone(value, silent):
     physics = SuperResolution(2).draw(1, (3, SIZE, SIZE))

@@ -27,6 +27,9 @@ OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), repla
 OmegaConf.register_new_resolver(
     "if_among", lambda value, names, then, other: OmegaConf.create(then if value in names else other), replace=True
 )
+OmegaConf.register_new_resolver(
+    "boundary_of", lambda degraded: "valid" if degraded is True else "circular", replace=True
+)
 # one per composed configuration
 OmegaConf.register_new_resolver("random_id", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 # as a configuration again: --cfg job --resolve takes no plain dictionaries

@@ -140,7 +140,7 @@ class SamplingRun:
         self.operator: OperatorFamily = (
             build(chosen.operator, "physics.operator", OperatorFamily)
             if chosen
-            else trained_operator(trained.get("operator", {}))
+            else trained_operator(trained.get("operator", {}), bool(config.degraded))
         )
         default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
         noise = chosen.get("noise") if chosen else trained.get("noise")
@@ -415,7 +415,7 @@ class SamplingRun:
         mask = measured(physics, y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(y)[0].amax(0) > 0
         mean, std = samples[0].mean(0), samples[0].std(0) if count > 1 else None
-        reference, note = None if x0 is None else x0[0], misfit(physics, numbers["residual"])
+        reference, note = (None, misfit(physics, numbers["residual"])) if x0 is None else (x0[0], "")
         return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
 
 
@@ -465,8 +465,10 @@ def given_operator(config: DictConfig) -> DictConfig | None:
     return resolve(config.physics)
 
 
-def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
+def trained_operator(description: Mapping[str, Any], brought: bool = False) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
+
+    Where observations are brought, it is that of a camera (``OperatorFamily.of_scene``).
 
     An export may not be trusted, so only families of operators are made; others come from ``physics=``.
 
@@ -478,7 +480,7 @@ def trained_operator(description: Mapping[str, Any]) -> OperatorFamily:
     except ValueError as error:
         reason = f"the operator that the model names cannot be made ({error})"
         raise ValueError(f"{reason}; choose one: physics=...") from error
-    return made
+    return made.of_scene() if brought else made
 
 
 def _with_targets(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Families of blurs."""
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -69,6 +70,14 @@ class Blur(OperatorFamily):
         if self.boundary != "valid":
             return y_shape
         return y_shape[0], y_shape[1] + self.taps[0] - 1, y_shape[2] + self.taps[1] - 1
+
+    def of_scene(self) -> "Blur":
+        """Return the same blur with ``valid`` boundaries where they are circular: no photograph is periodic."""
+        if self.boundary != "circular":
+            return self
+        other = copy.copy(self)
+        other.boundary = "valid"
+        return other
 
 
 class GaussianBlur(Blur):

@@ -57,6 +57,10 @@ class OperatorFamily(ABC):
         """Return the channels of observations of images with ``channels`` channels; by default as many."""
         return channels
 
+    def of_scene(self) -> "OperatorFamily":
+        """Return the family for observations of a scene that goes on beyond the picture; by default this one."""
+        return self
+
     def read_observation(
         self, path: str | Path, channels: int, device: torch.device | str
     ) -> tuple[Tensor, DataTerm] | None:

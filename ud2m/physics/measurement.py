@@ -13,6 +13,9 @@ from ud2m.physics.data_term import DataTerm
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import Generators, randn_like
 
+EXPLAINED = (0.85, 1.2)
+"""Residuals at which nothing is wrong."""
+
 
 @singledispatch
 def measured(physics: DataTerm, y: Tensor) -> Tensor:
@@ -114,13 +117,18 @@ def residual(physics: DataTerm, x: Tensor, y: Tensor, sigma_y: Tensor | float) -
 @singledispatch
 def misfit(physics: DataTerm, value: float) -> str:
     """Return a hint where the ``residual`` of samples says that they do not fit the observation, else nothing."""
-    if not value <= 1.5:  # nor NaN
+    low, high = EXPLAINED
+    if not value <= high:  # nor NaN
         return (
-            f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): the operator is "
-            f"another one than given, or sigma_y is too small"
+            f"the samples do not explain the observation (residual {value:.2f}, about 1 is right): sigma_y is too "
+            "small, or the operator is another one than given. Try a larger sigma_y, or sigma_y=auto; of a blur another"
+            " width or kernel, and physics.operator.boundary=valid for a photograph"
         )
-    if value < 0.6:
-        return f"the samples follow the noise of the observation (residual {value:.2f}): sigma_y may be too large"
+    if value < low:
+        return (
+            f"the samples follow the noise of the observation (residual {value:.2f}, about 1 is right): sigma_y may be "
+            "too large. Try a smaller one, or sigma_y=auto; of a blur another width or kernel, or boundary"
+        )
     return ""
 
 
