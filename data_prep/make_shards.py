@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,7 @@ from ud2m.data.shard_index import (
     key_name,
     read_index,
 )
-from ud2m.files import parse_json, write_bytes, write_json
+from ud2m.files import LOCK, explained, is_full, locked, parse_json, sync, write_bytes, write_json
 from ud2m.listing import list_files
 from ud2m.raster import FORMATS, open_limited
 from ud2m.raster import decode as decode_levels
@@ -389,15 +390,15 @@ class ShardWriter:
         self.tar.close()
         self.stream.close()
         shard = Shard(self.place.name, self.images, self.work.stat().st_size, file_sha256(self.work))
+        sync(self.work)
         self.work.replace(self.place)
         return shard
 
     def drop(self) -> None:
         """Remove an unfinished tar."""
-        try:
-            self.stream.close()  # fails again where the disk is full
-        finally:
-            self.work.unlink(missing_ok=True)
+        with suppress(OSError):  # fails again where the disk is full
+            self.stream.close()
+        self.work.unlink(missing_ok=True)
 
 
 def make_shards(source: Path, out: Path, settings: Settings, workers: int = 2, max_broken: int = 10) -> ShardIndex:
@@ -411,7 +412,7 @@ def make_shards(source: Path, out: Path, settings: Settings, workers: int = 2, m
         FileNotFoundError: when the source does not exist.
         ValueError: for an empty source, an output folder of something else, bad numbers, or when more images
             than ``max_broken`` cannot be read (``broken.txt`` lists them; what is finished is kept).
-        OSError: when the place cannot be written.
+        OSError: when the place cannot be written, or another process is writing there.
     """
     require(workers >= 1, "--workers must be at least 1", workers)
     require(max_broken >= 0, "--max-broken must be at least 0", max_broken)
@@ -423,10 +424,11 @@ def make_shards(source: Path, out: Path, settings: Settings, workers: int = 2, m
         return finished(out, identity)
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(out, identity)
-    progress.save()
-    write_shards(entries, out, settings, progress, workers, max_broken)
-    return write_index(entries, out, settings, progress)
+    with locked(out):
+        progress = Progress(out, identity)
+        progress.save()
+        write_shards(entries, out, settings, progress, workers, max_broken)
+        return write_index(entries, out, settings, progress)
 
 
 def write_shards(
@@ -458,6 +460,10 @@ def write_shards(
             progress.add(writer.finish(), len(entries), broken)
             writer = None
         progress.broken = broken  # those behind the last shard of a resumed run too
+    except OSError as error:
+        if is_full(error):
+            raise explained(error, out) from error
+        raise
     finally:
         bar.close()
         if writer is not None:
@@ -489,7 +495,7 @@ def check_folder(out: Path) -> None:
     """Raise ValueError when the output is a file or a folder of something else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"the output {out} is a file; choose the name of a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / PROGRESS_FILE).is_file():
+    if out.is_dir() and {p.name for p in out.iterdir()} - {LOCK} and not (out / PROGRESS_FILE).is_file():
         raise ValueError(f"the output folder {out} already holds other files; choose a new or an empty one")
 
 

@@ -261,10 +261,8 @@ def test_a_broken_run_is_resumed_from_its_folder_alone(tiny, finished, tmp_path,
 
 def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: Break(1, 0, KeyboardInterrupt()))
-    try:
-        assert command_line(*tiny, f"run_dir={tmp_path}") == 1
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    assert command_line(*tiny, f"run_dir={tmp_path}") == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Lightning leaves it ignored
     assert only_line(capsys) == (
         f"interrupted; go on from the last checkpoint with: python train.py resume=true run_dir={tmp_path}"
     )
@@ -371,7 +369,7 @@ def test_a_run_interrupted_at_the_command_line_goes_on(tiny, tmp_path):
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(300) == 1
+        assert process.wait(300) == 130
     shown = log.read_text()
     assert "Traceback" not in shown
     assert f"interrupted; go on from the last checkpoint with: python train.py resume=true run_dir={run}" in shown

@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ UNFINISHED = ".unfinished"
 """End of the name of a folder in which an interrupted call has left what it had done."""
 SETTINGS = "config.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_TAKEN = {errno.EACCES, errno.EAGAIN, errno.ENOENT}
+"""Errors that say that somebody holds a lock, or has just let it go: he removes its file then."""
 
 
 _REASONS = {
@@ -84,8 +87,8 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes ``path`` when the block succeeds and vanishes otherwise.
 
     The work is done in a hidden sibling ``.NAME.XXXX.incomplete`` (same file system: the final rename is
-    atomic), so a killed process leaves at most a folder that says by its name that it is incomplete. Missing
-    parents are created.
+    atomic), so a killed process leaves at most a folder that says by its name that it is incomplete, and its files are
+    synced to the disk before, so a power cut does too. Missing parents are created.
 
     Args:
         path: the folder to be made; an empty one may exist.
@@ -104,16 +107,14 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
     except OSError as error:
-        raise _explained(error, target) from error
+        raise explained(error, target) from error
     try:
         yield work
-        (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
-        check_free(target, overwrite)  # another process may have been faster
-        move_into_place(work, target)
+        _finish(work, target, overwrite)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        if _is_full(error):
-            raise _explained(error, target) from error
+        if is_full(error):
+            raise explained(error, target) from error
         raise
 
 
@@ -134,25 +135,32 @@ def resumable_folder(path: str | Path, settings: Mapping[str, Any], overwrite: b
         ValueError: for what another call has left with other settings.
     """
     target = Path(path).resolve()
-    check_free(target, overwrite)
     work = target.with_name(target.name + UNFINISHED)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _explained(error, target) from error
-    with _locked(work):
+    with locked(target):
+        check_free(target, overwrite)
+        try:
+            work.mkdir(exist_ok=True)
+        except OSError as error:
+            raise explained(error, target) from error
         try:
             _take_up(work, _strict(settings), overwrite)
             yield work
-            (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
-            check_free(target, overwrite)
-            move_into_place(work, target)
+            _finish(work, target, overwrite)
         except BaseException as error:
             if work.is_dir() and {file.name for file in work.iterdir()} <= {SETTINGS}:
                 shutil.rmtree(work, ignore_errors=True)
-            if _is_full(error):
-                raise _explained(error, target) from error
+            if is_full(error):
+                raise explained(error, target) from error
             raise
+
+
+def _finish(work: Path, target: Path, overwrite: bool) -> None:
+    """Let a folder that is filled take its place."""
+    (work / MARKER).write_text("Written by ud2m: overwrite=true replaces this folder.\n")
+    for file in work.rglob("*"):
+        sync(file)
+    check_free(target, overwrite)  # another process may have been faster
+    move_into_place(work, target)
 
 
 def _take_up(work: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
@@ -174,36 +182,91 @@ def _take_up(work: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that lock the folder out of it; the lock ends with the process, whatever ends that."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"another process has just finished {folder}")
-        yield
-    except BlockingIOError as error:
-        raise OSError(f"another process is at work in {folder}; wait for it, or choose another place") from error
-    finally:
-        os.close(handle)
+def atomic_file(path: str | Path, work: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a stream whose content takes the place of ``path`` when the block succeeds, and vanishes otherwise.
 
+    It is synced to the disk before it is renamed: after a power cut too there is the old file or the whole new one.
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file atomically: readers see the old file or the whole new one.
+    Args:
+        path: the file to be made.
+        work: where it is written meanwhile, on the same file system; default: a hidden sibling of a new name.
 
     Raises:
         OSError: when the place cannot be written or the disk is full, with what to do.
     """
     target = Path(path)
-    work = _sibling(target, "tmp")
+    work = work or _sibling(target, "tmp")
     try:
-        work.write_bytes(data)
+        with work.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         work.replace(target)
+        sync(target.parent)
     except BaseException as error:
         work.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _explained(error, target) from error
+        if isinstance(error, OSError) or is_full(error):
+            raise explained(error, target) from error
         raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file as ``atomic_file`` does.
+
+    Raises:
+        OSError: when the place cannot be written or the disk is full, with what to do.
+    """
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk and not in the system's memory alone."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot, above all for folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the lock ends with this process, however that ends.
+
+    It is a lock of POSIX (``lockf``) on ``.NAME.lock`` beside the folder, which need not be there yet. So it also holds
+    between machines that share a file system, and processes forked from this one, as loaders' workers, which may outlive
+    it, do not inherit it. Where the system has no locks, none is kept.
+
+    Raises:
+        OSError: when another process holds it; or the place cannot be written.
+    """
+    folder = Path(folder).resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    except OSError as error:
+        raise explained(error, folder) from error
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+        except OSError as error:
+            taken = error.errno in _TAKEN
+        if taken:
+            stream.seek(0)
+            raise OSError(
+                f"{folder} is in use by {stream.read() or 'another process'}; wait until that has ended, or choose "
+                "another folder"
+            )
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -275,24 +338,28 @@ def move_into_place(work: Path, target: Path) -> None:
     """
     if not target.exists():
         work.rename(target)
+        sync(target.parent)
         return
     old = _sibling(target, "old")
     target.rename(old)
     try:
         work.rename(target)
+        sync(target.parent)
     except BaseException:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that there is no space left."""
     # torch and safetensors report a full disk as errors of their own, with the system's words in the text
     return (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _explained(error: BaseException, path: Path) -> OSError:
-    code = errno.ENOSPC if _is_full(error) else getattr(error, "errno", None)
+def explained(error: BaseException, path: Path) -> OSError:
+    """Return an error of writing ``path`` that names it and says what to do."""
+    code = errno.ENOSPC if is_full(error) else getattr(error, "errno", None)
     if code is None:
         return OSError(f"cannot write {path}: {error}")
     return OSError(code, f"cannot write {path}: {_REASONS.get(code, os.strerror(code))}")

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,14 +14,19 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from tqdm import tqdm
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
+FOREIGN = {
+    r"DataLoader worker \(pid.*": "a process that loads images was ended, most likely for want of memory: give the job "
+    "more memory (in a container also /dev/shm), or take fewer of these processes, data.num_workers=...",
+}
+"""What libraries raise as errors of no type of their own, and what a user can do about it."""
 
 _IN_WORKER = re.compile(r"Caught (?P<type>\w+) in .*\.\nOriginal Traceback \(most recent call last\):\n")
 
 
 def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Print the message of an expected error and exit with 1; ``UD2M_TRACEBACK=1`` shows the whole traceback.
+    """Print the message of an error that a user can correct and exit with 1; ``UD2M_TRACEBACK=1`` shows the traceback.
 
     Other exceptions are defects of the program and keep their traceback.
     """
@@ -29,17 +35,29 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not correctable(error):
+                raise
             if os.environ.get("UD2M_TRACEBACK"):
                 traceback.print_exc()
             close_bars()
             print(f"error: {message(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt:
+            close_bars()
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
     return wrapped
+
+
+def correctable(error: BaseException) -> bool:
+    """Return whether a user can do something about an error; others are defects of the program."""
+    return isinstance(error, USER_ERRORS) or _advice(error) is not None
+
+
+def _advice(error: BaseException) -> str | None:
+    return next((advice for pattern, advice in FOREIGN.items() if re.match(pattern, str(error))), None)
 
 
 def close_bars() -> None:
@@ -57,6 +75,9 @@ def message(error: BaseException) -> str:
         return f"{key} has no value; give one: {key}=..."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    advice = _advice(error)
+    if advice is not None:
+        return f"{' '.join(str(error).split())}: {advice}"
     text = _worker_message(str(error)) or type(error).__name__
     return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
 

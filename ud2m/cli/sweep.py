@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ud2m.cli.errors import USER_ERRORS, message, user_facing
+from ud2m.cli.errors import correctable, message, user_facing
 from ud2m.evaluation.table import markdown_line
 from ud2m.files import write_bytes
 
@@ -39,7 +39,7 @@ def survives_sweep(function: Callable[[DictConfig], Any]) -> Callable[[DictConfi
         try:
             return function(config)
         except Exception as error:
-            if not isinstance(error, USER_ERRORS):
+            if not correctable(error):
                 traceback.print_exc()
             text = message(error)
             folder = Path(HydraConfig.get().runtime.output_dir)

@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,19 +20,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli import PLACES
+from ud2m.cli.errors import INTERRUPTED, correctable
 from ud2m.cli.estimate import estimate
 from ud2m.cli.objects import build, leaves, resolved
 from ud2m.cli.sweep import survives_sweep
-from ud2m.files import plain_name, write_bytes, write_json
-from ud2m.training.checkpoints import BEST, LAST, Checkpoints, read_checkpoint
+from ud2m.files import locked, plain_name, write_bytes, write_json
+from ud2m.training.checkpoints import BEST, LAST, Checkpoints, check_resumable
 from ud2m.training.health import Health
 from ud2m.training.progress import StepProgress
 from ud2m.training.pruning import MedianPruning
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 COUNTS = ("steps", "validate_every", "accumulate")
-RESUMABLE = ("trainer", "data.num_workers", "checkpoint_every")
-"""What may change when a run goes on: where it runs, not what it computes."""
+RESUMABLE = ("trainer", "data.num_workers", "checkpoint_every", *PLACES)
+"""What may change when a run goes on: where it runs and where its images lie, not what it computes."""
 AUTO = "auto"
 NOT_COMPARED = (*RESUMABLE, "resume", "run_dir", "logger")
 """What need not be as stored for resume=auto to go on."""
@@ -49,10 +51,11 @@ def main(config: DictConfig) -> float | None:
     if config.export:
         print(f"model: {export(config, folder)}")
         return None
-    rows = run(prepare(config, folder), folder)
-    if not rows:
-        return None
-    write_json(folder / "metrics.json", rows)
+    with locked(folder) if rank_zero_only.rank == 0 else nullcontext():
+        rows = run(prepare(config, folder), folder)
+        if not rows:
+            return None
+        write_json(folder / "metrics.json", rows)
     print(f"run folder: {folder}")
     return rows[-1]["score"]
 
@@ -110,11 +113,11 @@ def stored_config(config: DictConfig, folder: Path, overrides: Iterable[str]) ->
     resumed = load_config(stored)
     changed = [o.split("=")[0].lstrip("+") for o in overrides]
     changed = [key for key in changed if key not in ("resume", "run_dir")]
-    refused = [key for key in changed if not key.startswith(RESUMABLE) and key not in PLACES]
+    refused = [key for key in changed if not key.startswith(RESUMABLE)]
     if refused:
         raise ValueError(
-            f"a resumed run keeps its configuration, {stored}; leave out {', '.join(refused)} (what can be given are "
-            f"trainer.*, data.num_workers, checkpoint_every and {', '.join(PLACES)}), or start a new run"
+            f"a resumed run keeps its configuration, {stored}; leave out {', '.join(refused)} (what can be given is "
+            f"{', '.join(RESUMABLE)}), or start a new run"
         )
     for key in ("resume", *changed):
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
@@ -141,7 +144,9 @@ def same_config(config: DictConfig, folder: Path) -> DictConfig:
             "with the same one alone: choose another run_dir"
         )
     for key in RESUMABLE:
-        OmegaConf.update(stored, key, OmegaConf.select(now, key), merge=False)
+        value = OmegaConf.select(now, key, default=missing)  # type: ignore[call-overload]  # its stub wants a string
+        if value is not missing:
+            OmegaConf.update(stored, key, value, merge=False)
     stored.resume = True
     return stored
 
@@ -209,7 +214,7 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
     checkpoints = folder / CHECKPOINTS
     resume_from = checkpoints / LAST if config.resume else None
     if resume_from is not None:
-        read_checkpoint(resume_from)  # Lightning's own message for a damaged file is a traceback
+        check_resumable(resume_from)  # Lightning's own messages are tracebacks
     data = build(config.data, "data", L.LightningDataModule)
     model = build(config.training, "training", L.LightningModule)
     callbacks = build_callbacks(config, folder)
@@ -229,7 +234,7 @@ def run(config: DictConfig, folder: Path) -> list[dict[str, Any]]:
         for pruning in prunings:
             rows[-1]["gave_up_at"] = pruning.stopped_at
         return rows
-    except SystemExit as error:  # a signal, or Lightning's answer to Ctrl-C
+    except SystemExit as error:  # a signal
         if error.code:
             print(f"interrupted; {how_to_resume(folder)}", file=sys.stderr)
         raise
@@ -242,9 +247,13 @@ def fit(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
 
     Raises:
         OSError: when another process of the run is gone.
+        ValueError: when the checkpoint does not fit.
+        SystemExit: when the run is interrupted.
     """
-    # Under SLURM Lightning would answer this one within a step; `Checkpoints` does after it.
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Under SLURM Lightning would answer the first one within a step, `Checkpoints` does after it; the other it leaves
+    # ignored.
+    before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, signal.SIG_IGN)}
+    before |= {signal.SIGINT: signal.getsignal(signal.SIGINT)}
     try:
         trainer.fit(model, data, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
@@ -255,9 +264,16 @@ def fit(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
                 f"process {trainer.global_rank} of {trainer.world_size} lost the connection to another one, which has "
                 "failed or was killed (see its message above, or memory and time limits); go on with resume=true"
             ) from error
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise SystemExit(INTERRUPTED) from error  # Lightning's answer is 1
+        began = any(callback.began for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+        if resume_from is not None and not began and isinstance(error, Exception) and not correctable(error):
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"the run cannot go on from {resume_from}, which does not fit it: {reason}") from error
         raise
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_lost_rank(error: BaseException) -> bool:

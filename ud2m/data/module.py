@@ -1,5 +1,6 @@
 """The Lightning data module that all data sets share."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sized
 from typing import Any, Literal, Protocol
@@ -103,6 +104,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             drop_last=True,
+            worker_init_fn=leave_interrupts,
             generator=torch.Generator(),  # iterating must not draw from the global one
         )
 
@@ -154,8 +156,14 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             self.evaluation_set(split),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            worker_init_fn=leave_interrupts,
             generator=torch.Generator(),
         )
+
+
+def leave_interrupts(worker: int) -> None:
+    """Let a loader's process work on after Ctrl-C, which a terminal sends to it too: the step under way needs it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def position(trainer: lightning.Trainer) -> tuple[int, int]:

@@ -104,9 +104,16 @@ class SteppedModule(L.LightningModule, ABC):
         """Check that the trainer's plan can be kept to.
 
         Raises:
-            ValueError: when steps do not fit into epochs, or for a precision that this module cannot train in.
+            ValueError: when steps do not fit into epochs, a checkpoint's counts do not fit its parameters, or for a
+                precision that this module cannot train in.
         """
         batches, accumulate = int(self.trainer.num_training_batches), self.settings.accumulate
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if done != self.steps_done * accumulate:
+            raise ValueError(
+                f"the checkpoint counts {done} batches, and its parameters have taken {self.steps_done} steps of "
+                f"{accumulate}: parts of it are missing or of another run; start a new run"
+            )
         if batches % accumulate:
             raise ValueError(
                 f"an epoch of {batches} batches is no multiple of accumulate={accumulate}: a step would lie in two "
