@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_ctrl_c_at_a_terminal_reaches_loaders_too(tiny, tmp_path):
         process = subprocess.Popen(command, cwd=REPOSITORY, stderr=file, stdout=file, process_group=0)
         while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
             assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(300) == 130, log.read_text()
     assert "Traceback" not in log.read_text()
