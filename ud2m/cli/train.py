@@ -51,7 +51,7 @@ def main(config: DictConfig) -> float | None:
     if config.export:
         print(f"model: {export(config, folder)}")
         return None
-    with locked(folder) if rank_zero_only.rank == 0 else nullcontext():
+    with rank_zero_only(locked)(folder) or nullcontext():
         rows = run(prepare(config, folder), folder)
         if not rows:
             return None
