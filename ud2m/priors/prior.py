@@ -23,17 +23,9 @@ from ud2m.precision import fastest_layout
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.attention import attend_locally
 from ud2m.priors.schedule import VPSchedule, abar
+from ud2m.priors.schedulers import PREDICTIONS, read_scheduler
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
-from ud2m.priors.store import (
-    LABEL,
-    UNET_FILE,
-    _locate,
-    _read_json,
-    fingerprint,
-    load_unet,
-)
-
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+from ud2m.priors.store import LABEL, _read_json, find_files, fingerprint, load_unet
 
 
 @dataclass(frozen=True)
@@ -105,29 +97,30 @@ class Prior(nn.Module):
     def from_pretrained(cls, reference: str | Path, label: int | None = None) -> "Prior":
         """Load a shipped prior by name, a diffusers folder or a hub id.
 
-        It holds ``config.json``, safetensors weights and ``scheduler_config.json``. A class-conditional network takes
-        its class from ``label``, or from ``class_label`` in ``scheduler_config.json``.
+        It holds ``config.json``, safetensors weights and ``scheduler_config.json``, side by side or as ``DDPMPipeline``
+        saves them, in ``unet/`` and ``scheduler/``. A class-conditional network takes its class from ``label``, or from
+        ``class_label`` in ``scheduler_config.json``.
 
         Under ``torch.device("meta")`` the weights are not read and need not be there: a folder of ``ARCHITECTURES``, by
         name, does too. Such a prior has shapes and no values.
 
         Raises:
             FileNotFoundError: when the folder, the hub repository or one of the files is missing.
-            ValueError: when the files are not those of a ``UNet2DModel``.
+            ValueError: when the files are not those of a ``UNet2DModel`` of pixels and its variance-preserving noise.
         """
         reference = str(reference)
         on_meta = torch.get_default_device().type == "meta"
         where = str((on_meta and subfolder(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
-        scheduler = _read_json(_locate(where, SCHEDULER_FILE))
-        architecture = _read_json(_locate(where, UNET_FILE))
+        architecture_file, scheduler_file, inside = find_files(where)
+        architecture, scheduler = _read_json(architecture_file), _read_json(scheduler_file)
         network = NETWORKS.get(str(architecture.get("_class_name")))
         if network is None:
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
-        unet = network.from_config(architecture) if on_meta else load_unet(network, where, reference)
+        unet = network.from_config(architecture) if on_meta else load_unet(network, where, reference, inside)
         with torch.device("cpu"):
-            schedule = VPSchedule.from_config(scheduler)
+            schedule, prediction = read_scheduler(scheduler, reference)
         label = scheduler.get(LABEL) if label is None else label
-        return cls(unet, schedule, scheduler.get("prediction_type", "epsilon"), reference, label)
+        return cls(unet, schedule, prediction, reference, label)
 
     def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
         """Return x0_hat [B, C, H, W] for a noisy image x_sigma = x0 + sigma eps and levels sigma [B], image units.

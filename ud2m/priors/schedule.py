@@ -26,6 +26,7 @@ class VPSchedule(nn.Module):
         ValueError: when the table is not strictly falling inside (0, 1).
     """
 
+    NAMED = ("linear", "scaled_linear", "squaredcos_cap_v2")
     log_sigmas: Tensor
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
@@ -45,6 +46,8 @@ class VPSchedule(nn.Module):
 
         ``linear``: beta_t linear between ``beta_start`` and ``beta_end`` (Ho et al., 2020); ``scaled_linear``:
         sqrt(beta_t) linear; ``squaredcos_cap_v2``: abar_t = cos^2 (Nichol and Dhariwal, 2021), beta_t <= 0.999.
+        ``rescale_betas_zero_snr`` moves and stretches sqrt(abar_t) so that it falls to 0 (Lin et al., 2024, algorithm
+        1); the time at which it does is no noise level and left out.
         """
         name, steps = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
         start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
@@ -59,10 +62,12 @@ class VPSchedule(nn.Module):
             abar = angle.cos() ** 2
             betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(
-                f"unknown beta_schedule {name!r}; allowed: linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
-            )
-        return cls((1 - betas).cumprod(0))
+            raise ValueError(f"unknown beta_schedule {name!r}; allowed: {', '.join(cls.NAMED)}, or trained_betas")
+        abar = (1 - betas).cumprod(0)
+        if config.get("rescale_betas_zero_snr"):
+            root = abar.sqrt()
+            abar = ((root - root[-1]) * root[0] / (root[0] - root[-1]))[:-1] ** 2
+        return cls(abar)
 
     @property
     def num_times(self) -> int:

@@ -18,21 +18,25 @@ from ud2m.priors.adm import ADM_OPTIONS
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.shipped import SCHEDULER_FILE, check_reference
 
-UNET_FILE = "config.json"
+UNET_FILE, PIPELINE_FILE = "config.json", "model_index.json"
+PARTS = {"unet", "scheduler"}
+"""Of a pipeline that is a prior."""
 FINGERPRINTED = ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps", "norm_num_groups")
 LABEL = "class_label"
 """Key of the scheduler's file that names the fixed class of a class-conditional prior."""
 
 
-def load_unet(network: type[UNet2DModel], where: str, reference: str | None = None) -> UNet2DModel:
+def load_unet(
+    network: type[UNet2DModel], where: str, reference: str | None = None, inside: str | None = None
+) -> UNet2DModel:
     """Return the network of a folder or hub id in float32; raises ValueError when its weights are not whole.
 
-    ``reference`` is its name in messages, where that is not ``where``.
+    ``reference`` is its name in messages, where that is not ``where``; ``inside`` the subfolder that it lies in.
     """
     reference = reference or where
     try:
         unet, loading = network.from_pretrained(
-            where, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
+            where, subfolder=inside, torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the weights of {reference}: {error}") from error
@@ -71,6 +75,33 @@ def weights_fingerprint(state: Mapping[str, Tensor], digest: Any = None) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def find_files(reference: str) -> tuple[Path, Path, str | None]:
+    """Return the files of a prior that describe network and noise, and the subfolder of the network, if it has one.
+
+    They lie side by side, as ``save_prior`` writes them, or as ``DDPMPipeline`` does.
+
+    Raises:
+        FileNotFoundError: when they are not there.
+        ValueError: for a pipeline with more parts than a network of pixels and its noise.
+    """
+    try:
+        return _locate(reference, UNET_FILE), _locate(reference, SCHEDULER_FILE), None
+    except FileNotFoundError:
+        try:
+            pipeline = _read_json(_locate(reference, PIPELINE_FILE))
+        except FileNotFoundError:
+            pipeline = None
+        if pipeline is None:
+            raise
+    parts = {name for name in pipeline if not name.startswith("_")}
+    if parts != PARTS:
+        raise ValueError(
+            f"{reference} holds a pipeline of {', '.join(sorted(parts))}; a prior has {' and '.join(sorted(PARTS))} "
+            "alone, and works on pixels"
+        )
+    return _locate(reference, f"unet/{UNET_FILE}"), _locate(reference, f"scheduler/{SCHEDULER_FILE}"), "unet"
 
 
 def _locate(reference: str, file: str) -> Path:
