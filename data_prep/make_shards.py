@@ -50,7 +50,7 @@ from ud2m.data.shard_index import (
     key_name,
     read_index,
 )
-from ud2m.files import LOCK, explained, is_full, locked, parse_json, sync, write_bytes, write_json
+from ud2m.files import explained, is_full, locked, parse_json, sync, write_bytes, write_json
 from ud2m.listing import list_files
 from ud2m.raster import FORMATS, open_limited
 from ud2m.raster import decode as decode_levels
@@ -495,7 +495,7 @@ def check_folder(out: Path) -> None:
     """Raise ValueError when the output is a file or a folder of something else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"the output {out} is a file; choose the name of a folder")
-    if out.is_dir() and {p.name for p in out.iterdir()} - {LOCK} and not (out / PROGRESS_FILE).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / PROGRESS_FILE).is_file():
         raise ValueError(f"the output folder {out} already holds other files; choose a new or an empty one")
 
 

@@ -25,6 +25,8 @@ SETTINGS = "config.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.ENOENT}
 """Errors that say that somebody holds a lock, or has just let it go: he removes its file then."""
+_held: set[Path] = set()
+"""Locks of this process, which POSIX would give it again, and take away with the first file that it closes."""
 
 
 _REASONS = {
@@ -235,14 +237,16 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs; the lock ends with this process, however that ends.
 
     It is a lock of POSIX (``lockf``) on ``.NAME.lock`` beside the folder, which need not be there yet. So it also holds
-    between machines that share a file system, and processes forked from this one, as loaders' workers, which may outlive
-    it, do not inherit it. Where the system has no locks, none is kept.
+    between machines that share a file system, and processes forked from this one, as loaders' workers, which may
+    outlive it, do not inherit it. Where the system has no locks, none is kept.
 
     Raises:
         OSError: when another process holds it; or the place cannot be written.
     """
     folder = Path(folder).resolve()
     path = folder.with_name(f".{folder.name}.lock")
+    if path in _held:
+        raise OSError(f"{folder} is in use by this very process; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
@@ -263,9 +267,11 @@ def locked(folder: Path) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
+        _held.add(path)
         try:
             yield
         finally:
+            _held.remove(path)
             path.unlink(missing_ok=True)
 
 

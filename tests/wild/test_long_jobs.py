@@ -177,7 +177,7 @@ def test_two_at_once_do_not_mix(tmp_path):
     with resumable_folder(tmp_path / "out", {"seed": 0}) as work:
         (work / "a").touch()
         with (
-            pytest.raises(OSError, match="another process is at work"),
+            pytest.raises(OSError, match="is in use by this very process"),
             resumable_folder(tmp_path / "out", {"seed": 0}),
         ):
             pytest.fail("entered")

@@ -15,7 +15,7 @@ from tiny import save_tiny_prior
 from tiny_training import Break, assert_equal, command_line, everything, tiny_overrides, write_images
 
 from ud2m.data.crops import RandomCrops
-from ud2m.files import LOCK, locked
+from ud2m.files import locked
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
 make_shards = importlib.import_module("make_shards")
@@ -114,7 +114,7 @@ def test_two_runs_at_once(held, tiny, run, capsys):
     for words in (["resume=true"], [*tiny, "resume=auto"], tiny):
         assert command_line(*words, f"run_dir={run}") == 1
         assert f"{run} is in use by process {holder.pid}" in only_line(capsys)
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_two_make_shards_at_once(held, images, tmp_path):
@@ -125,7 +125,6 @@ def test_two_make_shards_at_once(held, images, tmp_path):
     holder.kill()
     holder.join()
     assert make_shards.make_shards(images, out, make_shards.Settings(16), workers=1).images == 6
-    assert not (out / LOCK).exists()
 
 
 def test_a_killed_loader_worker(tiny, run, monkeypatch, capsys):
