@@ -50,7 +50,7 @@ from ud2m.data.shard_index import (
     key_name,
     read_index,
 )
-from ud2m.files import explained, is_full, locked, parse_json, sync, write_bytes, write_json
+from ud2m.files import is_full, locked, parse_json, sync, unwritable, write_bytes, write_json
 from ud2m.listing import list_files
 from ud2m.raster import FORMATS, open_limited
 from ud2m.raster import decode as decode_levels
@@ -462,7 +462,7 @@ def write_shards(
         progress.broken = broken  # those behind the last shard of a resumed run too
     except OSError as error:
         if is_full(error):
-            raise explained(error, out) from error
+            raise unwritable(error, out) from error
         raise
     finally:
         bar.close()

@@ -109,14 +109,14 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir()
     except OSError as error:
-        raise explained(error, target) from error
+        raise unwritable(error, target) from error
     try:
         yield work
         _finish(work, target, overwrite)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         if is_full(error):
-            raise explained(error, target) from error
+            raise unwritable(error, target) from error
         raise
 
 
@@ -143,7 +143,7 @@ def resumable_folder(path: str | Path, settings: Mapping[str, Any], overwrite: b
         try:
             work.mkdir(exist_ok=True)
         except OSError as error:
-            raise explained(error, target) from error
+            raise unwritable(error, target) from error
         try:
             _take_up(work, _strict(settings), overwrite)
             yield work
@@ -152,7 +152,7 @@ def resumable_folder(path: str | Path, settings: Mapping[str, Any], overwrite: b
             if work.is_dir() and {file.name for file in work.iterdir()} <= {SETTINGS}:
                 shutil.rmtree(work, ignore_errors=True)
             if is_full(error):
-                raise explained(error, target) from error
+                raise unwritable(error, target) from error
             raise
 
 
@@ -208,7 +208,7 @@ def atomic_file(path: str | Path, work: Path | None = None) -> Iterator[BinaryIO
     except BaseException as error:
         work.unlink(missing_ok=True)
         if isinstance(error, OSError) or is_full(error):
-            raise explained(error, target) from error
+            raise unwritable(error, target) from error
         raise
 
 
@@ -251,7 +251,7 @@ def locked(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
     except OSError as error:
-        raise explained(error, folder) from error
+        raise unwritable(error, folder) from error
     with stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -363,7 +363,7 @@ def is_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _FULL) or os.strerror(errno.ENOSPC) in str(error)
 
 
-def explained(error: BaseException, path: Path) -> OSError:
+def unwritable(error: BaseException, path: Path) -> OSError:
     """Return an error of writing ``path`` that names it and says what to do."""
     code = errno.ENOSPC if is_full(error) else getattr(error, "errno", None)
     if code is None:
