@@ -257,6 +257,20 @@ def _planes(array: np.ndarray, path: Path) -> np.ndarray:
     return np.ascontiguousarray(planes)
 
 
+def noise_factor(image: Tensor, channels: int) -> float:
+    """Return what ``with_channels`` does to the deviation of independent noise: less in a mean of channels.
+
+    Args:
+        image: [C, H, W].
+        channels: of the result.
+
+    Equal channels have one noise, whose mean is no less.
+    """
+    if len(image) <= channels or bool((image == image[:1]).all()):
+        return 1.0
+    return math.hypot(*LUMINANCE)
+
+
 def with_channels(image: Tensor, channels: int | None) -> Tensor:
     """Return [C, H, W] with so many channels, as ``read_image`` does."""
     if channels is None or channels == len(image):

@@ -26,7 +26,15 @@ from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
 from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
-from ud2m.images import PixelFormat, image_files, list_images, pixel_format, read_image
+from ud2m.images import (
+    PixelFormat,
+    image_files,
+    list_images,
+    noise_factor,
+    pixel_format,
+    read_image,
+    with_channels,
+)
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
 from ud2m.precision import find_device
@@ -254,13 +262,13 @@ class SamplingRun:
 
     def observed(self, path: Path) -> Observation:
         """Return an observation of one image that was made elsewhere."""
-        known = self.operator.read_observation(path, self.prior.channels, self.device)
+        known, level = self.operator.read_observation(path, self.prior.channels, self.device), self.problem.sigma_y
         if known is None:
-            y = self.picture(path, self.operator.y_channels(self.prior.channels))
-            known = y, self.known_operator(y)
+            picture, channels = read_image(path, channels=None), self.operator.y_channels(self.prior.channels)
+            y = with_channels(picture, channels).unsqueeze(0).to(self.device)
+            known, level = (y, self.known_operator(y)), level * noise_factor(picture, channels)
         y, physics = known
-        auto = self.config.sigma_y == AUTO
-        return Observation.of(y, physics, estimate_sigma_y(physics, y) if auto else self.problem.sigma_y)
+        return Observation.of(y, physics, estimate_sigma_y(physics, y) if self.config.sigma_y == AUTO else level)
 
     def picture(self, path: Path, channels: int) -> Tensor:
         """Return a file as an image [1, channels, H, W]."""

@@ -15,6 +15,8 @@ from ud2m.random import Generators, randn_like
 
 EXPLAINED = (0.85, 1.2)
 """Residuals at which nothing is wrong."""
+ROUNDING = 1e-5
+"""What rounding leaves of an image in [0, 1], and no noise."""
 
 
 @singledispatch
@@ -140,8 +142,11 @@ def estimate_sigma_y(physics: DataTerm, y: Tensor) -> Tensor:
     statistical method for image noise level estimation", ICCV 2015; deepinv's estimator), in the central 1024 x 1024
     pixels. White noise is assumed: grain that a camera has smoothed or compressed is underestimated.
 
+    Of channels that are copies of each other one is looked at, and none that is constant: the covariance would be
+    singular.
+
     Raises:
-        ValueError: when y is no image of at least 32 x 32 pixels, or has holes.
+        ValueError: when y is no image of at least 32 x 32 pixels, has holes, or no noise that can be told.
     """
     if y.ndim != 4 or min(y.shape[2:]) < 32:
         raise ValueError(
@@ -151,5 +156,24 @@ def estimate_sigma_y(physics: DataTerm, y: Tensor) -> Tensor:
         raise ValueError("the noise level of an observation with missing entries cannot be estimated; give sigma_y")
     top, left = (max(0, (side - 1024) // 2) for side in y.shape[2:])
     centre = y[:, :, top : top + 1024, left : left + 1024].float()
-    stride = 1 if min(centre.shape[2:]) < 128 else 2  # enough patches of a small image, few enough of a large one
-    return PatchCovarianceNoiseEstimator.estimate_noise(centre, stride=stride)
+    return torch.stack([_noise_of(image) for image in centre]).to(y)
+
+
+def _noise_of(image: Tensor) -> Tensor:
+    """Return the noise level of [C, h, w]."""
+    own = [
+        channel
+        for k, channel in enumerate(image)
+        if all((channel - other).abs().max() > ROUNDING for other in (channel.mean(), *image[:k]))
+    ]
+    stride = 1 if min(image.shape[1:]) < 128 else 2  # enough patches of a small image, few enough of a large one
+    try:
+        level = PatchCovarianceNoiseEstimator.estimate_noise(torch.stack(own)[None], stride=stride)[0]
+    except RuntimeError:  # of no channels, or of eigenvalues that have no middle
+        level = image.new_zeros(())
+    if not level > ROUNDING:  # nor NaN
+        raise ValueError(
+            "the noise level cannot be estimated: the observation is flat, without noise, or its channels follow from "
+            "each other; give sigma_y"
+        )
+    return level

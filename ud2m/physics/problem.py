@@ -1,6 +1,6 @@
 """What is given, y with its operator and noise level, and the problem that it was drawn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ud2m.physics.adopted import Measured, adopt, joined
 from ud2m.physics.checks import check_numbers, check_observation, check_range, warn_of_another_level
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import OperatorFamily
-from ud2m.physics.measurement import image_shape, observe
+from ud2m.physics.measurement import ROUNDING, image_shape, observe
 from ud2m.physics.rows import select_samples
 
 
@@ -20,7 +20,7 @@ class Observation:
     Attributes:
         y: [B, ...], image units.
         physics: the operator A of this batch.
-        sigma_y: noise levels [B], image units.
+        sigma_y: noise levels [B] of the values of y, image units.
     """
 
     y: Tensor
@@ -63,6 +63,18 @@ class Observation:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x0."""
         return image_shape(self.physics, self.y)
+
+    def independent(self) -> "Observation":
+        """Return the observation with the noise level that says as much of x0 if all noise is taken to be independent.
+
+        Channels that are all equal, those of a grey picture in colour, are C copies of one measurement: of independent
+        noise there are none. Together they have its precision, as C measurements with noise of sqrt(C) sigma_y: for a
+        grey image sum_c |y_c - A x_c|^2 / (2 C sigma_y^2) is |y_1 - A x_1|^2 / (2 sigma_y^2).
+        """
+        if self.y.ndim < 3:
+            return self
+        same = (self.y - self.y[:, :1]).flatten(1).abs().amax(1) < ROUNDING
+        return replace(self, sigma_y=self.sigma_y * torch.where(same, self.y.shape[1] ** 0.5, 1.0).to(self.sigma_y))
 
     def to(self, dtype: torch.dtype) -> "Observation":
         """Return the observations with other floats."""

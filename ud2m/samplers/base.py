@@ -53,7 +53,7 @@ class Sampler(ABC):
         Args:
             y: observations, image units.
             physics: their operator, linear unless the sampler says otherwise.
-            sigma_y: their noise level, one number or [B].
+            sigma_y: noise level of their values, one number or [B] (see ``Observation.independent`` for grey ones).
             num_samples: S, samples per observation.
             generator: source of randomness, on any device; each sample draws from a stream of its own.
 
@@ -74,10 +74,10 @@ class Sampler(ABC):
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         size = self.images_at_once(observation)
-        samples = []
+        told, samples = observation.independent(), []
         for first in range(0, len(rows), size):
             streams = [torch.Generator(rows.device).manual_seed(seed) for seed in seeds[first : first + size]]
-            samples.append(self.draw(observation.rows(rows[first : first + size]), streams))
+            samples.append(self.draw(told.rows(rows[first : first + size]), streams))
         return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
 
     def check_call(self, observation: Observation, num_samples: int) -> None:
