@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, normalize
 
+from ud2m.numbers import is_number
+
 # Added to squared norms: the root gets a gradient at 0. sqrt(1e-8) = 1e-4 is far below any noise level in
 # use, and the energy score stays proper, since sqrt(|d|^2 + c) is, like |d|, conditionally negative definite
 # (Micchelli, 1986).
@@ -277,7 +279,7 @@ def _finite(name: str, value: Tensor) -> Tensor:
 
 
 def _check_weight(name: str, weight: float) -> None:
-    if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+    if not is_number(weight) or not 0 <= weight < math.inf:
         raise ValueError(f"the loss weight '{name}' must be a finite number >= 0 (0 switches it off), got {weight!r}")
 
 

@@ -13,7 +13,7 @@ from ud2m.physics.data_term import DataTerm
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.iterative import ConjugateGradients
 from ud2m.physics.measurement import image_shape, measured
-from ud2m.physics.rows import at_least_float32, per_sample, select_samples, with_rows
+from ud2m.physics.rows import at_least_float32, per_sample, select_samples, with_tensors
 from ud2m.precision import full_precision
 
 TOLERANCE = 1e-3
@@ -84,7 +84,7 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
         """Return the operator of the samples ``index``."""
         if not self.rows:
             return self
-        inner = with_rows(self.inner, lambda name, _: name in self.rows, index)
+        inner = with_tensors(self.inner, lambda name, t: t[index.to(t.device)] if name in self.rows else t)
         return Adopted(inner, self.img_size, self.parts, self.dtype, self.rows, self.exact)
 
     def _parted(self, y: Tensor) -> Measured:
@@ -161,7 +161,7 @@ class _Trial:
     """Products of an operator with random images."""
 
     def __init__(self, physics: LinearPhysics, y: Measured):
-        self.physics, self.name = physics, f"the operator {type(physics).__name__}"
+        self.physics, self.name = in_float32(physics), f"the operator {type(physics).__name__}"
         self.parts: Any = [tuple(p.shape[1:]) for p in y] if isinstance(y, TensorList) else tuple(y.shape[1:])
         self.y, self.count = joined(y), len(joined(y))
 
@@ -264,6 +264,14 @@ class _Trial:
     def random(self, count: int, shape: tuple[int, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(count)
         return torch.rand(count, *shape, generator=generator, dtype=torch.float32).to(self.y.device).to(self.y)
+
+
+def in_float32(physics: LinearPhysics) -> LinearPhysics:
+    """Return an operator with float32 in the place of half precision: the same numbers, and products that are right."""
+    small = [t for t in (*physics.buffers(), *physics.parameters()) if t.dtype in (torch.float16, torch.bfloat16)]
+    if not small:
+        return physics
+    return with_tensors(physics, lambda name, t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t)
 
 
 def norm(x: Tensor) -> Tensor:

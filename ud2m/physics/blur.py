@@ -13,6 +13,7 @@ from deepinv.physics.functional import gaussian_blur
 from deepinv.physics.generator import MotionBlurGenerator
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.family import OperatorFamily
@@ -98,7 +99,7 @@ class GaussianBlur(Blur):
 
     def __init__(self, width: float | Sequence[float] = 1.6, angle: float = 0.0, boundary: str = "circular"):
         super().__init__(boundary)
-        widths = [float(w) for w in ([width, width] if isinstance(width, int | float) else width)]
+        widths = [float(w) for w in (width if isinstance(width, Sequence) else [width, width])]
         if len(widths) != 2 or not all(0 < w < math.inf for w in widths):
             raise ValueError(f"width (standard deviation of the blur in pixels) must be positive, got {width}")
         self.width, self.angle = widths, angle
@@ -152,7 +153,7 @@ class UniformBlur(Blur):
 
     def __init__(self, size: int = 9, boundary: str = "circular"):
         super().__init__(boundary)
-        if not isinstance(size, int) or size < 1:
+        if not is_whole(size) or size < 1:
             raise ValueError(f"size (side of the box in pixels) must be an integer of at least 1, got {size!r}")
         self.taps = (size, size)
 
@@ -181,7 +182,7 @@ class MotionBlur(Blur):
 
     def __init__(self, size: int = 17, smoothness: float = 0.3, spread: float = 0.25, boundary: str = "circular"):
         super().__init__(boundary)
-        if not isinstance(size, int) or size < 3:
+        if not is_whole(size) or size < 3:
             raise ValueError(f"size (side of the kernel in pixels) must be an integer of at least 3, got {size!r}")
         if not smoothness > 0 or not 0 < spread <= 1:
             raise ValueError(

@@ -84,8 +84,12 @@ def warn_of_another_level(physics: DataTerm, sigma_y: Tensor) -> None:
     told = told_level(physics)
     if told is not None and not torch.allclose(told.reshape(-1).to(sigma_y), sigma_y, rtol=0.01):
         warnings.warn(
-            f"noise_model.sigma of the operator is {told.reshape(-1).tolist()}, but sigma_y={sigma_y.tolist()} was "
-            "given, which is used",
+            f"noise_model.sigma of the operator is {_listed(told)}, but sigma_y={_listed(sigma_y)} was given, which is "
+            "used",
             NoiseLevelWarning,
             stacklevel=4,
         )
+
+
+def _listed(levels: Tensor) -> str:
+    return ", ".join(f"{level:.4g}" for level in levels.reshape(-1).tolist())

@@ -8,6 +8,7 @@ from deepinv.physics import BlurFFT, Downsampling
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ud2m.numbers import is_whole
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
 
@@ -201,7 +202,7 @@ def check_kernel(kernel: Tensor, image_shape: tuple[int, int, int]) -> None:
 
 def check_factor(factor: int, image_shape: tuple[int, int, int]) -> None:
     """Raise ValueError unless the factor is at least 1 and divides height and width of (C, H, W)."""
-    if not isinstance(factor, int) or factor < 1:
+    if not is_whole(factor) or factor < 1:
         raise ValueError(f"factor must be an integer of at least 1, got {factor!r}")
     if image_shape[-2] % factor or image_shape[-1] % factor:
         raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.jpeg import Jpeg, JpegCodec, levels
 from ud2m.physics.jpeg_codec import padded
@@ -78,7 +79,7 @@ class DdrmSuperResolution(FixedOperator):
     """
 
     def __init__(self, factor: int = 4):
-        if not isinstance(factor, int) or factor < 2:
+        if not is_whole(factor) or factor < 2:
             raise ValueError(f"factor must be an integer of at least 2, got {factor}")
         self.factor = self.multiple = factor
 

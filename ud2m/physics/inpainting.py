@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
@@ -104,7 +105,7 @@ class Inpainting(RandomMask):
     """
 
     def __init__(self, missing: float | Sequence[float] = 0.7):
-        low, high = (missing, missing) if isinstance(missing, int | float) else missing
+        low, high = missing if isinstance(missing, Sequence) else (missing, missing)
         if not 0 < low <= high < 1:
             raise ValueError(f"missing (share of unmeasured pixels) must be inside (0, 1), got {missing}")
         self.missing = (float(low), float(high))
@@ -129,7 +130,7 @@ class MissingBoxes(RandomMask):
     """
 
     def __init__(self, side: float = 0.5, count: int = 1):
-        if not 0 < side < 1 or not isinstance(count, int) or count < 1:
+        if not 0 < side < 1 or not is_whole(count) or count < 1:
             raise ValueError(
                 f"side (share of the image's height and width) must be inside (0, 1) and count at least 1, got {side} "
                 f"and {count!r}"

@@ -276,7 +276,7 @@ class Jpeg(OperatorFamily):
             raise ValueError(f"likelihood must be cell or gaussian, got {likelihood!r}")
         if likelihood == "gaussian":
             self.codec = DecodedJpeg
-        low, high = (quality, quality) if isinstance(quality, int) else quality
+        low, high = quality if isinstance(quality, Sequence) else (quality, quality)
         for bound in (low, high):
             quality_tables(bound, 3)
         if low > high:

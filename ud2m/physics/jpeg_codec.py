@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ud2m.numbers import is_whole
+
 BLOCK = 8
 FACTORS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}
 """Pixels (down, across) of which one chroma value is the average."""
@@ -52,7 +54,7 @@ def quality_tables(quality: int, channels: int) -> Tensor:
     Raises:
         ValueError: when the quality factor is no integer in that range.
     """
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
+    if not is_whole(quality) or not 1 <= quality <= 100:
         raise ValueError(f"the JPEG quality factor must be an integer in 1..100, got {quality!r}")
     luminance = quantisation_table(quality, LUMINANCE_TABLE)
     chrominance = quantisation_table(quality, CHROMINANCE_TABLE)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_number
 from ud2m.physics.adopted import Measured, adopt, joined
 from ud2m.physics.checks import check_numbers, check_observation, check_range, warn_of_another_level
 from ud2m.physics.data_term import DataTerm
@@ -107,7 +108,7 @@ class Problem:
     sigma_y_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sigma_y, int | float) or not self.sigma_y > 0:
+        if not is_number(self.sigma_y) or not self.sigma_y > 0:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
         low, high = self.levels
         if not 0 < low <= high:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import singledispatch
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +65,13 @@ def select_samples(physics: AnyPhysics, index: Tensor) -> AnyPhysics:
         for prefix, module in physics.named_modules()
         for name in getattr(module, "per_sample", ())
     }
-    return with_rows(physics, lambda name, rows: name in names and len(rows) > 1, index)
+    return with_tensors(physics, lambda name, t: t[index.to(t.device)] if name in names and len(t) > 1 else t)
 
 
-def with_rows(module: AnyModule, chosen: Callable[[str, Tensor], bool], index: Tensor) -> AnyModule:
-    """Return a copy of a module with the rows ``index`` of those buffers for which ``chosen(name, buffer)`` is true.
-
-    All other tensors are shared.
-    """
-    tensors = [*module.named_buffers(), *module.named_parameters()]
-    replaced = {id(t): t[index.to(t.device)] if chosen(name, t) else t for name, t in tensors}
-    # deepcopy takes these replacements for copies it has already made
-    return copy.deepcopy(module, memo=replaced)
+def with_tensors(module: AnyModule, change: Callable[[str, Tensor], Tensor]) -> AnyModule:
+    """Return a copy of a module with ``change(name, tensor)`` for its buffers and parameters; the others are shared."""
+    shared: list[Any] = [value for part in module.modules() for value in vars(part).values()]
+    # deepcopy takes these for copies it has already made; of generators it can make none
+    memo: dict[int, Any] = {id(value): value for value in shared if isinstance(value, torch.Generator)}
+    memo |= {id(t): change(name, t) for name, t in (*module.named_buffers(), *module.named_parameters())}
+    return copy.deepcopy(module, memo=memo)

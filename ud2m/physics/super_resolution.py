@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.physics.circular import CircularDownsampling, check_factor, check_kernel
 from ud2m.physics.family import FixedOperator
 
@@ -28,13 +29,13 @@ class SuperResolution(FixedOperator):
     """
 
     def __init__(self, factor: int = 4, filter: str = "bicubic", width: float | None = None):
-        if not isinstance(factor, int) or factor < 2:
+        if not is_whole(factor) or factor < 2:
             raise ValueError(f"factor must be an integer of at least 2, got {factor!r}")
         if filter not in FILTERS:
             raise ValueError(f"unknown filter {filter!r}; allowed: {', '.join(FILTERS)}")
         if width is not None and (filter != "gaussian" or not 0 < width < math.inf):
             raise ValueError(f"width must be positive, and belongs to filter=gaussian; got {width} for {filter!r}")
-        self.factor = self.multiple = factor
+        self.factor = self.multiple = int(factor)
         taps = gaussian_taps(factor, width or 0.4 * factor) if filter == "gaussian" else FILTERS[filter](factor)
         self.kernel = torch.outer(taps, taps)[None, None]
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ud2m.precision import fastest_layout
@@ -25,7 +24,7 @@ from ud2m.priors.attention import attend_locally
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.priors.schedulers import PREDICTIONS, read_scheduler
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
-from ud2m.priors.store import LABEL, _read_json, find_files, fingerprint, load_unet
+from ud2m.priors.store import LABEL, _read_json, find_files, fingerprint, load_unet, read_weights
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ class Prior(nn.Module):
         if isinstance(self.unet, peft.PeftModel) and spec is not None:
             # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
             stored = _read_json(Path(folder) / CONFIG_NAME)
-            state = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            state = read_weights(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
             if (stored.get("r"), stored.get("lora_alpha")) != (spec.rank, spec.alpha):
                 raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {spec}")
             expected = peft.get_peft_model_state_dict(self.unet)

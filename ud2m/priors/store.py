@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ud2m.files import parse_json
@@ -44,7 +45,30 @@ def load_unet(
     odd = {kind: names for kind, names in loading.items() if names}
     if odd:
         raise ValueError(f"the weights of {reference} do not fit its {UNET_FILE}: {odd}")
+    check_finite(unet.state_dict(), reference)
     return unet
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of weights.
+
+    Raises:
+        ValueError: as ``check_finite``.
+        OSError: when it is not there.
+        SafetensorError: when it is damaged.
+    """
+    state = load_file(path)
+    check_finite(state, str(path))
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError where weights are no finite floats: what is trained never is anything else."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name} in {where} holds {value.dtype}; weights are floats")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{name} in {where} holds NaN or infinity")
 
 
 def save_prior(unet: UNet2DModel, scheduler: dict, folder: Path, dtype: torch.dtype = torch.float16) -> None:

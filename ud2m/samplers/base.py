@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ud2m.numbers import is_number, is_whole
 from ud2m.physics import DataTerm, Observation
 from ud2m.precision import AUTO, check_precision, free_memory
 from ud2m.unfolded.denoisers import Denoiser, check_symmetries, in_precision, symmetric
@@ -71,6 +72,7 @@ class Sampler(ABC):
     ) -> Tensor:
         """Return samples [B, S, C, H, W] in [0, 1] of an observation."""
         self.check_call(observation, num_samples)
+        num_samples = int(num_samples)  # where it is a scalar of numpy
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         size = self.images_at_once(observation)
@@ -135,11 +137,11 @@ def seeds_from(generator: torch.Generator | None, count: int) -> list[int]:
 
 def check_count(name: str, value: Any) -> None:
     """Raise ValueError unless a count is an integer >= 1."""
-    if not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless a number is positive and finite."""
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")

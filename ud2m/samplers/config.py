@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ud2m.numbers import as_python, is_number
 from ud2m.precision import AUTO, check_precision
 from ud2m.samplers.base import check_count, check_positive
 from ud2m.unfolded.ddim import check_eta
@@ -46,6 +47,8 @@ class SamplerConfig:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, as_python(getattr(self, entry.name)))
         check_count("num_steps (N)", self.num_steps)
         check_count("chunk_size", self.chunk_size)
         check_eta(self.eta)
@@ -54,7 +57,7 @@ class SamplerConfig:
         check_precision(self.precision)
         check_positive("step_scale", self.step_scale)
         check_positive("grid_power", self.grid_power)
-        if not isinstance(self.sigma_y, int | float) or not 0 < self.sigma_y < math.inf:
+        if not is_number(self.sigma_y) or not 0 < self.sigma_y < math.inf:
             raise ValueError(f"sigma_y must be a positive noise level in image units, got {self.sigma_y!r}")
         if not isinstance(self.info, dict):
             raise ValueError(f"info must be a dictionary, got {self.info!r}")

@@ -14,6 +14,7 @@ from deepinv.physics import DecomposablePhysics, LinearPhysics
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ud2m.numbers import is_whole
 from ud2m.physics import Adopted, DataTerm, Observation, Separable, largest_gain, per_sample
 from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE, CircularDownsampling
 from ud2m.priors.schedule import VPSchedule
@@ -133,7 +134,7 @@ class Ddrm(DeepinvSampler):
         **options: Any,
     ):
         super().__init__(prior, **options)
-        if not isinstance(num_steps, int) or num_steps < 2:
+        if not is_whole(num_steps) or num_steps < 2:
             raise ValueError(f"DDRM needs num_steps of at least 2, got {num_steps!r}")
         if not 0 <= eta <= 1 or not 0 <= etab <= 1 or not power > 0:
             raise ValueError(f"DDRM needs eta and etab in [0, 1] and a positive power, got {eta}, {etab} and {power}")
@@ -312,7 +313,7 @@ class Dps(DeepinvSampler):
         **options: Any,
     ):
         super().__init__(prior, **({"chunk_size": 16} | options))
-        if not isinstance(num_steps, int) or num_steps < 2 or not weight > 0:
+        if not is_whole(num_steps) or num_steps < 2 or not weight > 0:
             raise ValueError(f"DPS needs num_steps of at least 2 and a positive weight, got {num_steps!r} and {weight}")
         self.num_steps, self.weight = num_steps, weight
 

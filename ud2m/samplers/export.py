@@ -9,11 +9,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ud2m.files import atomic_folder, parse_json
 from ud2m.priors.prior import LoraSpec, Prior
 from ud2m.priors.shipped import PSI_FILE, check_reference, shipped_folder
+from ud2m.priors.store import read_weights
 from ud2m.samplers.config import SamplerConfig
 from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
@@ -80,7 +81,7 @@ def read_export(reference: str, prior: str | Path | None = None) -> tuple[Unfold
     try:
         base.load_adapter(folder, lora)
         network = build_network(base, spec)
-        network.load_own_state(load_file(folder / PSI_FILE))
+        network.load_own_state(read_weights(folder / PSI_FILE))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"the export {folder} is damaged or incomplete ({error}); export the model again") from error
     base.merge_adapter()
@@ -114,7 +115,7 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
         if other:
             raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
         prior.read_adapter(folder)
-        network.load_own_state(network.with_fitting_start(load_file(folder / PSI_FILE)))
+        network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
 

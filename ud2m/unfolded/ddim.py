@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_number
 from ud2m.physics import Observation
 from ud2m.random import Generators, randn_like
 
@@ -36,7 +37,7 @@ def ddim_step(
 
 def check_eta(eta: float | str) -> None:
     """Raise ValueError unless eta is a number in [0, 1] or "fresh"."""
-    if eta != FRESH and not (isinstance(eta, int | float) and 0 <= eta <= 1):
+    if eta != FRESH and not (is_number(eta) and 0 <= eta <= 1):
         raise ValueError(f'eta must be a number in [0, 1] or "{FRESH}", got {eta!r}')
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.precision import check_precision, network_precision
 from ud2m.random import Generators, rand
 
@@ -17,7 +18,7 @@ MULTIPLE = 16
 
 def check_tile(tile: int | None) -> None:
     """Raise ValueError unless ``tile`` is None or a side that tiles can have."""
-    if tile is not None and (not isinstance(tile, int) or tile < 16):
+    if tile is not None and (not is_whole(tile) or tile < 16):
         raise ValueError(f"tile (side in pixels) must be an integer of at least 16, got {tile!r}")
 
 

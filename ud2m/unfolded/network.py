@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ud2m.numbers import is_whole
 from ud2m.physics import Observation
 from ud2m.random import Generators, randn_like
 from ud2m.unfolded.conditioning import FEATURES, feature_values
@@ -236,7 +237,7 @@ def build_network(denoiser: nn.Module, spec: Mapping[str, Any], kept_modules: in
     """
     if not isinstance(spec, Mapping) or spec.keys() - {"conditioning"} != {"num_blocks", "rule", "warm_start"}:
         raise ValueError(f"a network is described by num_blocks, rule and warm_start, got {spec!r}")
-    if not isinstance(spec["num_blocks"], int):
+    if not is_whole(spec["num_blocks"]):
         raise ValueError(f"num_blocks (K) must be an integer, got {spec['num_blocks']!r}")
     rule, warm_start = _build("rule", RULES, spec["rule"]), _build("warm_start", WARM_STARTS, spec["warm_start"])
     conditioning = list(spec.get("conditioning") or [])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ud2m.files import read_tensors
 from ud2m.physics import Denoising, Observation
 from ud2m.precision import full_precision
-from ud2m.priors.store import weights_fingerprint
+from ud2m.priors.store import check_finite, weights_fingerprint
 from ud2m.unfolded.prox import joint_prox
 
 NOTHING_KNOWN = 1e3
@@ -209,7 +209,9 @@ def load_ram(weights: str | None, channels: Sequence[int]) -> RAM:
     if not Path(weights).is_file():
         raise FileNotFoundError(f"there are no RAM weights at {weights}; give a file, or download")
     try:
-        network.load_state_dict(read_tensors(Path(weights)))
+        state = read_tensors(Path(weights))
+        check_finite(state, weights)
+        network.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0][:160]
         raise ValueError(f"{weights} does not hold RAM's weights for {list(channels)} channels: {reason}") from error
