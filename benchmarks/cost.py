@@ -17,6 +17,9 @@ from torch import Tensor
 
 from experiments import training_module
 from ud2m.losses.terms import Prediction
+from ud2m.physics import Problem
+from ud2m.precision import network_precision
+from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training import DistillationModule
 from ud2m.training.distillation_step import DistillationStep
 
@@ -28,11 +31,19 @@ def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
+            wait()
             start = time.perf_counter()
             step()
+            wait()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def wait() -> None:
+    """Return when a GPU has finished what it was given: the program itself runs ahead of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def build(physics: str) -> DistillationModule:
@@ -40,54 +51,72 @@ def build(physics: str) -> DistillationModule:
     return training_module(f"photos_{physics}", "name=cost", "loss.adversarial=0.01", "loss.perceptual=0")
 
 
-def sampling_ratio(model: DistillationModule, size: int, repeats: int) -> tuple[float, float]:
-    """Return (median ratio, seconds per call) of the sampler at 3 x size x size."""
-    shape = (model.prior.channels, size, size)
-    observation = model.step.problem.observe(torch.rand(1, *shape))
-    x, sigma = torch.rand(1, *shape), torch.tensor([0.1])
-    model.prior.merge_adapter()
+def sampling_ratio(sampler: PosteriorSampler, problem: Problem, x0: Tensor, repeats: int) -> tuple[float, float]:
+    """Return (median ratio, seconds per call) of the sampler for observations of images x0, one sample each.
+
+    The adapter is merged, and the bare network evaluated in the sampler's precision.
+    """
+    prior, observation, sigma = sampler.prior.merge_adapter(), problem.observe(x0), x0.new_full((len(x0),), 0.1)
 
     @torch.no_grad()
     def bare() -> None:
-        for _ in range(model.sampler.nfe()):
-            model.prior.unet(x, model.prior.schedule.time(sigma))
+        with network_precision(sampler.config.precision, x0.device):
+            for _ in range(sampler.nfe()):
+                prior.unet(x0, prior.schedule.time(sigma))
 
-    seconds = interleaved({"sampler": lambda: model.sampler.sample(observation), "bare": bare}, repeats)
+    seconds = interleaved({"sampler": lambda: sampler.sample(observation), "bare": bare}, repeats)
     return ratio(seconds["sampler"], seconds["bare"]), statistics.median(seconds["sampler"])
 
 
-def training_ratio(model: DistillationModule, batch: int, size: int, repeats: int) -> tuple[float, float]:
-    """Return (median ratio, seconds per step) of one training step on ``batch`` images."""
-    x0 = torch.rand(batch, model.prior.channels, size, size)
-    streams = [torch.Generator().manual_seed(i) for i in range(batch)]
-    outputs = model.loss.num_outputs
-    optimizers = model.configure_optimizers()
-    images = x0.repeat_interleave(outputs, dim=0)
-    sigma = torch.full((len(images),), 0.1)
+class TrainingCost:
+    """One training step on images x0, and the bare passes of its networks, under autocast to ``precision``."""
 
-    def step() -> None:
-        model.step(x0, streams)[0].backward()
-        for optimizer in optimizers:
+    def __init__(self, model: DistillationModule, x0: Tensor, precision: str = "float32"):
+        self.model, self.x0, self.precision = model, x0, precision
+        self.streams = [torch.Generator(x0.device).manual_seed(i) for i in range(len(x0))]
+        self.optimizers = model.configure_optimizers()
+
+    def step(self) -> None:
+        """Both updates."""
+        with network_precision(self.precision, self.x0.device):
+            self.model.step(self.x0, self.streams)[0].backward()
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    def bare() -> None:
-        for _ in range(model.network.num_blocks):
-            model.prior.unet(images, model.prior.schedule.time(sigma)).sample.square().mean().backward()
-        discriminator_passes(model.step, x0, images, streams)
+    def bare(self) -> None:
+        """K forward and backward passes of the adapted network, and those that the losses' networks take."""
+        model, images = self.model, self.x0.repeat_interleave(self.model.loss.num_outputs, dim=0)
+        with network_precision(self.precision, self.x0.device):
+            time = model.prior.schedule.time(images.new_full((len(images),), 0.1))
+            for _ in range(model.network.num_blocks):
+                model.prior.unet(images, time).sample.square().mean().backward()
+            loss_passes(model.step, self.x0, images, self.streams)
         model.zero_grad()
 
-    seconds = interleaved({"step": step, "bare": bare}, repeats)
-    return ratio(seconds["step"], seconds["bare"]), statistics.median(seconds["step"])
+    def ratio(self, repeats: int) -> tuple[float, float]:
+        """Return (median ratio, seconds per step)."""
+        seconds = interleaved({"step": self.step, "bare": self.bare}, repeats)
+        return ratio(seconds["step"], seconds["bare"]), statistics.median(seconds["step"])
 
 
-def discriminator_passes(step: DistillationStep, x0: Tensor, images: Tensor, streams: list[torch.Generator]) -> None:
-    """Run the discriminator as one training step does: its own loss, and the generator's term through it."""
+def loss_passes(step: DistillationStep, x0: Tensor, images: Tensor, streams: list[torch.Generator]) -> None:
+    """Run the networks of the losses as one training step does: D's own loss, D and LPIPS in the generator's."""
     images = images.clone().requires_grad_()
-    prediction = Prediction(x0, images.unflatten(0, (len(x0), -1)), torch.ones(len(x0)), x0)
+    prediction = Prediction(x0, images.unflatten(0, (len(x0), -1)), x0.new_ones(len(x0)), x0)
     assert step.discriminator is not None
-    loss_d, _ = step.discriminator_loss(step.discriminator, prediction, streams)
-    (loss_d + step.loss.terms["adversarial"](prediction)).backward()
+    total, _ = step.discriminator_loss(step.discriminator, prediction, streams)
+    for name in {"adversarial", "perceptual"} & set(step.loss.terms):
+        total = total + step.loss.terms[name](prediction)
+    total.backward()
+
+
+def ratios(physics: str, repeats: int) -> tuple[float, float, float, float]:
+    """Return training's and sampling's (median ratio, seconds) for an operator, as the head of this file says."""
+    trained, sampled = build(physics), build(physics)
+    training = TrainingCost(trained, torch.rand(8, trained.prior.channels, 32, 32)).ratio(repeats)
+    x0 = torch.rand(1, sampled.prior.channels, 128, 128)
+    return *training, *sampling_ratio(sampled.sampler, sampled.step.problem, x0, repeats)
 
 
 def ratio(first: list[float], second: list[float]) -> float:
@@ -103,8 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
-        training, step = training_ratio(build(physics), batch=8, size=32, repeats=options.repeats)
-        sampling, call = sampling_ratio(build(physics), size=128, repeats=options.repeats)
+        training, step, sampling, call = ratios(physics, options.repeats)
         print(
             f"{physics:18s} sampling 3x128x128: {sampling:.3f} x bare ({call:.2f} s)   "
             f"training 8 images of 32x32: {training:.3f} x bare ({step:.2f} s)"

@@ -9,6 +9,8 @@ medians, as ratios to the step without checkpointing.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +44,15 @@ def run(step: DistillationStep, x0: Tensor) -> None:
     step.modules.zero_grad()
 
 
-def peak(step: DistillationStep, x0: Tensor) -> int:
-    """Return the largest number of bytes that one step holds at once."""
+def peak(function: Callable[[], object], device: str = "cpu") -> int:
+    """Return the largest number of bytes that a call holds at once, beyond those that were there before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(step, x0)
+        function()
     held = highest = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -87,7 +94,7 @@ def main() -> None:
         steps = {kind: build(count, *overrides) for kind, overrides in KINDS.items()}
         times = seconds(steps, x0, options.repeats)
         for kind, step in steps.items():
-            peaks[kind, count] = peak(step, x0) / 2**20
+            peaks[kind, count] = peak(partial(run, step, x0)) / 2**20
             ratio = statistics.median(a / b for a, b in zip(times[kind], times["none"], strict=True))
             rows[kind] |= {
                 f"peak, K = {count} [MiB]": f"{peaks[kind, count]:.0f}",

@@ -2,12 +2,14 @@
 
     python benchmarks/results.py collect NAME [LABEL=]FOLDER... --command "..." [--note "..."]
     python benchmarks/results.py cost [--repeats 7]
+    python benchmarks/results.py gpu FOLDER
     python benchmarks/results.py render
 
 ``collect`` reads ``metrics.json`` and the settings of output folders of ``sample.py`` or ``ud2m evaluate``
 and writes ``docs/results/NAME.json``. A folder without a label gives all its rows; one with a label only the last row,
-which is the trained model, called LABEL. ``cost`` runs ``benchmarks/cost.py`` and stores its ratios. ``render``
-writes ``docs/results.md`` and the tables between ``<!-- results:... -->`` and ``<!-- /results -->`` in ``README.md``.
+which is the trained model, called LABEL. ``cost`` runs ``benchmarks/cost.py`` and stores its ratios, ``gpu``
+stores what ``benchmarks/gpu/run.sh bench`` has left in a folder. ``render`` writes ``docs/results.md``, and the tables
+between ``<!-- results:... -->`` and ``<!-- /results -->`` in ``README.md`` and ``docs/imagenet.md``.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from ud2m.reports.text_tables import markdown_differences, markdown_table
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "results"
 DOCUMENT = REPOSITORY / "docs" / "results.md"
-README = REPOSITORY / "README.md"
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "imagenet.md")
+"""Documents with marked tables."""
 DATA = {"PhotoData": "photos", "MnistData": "mnist", "FolderData": "own images"}
 KEYS = {"command", "config", "rows", "machine", "note"}
 COST_FORMATS = {
@@ -39,6 +42,11 @@ COST_FORMATS = {
     "training / bare": ".3f",
     "seconds per call": ".2f",
     "seconds per step": ".2f",
+    "images per second": ".1f",
+    "TFLOP/s": ".0f",
+    "memory [GB]": ".1f",
+    "memory, estimated [GB]": ".1f",
+    "memory beside weights [GB]": ".2f",
 }
 LEFT_OUT = ("peak_memory", "ssim_mean", "lpips_mean", "diversity_lpips", "residual_p")
 """Columns of evaluations that the document leaves out; the stored files have them."""
@@ -227,6 +235,25 @@ SECTIONS = (
         "images of 64x64; time as a ratio to the step without checkpointing, median.",
     ),
     Section(
+        "gpu_training",
+        "A training step at 256x256 on a GPU",
+        "The network of ImageNet 256x256 with random weights and the published settings (K = 3, LoRA, LPIPS and the "
+        "discriminator), networks in bfloat16, by images per step until memory is full, beside what `estimate=true` "
+        "says.",
+    ),
+    Section(
+        "gpu_sampling",
+        "Sampling on a GPU",
+        "One call of the sampler, networks in bfloat16, beside its bare network evaluations.",
+    ),
+    Section(
+        "scaling",
+        "Training at 256x256 on 1 to 64 GPUs, on paper",
+        "Data parallel training, each GPU with its own images: bytes by counting parameters, time by the bandwidth of "
+        "a ring (NVLink of 450 GB/s between up to 8 GPUs, Ethernet of 25 Gbit/s between machines), none of it hidden "
+        "behind the backward pass.",
+    ),
+    Section(
         "loading",
         "Reading images",
         "Crops of 256x256 from shards of JPEG files of that size, and from a folder of JPEG files of 500x375.",
@@ -244,8 +271,11 @@ def store(
     rows: Sequence[Mapping[str, Any]],
     note: str = "",
     folder: Path = RESULTS,
+    where: str | None = None,
 ) -> Path:
     """Write ``docs/results/NAME.json``; paths inside the repository become relative to it.
+
+    ``where`` is the machine that was measured, where that is not this one.
 
     Raises:
         ValueError: when no section of the document shows ``name``, or another absolute path would be stored.
@@ -253,7 +283,8 @@ def store(
     known = [section.name for section in SECTIONS]
     if name not in known:
         raise ValueError(f"no section of docs/results.md is called {name!r}; known: {', '.join(known)}")
-    content = {"command": command, "config": dict(config), "rows": list(rows), "machine": machine(), "note": note}
+    content = {"command": command, "config": dict(config), "rows": list(rows), "note": note}
+    content |= {"machine": where or machine()}
     content = json.loads(json.dumps(content).replace(f"{REPOSITORY}/", ""))
     absolute = [text for text in _strings(content) if re.search(r"(^|[\s=])/\w", text)]
     if absolute:
@@ -331,8 +362,7 @@ def measure_cost(repeats: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows = []
     for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
-        training, step = cost.training_ratio(cost.build(physics), batch=8, size=32, repeats=repeats)
-        sampling, call = cost.sampling_ratio(cost.build(physics), size=128, repeats=repeats)
+        training, step, sampling, call = cost.ratios(physics, repeats)
         rows.append(
             {
                 "method": physics.replace("_", " "),
@@ -437,8 +467,27 @@ def render_document(folder: Path = RESULTS) -> str:
     return "\n".join([head + legend, *(render_section(section, contents[section.name]) for section in SECTIONS)])
 
 
-def render_readme(text: str, folder: Path = RESULTS) -> str:
-    """Return the README with its marked tables made anew.
+def store_gpu(source: Path, folder: Path = RESULTS) -> list[Path]:
+    """Store what the bench of ``benchmarks/gpu`` has measured: its steps, and its sampling.
+
+    Raises:
+        ValueError: for numbers of its miniature, which mean nothing.
+    """
+    found = _read(source / "bench.json")
+    if found["scale"] != "real":
+        raise ValueError(f"{source} holds numbers of scale={found['scale']}, which mean nothing; measure at scale=real")
+    command = "bash benchmarks/gpu/run.sh bench"
+    reached = found["ceilings"][0]
+    note = ", ".join(f"{value:.0f} {key}" for key, value in reached.items() if key != "method")
+    rows = {"gpu_training": found["training"], "gpu_sampling": found["sampling"] + found["shipped"]}
+    return [
+        store(name, command, {"scale": "real"}, part, f"The device reaches: {note}.", folder, found["machine"])
+        for name, part in rows.items()
+    ]
+
+
+def render_page(text: str, folder: Path = RESULTS) -> str:
+    """Return a document with its marked tables made anew.
 
     ``<!-- results:NAME,NAME key key ... -->`` shows the rows of these files together, with the columns of these keys.
     Files that do not exist yet are named below the table.
@@ -478,7 +527,9 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument("--note", default="")
     costing = commands.add_parser("cost", help="measure and store the time ratios")
     costing.add_argument("--repeats", type=int, default=7)
-    commands.add_parser("render", help="write docs/results.md and the tables of README.md")
+    storing = commands.add_parser("gpu", help="store what benchmarks/gpu/run.sh bench has measured")
+    storing.add_argument("folder", type=Path)
+    commands.add_parser("render", help="write docs/results.md and the tables of README.md and docs/imagenet.md")
     return parser
 
 
@@ -487,7 +538,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.action == "render":
         write_bytes(DOCUMENT, render_document().encode())
-        write_bytes(README, render_readme(README.read_text()).encode())
+        for page in PAGES:
+            write_bytes(page, render_page(page.read_text()).encode())
+        return
+    if options.action == "gpu":
+        print(*store_gpu(options.folder), sep="\n")
         return
     if options.action == "cost":
         rows = measure_cost(options.repeats)

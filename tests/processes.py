@@ -1,4 +1,8 @@
-"""Run a function of a test in other processes, forked from this one: the imports, which take seconds, are there."""
+"""Run a function of a test in other processes.
+
+They are forked from this one, since the imports, which take seconds, are there; but CUDA cannot be used in a fork of a
+process that has used it.
+"""
 
 import contextlib
 import os
@@ -11,12 +15,11 @@ from unittest.mock import patch
 import torch
 from torch import multiprocessing
 
-FORK = multiprocessing.get_context("fork")
-
 
 def start(function: Callable[..., Any], *arguments: Any) -> multiprocessing.Process:
     """Start a function in a new process, which ends with 1 when it raises."""
-    process = FORK.Process(target=_run, args=(function, arguments))
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    process = context.Process(target=_run, args=(function, arguments))
     process.start()
     return process
 
@@ -32,8 +35,14 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         os._exit(1)
 
 
-def ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[multiprocessing.Process]:
-    """Start ``function(*arguments)`` as each rank of a run that is launched from outside, as torchrun does."""
+def ranks(
+    count: int, function: Callable[..., Any], *arguments: Any, machines: int = 1
+) -> list[multiprocessing.Process]:
+    """Start ``function(*arguments)`` as each rank of a run that is launched from outside, as torchrun does.
+
+    They are dealt to so many machines, as far as they can tell.
+    """
+    each = count // machines
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -43,10 +52,10 @@ def ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[mul
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(each),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
+            "LOCAL_RANK": str(rank % each),
+            "GROUP_RANK": str(rank // each),
             "TORCHELASTIC_RUN_ID": "test",
         }
         with patch.dict(os.environ, environment):

@@ -39,8 +39,9 @@ def output_folder(path: Path, rows: list[dict], **config: object) -> Path:
 
 def test_documents_show_the_stored_results():
     assert results.DOCUMENT.read_text() == results.render_document(), "run: python benchmarks/results.py render"
-    readme = results.README.read_text()
-    assert readme == results.render_readme(readme), "run: python benchmarks/results.py render"
+    for page in results.PAGES:
+        text = page.read_text()
+        assert text == results.render_page(text), "run: python benchmarks/results.py render"
 
 
 def test_every_stored_result_is_whole_and_shown():
@@ -53,10 +54,13 @@ def test_every_stored_result_is_whole_and_shown():
         assert not re.search(r'[" =]/\w', path.read_text()), "an absolute path"
 
 
-def test_the_readme_shows_sections_that_exist():
+def test_pages_show_sections_that_exist():
     names = {section.name for section in results.SECTIONS}
     shown = [
-        name for match in results.MARKED.finditer(results.README.read_text()) for name in match["names"].split(",")
+        name
+        for page in results.PAGES
+        for match in results.MARKED.finditer(page.read_text())
+        for name in match["names"].split(",")
     ]
     assert len(shown) > 8
     assert set(shown) <= names
@@ -86,14 +90,14 @@ def test_missing_results_are_named(tmp_path):
     expected = (
         "a\n<!-- results:prior,losses method psnr -->\nNot measured yet: `prior`, `losses`.\n<!-- /results -->\nz\n"
     )
-    assert results.render_readme(text, tmp_path) == expected
+    assert results.render_page(text, tmp_path) == expected
     assert results.render_document(tmp_path).count(results.NOT_MEASURED) == len(results.SECTIONS)
     results.store("prior", "python x.py", {}, ROWS, folder=tmp_path)
-    once = results.render_readme(text, tmp_path)
+    once = results.render_page(text, tmp_path)
     assert "| ours | **30.00** |" in once
     assert "\n\nNot measured yet: `losses`.\n" in once
     assert "old" not in once
-    assert results.render_readme(once, tmp_path) == once
+    assert results.render_page(once, tmp_path) == once
     assert "```bash\npython x.py\n```" in results.render_document(tmp_path)
 
 

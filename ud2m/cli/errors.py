@@ -22,6 +22,13 @@ FOREIGN = {
 }
 """What libraries raise as errors of no type of their own, and what a user can do about it."""
 
+MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+"""What PyTorch says on GPUs and CPUs; on a CPU it is a plain ``RuntimeError``."""
+LESS_MEMORY = (
+    "take fewer images at once (training: data.batch_size with accumulate; sampling: chunk_size, tile), or see "
+    "training.checkpointing and trainer.precision (docs/clusters.md#memory)"
+)
+
 _IN_WORKER = re.compile(r"Caught (?P<type>\w+) in .*\.\nOriginal Traceback \(most recent call last\):\n")
 
 
@@ -53,11 +60,16 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def correctable(error: BaseException) -> bool:
     """Return whether a user can do something about an error; others are defects of the program."""
-    return isinstance(error, USER_ERRORS) or _advice(error) is not None
+    return isinstance(error, USER_ERRORS) or is_out_of_memory(error) or _advice(error) is not None
 
 
 def _advice(error: BaseException) -> str | None:
     return next((advice for pattern, advice in FOREIGN.items() if re.match(pattern, str(error))), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was asked for that a device does not have."""
+    return isinstance(error, RuntimeError | MemoryError) and MEMORY.search(str(error)) is not None
 
 
 def close_bars() -> None:
@@ -78,8 +90,16 @@ def message(error: BaseException) -> str:
     advice = _advice(error)
     if advice is not None:
         return f"{' '.join(str(error).split())}: {advice}"
+    if is_out_of_memory(error):
+        return f"{_asked_for(str(error))}; {LESS_MEMORY}"
     text = _worker_message(str(error)) or type(error).__name__
     return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
+
+
+def _asked_for(text: str) -> str:
+    """Return PyTorch's sentences on what was asked for and is free, without its advice."""
+    asked = re.split(MEMORY, text, maxsplit=1)[1]
+    return f"out of memory: {re.split(r'[.] (?:Process|Including|Of the|Error)', asked)[0].strip('.: ')}"
 
 
 def _missing_key(error: BaseException) -> str | None:
