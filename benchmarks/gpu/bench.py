@@ -82,8 +82,10 @@ SCALES = {
     "real": Scale((), 256, (1, 2, 4, 8, 16, 32), 16, ((128, 16), (256, 8)), MODELS, 512, 8192, "bfloat16", 3),
     "tiny": Scale(("scale=tiny",), 32, (2,), 2, ((32, 2),), MODELS[:1], 16, 256, "float32", 1),
 }
-KINDS = {"none": (), "modules": ("modules",), "all": ("modules", "layers"), "all, channels last": ("layout",)}
+KINDS = {"none": (), "modules": ("modules",), "all": ("layers",), "all, channels last": ("layout",)}
 """What is done to the network before each kind of checkpointing is measured, each on top of the ones before."""
+MIXED = {"bfloat16": "bf16-mixed", "float32": "32-true"}
+"""What ``trainer.precision`` calls a precision."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,17 @@ def ceilings(bench: Bench) -> Iterator[Row]:
 
 def training(bench: Bench) -> Iterator[Row]:
     """Seconds and memory of a step, beside the bare passes and what ``estimate=true`` says."""
-    config = composed(EXPERIMENT, "name=bench", *bench.scale.overrides)
-    predicted, model = estimate(config), bench.model()
+    model = bench.model()
     weights = [*model.parameters(), *model.buffers()]
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     there = sum(tensor.nbytes for tensor in weights) + ADAM * trained
     for kind, changes in KINDS.items():
         change(model, changes)
+        options = [
+            f"training.checkpointing={kind.partition(',')[0]}",
+            f"trainer.precision={MIXED[bench.scale.precision]}",
+        ]
+        predicted = estimate(composed(EXPERIMENT, "name=bench", *bench.scale.overrides, *options))
         for batch in bench.scale.batches:
             row: Row = {"method": f"checkpointing: {kind}", "batch": batch}
             try:
@@ -174,8 +180,7 @@ def training(bench: Bench) -> Iterator[Row]:
                 if not is_out_of_memory(error):
                     raise
                 row["memory [GB]"] = "out of memory"
-            expected = replace(predicted, batch=batch, devices=1)
-            row["memory, estimated [GB]"] = expected.memory(recomputing=kind != "none") / 1e9
+            row["memory, estimated [GB]"] = replace(predicted, batch=batch, accumulate=1, devices=1).memory / 1e9
             yield row
             if "seconds per step" not in row:
                 torch.cuda.empty_cache()

@@ -124,7 +124,7 @@ def run(experiment: str, overrides: Sequence[str], size: Scale, seconds: float, 
     status = run_for([sys.executable, str(REPOSITORY / "train.py"), *words], end - time.monotonic())
     done = {"experiment": experiment, "steps planned": steps, "seconds per step": each, "exit status": status}
     if status == PREEMPTED:  # after its last whole step
-        status = run_for([sys.executable, str(REPOSITORY / "train.py"), *places, *overrides, "export=last.ckpt"], 60)
+        run_for([sys.executable, str(REPOSITORY / "train.py"), *places, *overrides, "export=last.ckpt"], 60)
     export = next((path for name in ("export", "export-last") if (path := folder / name).is_dir()), None)
     scores = folder / "metrics.json"
     done["scores"] = json.loads(scores.read_text()) if scores.is_file() else []

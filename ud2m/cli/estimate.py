@@ -4,14 +4,12 @@ The training module is built on the meta device of PyTorch, where tensors have s
 forward and backward there. So no weights are needed, no memory and hardly any time, whatever the size of the network.
 """
 
-from dataclasses import fields
-
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli.objects import build
 from ud2m.samplers.base import check_count
-from ud2m.training.cost import FLOAT, Estimate, Pass, cost_of
+from ud2m.training.cost import Estimate, cost_of
 from ud2m.training.distillation_step import DistillationStep
 
 
@@ -27,23 +25,23 @@ def estimate(config: DictConfig) -> Estimate:
         raise ValueError(f"device_tflops, TFLOP/s that a device reaches, must be positive, got {config.device_tflops}")
     for name, value in {"data.batch_size": config.data.batch_size, "accumulate": config.accumulate}.items():
         check_count(name, value)
-    step = on_meta(config)
+    step, precision = on_meta(config), str(config.trainer.precision)
     shape = (config.data.channels, config.data.crop_size, config.data.crop_size)
-    # what does not grow with the batch, such as a copy of a weight, belongs to no image
-    one, two = (cost_of(step, (images, *shape)) for images in (1, 2))
-    image = Pass(*((getattr(two, f.name) - getattr(one, f.name)) for f in fields(Pass)))
+    # what does not grow with the batch, such as a copy of a weight, belongs to no image; one image is a special case
+    two, four = (cost_of(step, (images, *shape), precision) for images in (2, 4))
     discriminator = [] if step.discriminator is None else list(step.discriminator.parameters())
-    inputs = FLOAT * config.data.channels * config.data.crop_size**2
-    recomputed = image.activations - (one.calls - 1) * image.call_activations + one.calls * inputs
     return Estimate(
         frozen=sum(p.numel() for p in step.prior.parameters() if not p.requires_grad),
         trained=sum(p.numel() for p in step.generator_parameters()),
         discriminator=sum(p.numel() for p in discriminator),
-        flops=image.flops,
-        flops_recomputing=image.flops + image.call_flops,
-        activations=image.activations,
-        activations_recomputing=recomputed,
+        weights=sum(tensor.nbytes for tensor in [*step.modules.parameters(), *step.modules.buffers()]),
+        flops=(four.flops - two.flops) / 2,
+        activations=(four.peak - two.peak) / 2,
+        shared=2 * two.peak - four.peak,
+        precision=precision,
+        checkpointing=config.training.checkpointing,
         batch=config.data.batch_size * config.accumulate,
+        accumulate=config.accumulate,
         devices=config.trainer.devices if isinstance(config.trainer.devices, int) else 1,
         tflops=config.device_tflops,
     )

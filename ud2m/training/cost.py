@@ -1,38 +1,42 @@
 """What a training step costs, from shapes alone."""
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ud2m.training.distillation_step import DistillationStep
 
 FLOAT = 4
 """Bytes of a float32 number."""
-STATES = 4
-"""Numbers per trained parameter besides itself: gradient, two moments of AdamW, average."""
+MOMENTS = 2
+"""Numbers that AdamW keeps per trained parameter."""
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What ``trainer.precision`` has networks evaluated in, where that is not float32."""
+LOWER = ("conv2d", "linear", "matmul", "bmm", "scaled_dot_product_attention")
+FULL = ("group_norm", "layer_norm", "softmax")
+"""What autocast of a GPU computes in less than float32, and always in float32; all else takes what comes."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one step on a batch computes and keeps.
+    """What one step on a batch computes and holds.
 
     Attributes:
         flops: of the step, forward and backward (a multiplication and an addition are two).
-        activations: bytes that the forward pass keeps for the backward pass.
-        calls: evaluations of the prior's network.
-        call_flops: forward, of all of them.
-        call_activations: bytes that one of them keeps.
+        peak: largest number of bytes that are held at once, beside what was there before.
     """
 
     flops: float
-    activations: float
-    calls: int
-    call_flops: float
-    call_activations: float
+    peak: float
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Estimate:
         frozen: parameters that stay as they are.
         trained: parameters of the generator that are trained.
         discriminator: parameters of the discriminator.
+        weights: bytes of all of them, as they are stored, and of other frozen networks.
         flops: of one image.
-        flops_recomputing: the same when each evaluation of the prior's network is computed again in the backward pass,
-            so that the activations of one are kept at a time.
-        activations: bytes that the forward pass of one image keeps.
-        activations_recomputing: the same with recomputing.
-        batch: images per step.
+        activations: bytes that one image needs at most at once.
+        shared: bytes that a step needs besides, whatever the number of images.
+        precision: of the networks, as ``trainer.precision`` has it.
+        checkpointing: what is evaluated again in the backward pass.
+        batch: images per optimiser step.
+        accumulate: batches that they are dealt to.
         devices: that share them.
         tflops: 10^12 operations per second that a device reaches.
     """
@@ -56,11 +62,14 @@ class Estimate:
     frozen: int
     trained: int
     discriminator: int
+    weights: float
     flops: float
-    flops_recomputing: float
     activations: float
-    activations_recomputing: float
+    shared: float
+    precision: str
+    checkpointing: str
     batch: int
+    accumulate: int
     devices: int
     tflops: float
 
@@ -69,37 +78,33 @@ class Estimate:
         """Bytes of gradients that the devices average in a step."""
         return FLOAT * (self.trained + self.discriminator)
 
-    def seconds(self, recomputing: bool = False) -> float:
-        """Return the time of 1000 steps."""
-        flops = self.flops_recomputing if recomputing else self.flops
-        return 1000 * self.batch * flops / (self.devices * self.tflops * 1e12)
+    @property
+    def seconds(self) -> float:
+        """The time of 1000 steps."""
+        return 1000 * self.batch * self.flops / (self.devices * self.tflops * 1e12)
 
-    def memory(self, recomputing: bool = False) -> float:
-        """Return the bytes on a device: weights, trained parameters with their states, activations of its images."""
-        activations = self.activations_recomputing if recomputing else self.activations
-        trained = (1 + STATES) * (self.trained + self.discriminator)
-        return FLOAT * (self.frozen + trained) + activations * self.batch / self.devices
+    @property
+    def memory(self) -> float:
+        """The bytes on a device: weights, the moments of AdamW and averages of what is trained, activations."""
+        states = FLOAT * (MOMENTS * (self.trained + self.discriminator) + self.trained)
+        images = self.batch / (self.accumulate * self.devices)
+        return self.weights + states + self.shared + self.activations * images
 
     def table(self) -> str:
         """Return what is printed."""
-        both = {"": False, ", computed again in the backward pass": True}
         rows = [
             ("parameters, frozen", f"{self.frozen:,}"),
             ("parameters, trained", f"{self.trained:,}"),
             ("parameters, discriminator", f"{self.discriminator:,}"),
+            ("precision, checkpointing", f"{self.precision}, {self.checkpointing}"),
             ("images per step", f"{self.batch}, on {self.devices} device(s)"),
-            ("weights, frozen", f"{gigabytes(FLOAT * self.frozen)} in float32"),
+            ("weights of all networks", gigabytes(self.weights)),
+            ("FLOPs per step", f"{self.batch * self.flops / 1e12:.4g} TFLOPs"),
+            ("activations per image", gigabytes(self.activations)),
+            ("memory per device", gigabytes(self.memory)),
+            ("time per 1000 steps", f"{self.seconds / 3600:.3g} h at {self.tflops:g} TFLOP/s"),
+            ("gradients communicated per step", f"{self.communicated / 1e6:.4g} MB"),
         ]
-        for words, recomputing in both.items():
-            flops = self.flops_recomputing if recomputing else self.flops
-            kept = self.activations_recomputing if recomputing else self.activations
-            rows += [
-                (f"FLOPs per step{words}", f"{self.batch * flops / 1e12:.4g} TFLOPs"),
-                (f"activations per image{words}", f"{gigabytes(kept)} in float32"),
-                (f"memory per device{words}", f"{gigabytes(self.memory(recomputing))} in float32"),
-                (f"time per 1000 steps{words}", f"{self.seconds(recomputing) / 3600:.3g} h at {self.tflops:g} TFLOP/s"),
-            ]
-        rows.append(("gradients communicated per step", f"{self.communicated / 1e6:.4g} MB"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -110,15 +115,18 @@ def gigabytes(count: float) -> str:
 
 
 class Counter(TorchDispatchMode):
-    """Count operations by the formulas of ``torch.utils.flop_counter``, and answer every check of values with yes.
+    """Count operations, and the bytes that are held at once; answer every check of values with yes.
 
-    Not its ``FlopCounterMode``: that tracks modules by hooks, which a gradient of a gradient (the penalty of D) cannot
-    pass. Checks are answered since tensors of the meta device have no values.
+    Operations are counted by the formulas of ``torch.utils.flop_counter``. Not by its ``FlopCounterMode``: that tracks
+    modules by hooks, which a gradient of a gradient (the penalty of D) cannot pass. Checks are answered since tensors
+    of the meta device have no values.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.held = self.peak = 0.0
+        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func`` and count it."""
@@ -135,46 +143,95 @@ class Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor)
         return result
 
+    def hold(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor until nothing refers to it any more."""
+        memory = tensor.untyped_storage()
+        if memory._cdata not in self.known:
+            self.known.add(memory._cdata)
+            self.held += memory.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(memory, self.drop, memory._cdata, memory.nbytes())
 
-def cost_of(step: DistillationStep, shape: tuple[int, ...]) -> Pass:
-    """Return what a step on a batch of this shape [B, C, H, W] computes and keeps."""
-    modules = step.modules
-    own = {storage(tensor) for tensor in [*modules.parameters(), *modules.buffers()]}
-    kept: dict[int, Tensor] = {}
-    calls: list[tuple[float, float]] = []
+    def drop(self, name: int, size: int) -> None:
+        """Forget the memory of a tensor."""
+        self.known.discard(name)
+        self.held -= size
 
-    def keep(tensor: Tensor) -> Tensor:
-        if storage(tensor) not in own:
-            kept[storage(tensor)] = tensor  # held, so that no other tensor takes its place
-        return tensor
 
-    def now() -> tuple[float, float]:
-        return counter.flops, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+class Autocast(TorchFunctionMode):
+    """What GPUs do that the meta device does not: autocast, and attention in one piece.
+
+    The latter keeps its inputs and its output for the backward pass, and computes the products in between again.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call ``func`` as a GPU would."""
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if self.dtype is not None and name in (*LOWER, *FULL):
+            dtype = self.dtype if name in LOWER else torch.float32
+            args = [cast(value, dtype) for value in args]
+            kwargs = {key: cast(value, dtype) for key, value in kwargs.items()}
+        if name == "scaled_dot_product_attention":
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=kwargs.get("scale"))[0]
+        return func(*args, **kwargs)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor of floats in another precision, and anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def as_on_a_gpu(network: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Evaluate a network of the meta device as a GPU does under autocast to ``dtype`` (None: float32), inside.
+
+    Each part of it, too: checkpointing evaluates parts again in the backward pass.
+    """
+    mode, depth = Autocast(dtype), 0
 
     def begin(*_: Any) -> None:
-        calls.append(now())
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            mode.__enter__()
 
     def end(*_: Any) -> None:
-        flops, activations = now()
-        calls[-1] = (flops - calls[-1][0], activations - calls[-1][1])
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            mode.__exit__(None, None, None)
 
-    hooks = [step.prior.register_forward_pre_hook(begin), step.prior.register_forward_hook(end)]
-    streams = [torch.Generator().manual_seed(row) for row in range(shape[0])]
+    hooks = [part.register_forward_pre_hook(begin) for part in network.modules()]
+    # always: a part that is evaluated again stops, by an exception, where nothing more of it is needed
+    hooks += [part.register_forward_hook(end, always_call=True) for part in network.modules()]
     try:
-        with Counter() as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            total, _ = step(torch.empty(shape, device="meta"), streams)
-            activations = now()[1]
-            total.backward()
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def cost_of(step: DistillationStep, shape: tuple[int, ...], precision: str = "32-true") -> Pass:
+    """Return what a step on a batch of this shape [B, C, H, W] computes and holds; ``step`` is on the meta device.
+
+    The peak is rather too high: gradients are summed up in new memory here, and in place where nobody looks on.
+    """
+    modules, counter = step.modules, Counter()
+    counter.known |= {tensor.untyped_storage()._cdata for tensor in [*modules.parameters(), *modules.buffers()]}
+    streams = [torch.Generator().manual_seed(row) for row in range(shape[0])]
+    try:
+        with counter, as_on_a_gpu(step.prior, PRECISIONS.get(precision)):
+            total, _ = step(torch.empty(shape, device="meta"), streams)
+            total.backward()
+    finally:
         modules.zero_grad(set_to_none=True)
-    call_flops = sum(flops for flops, _ in calls)
-    return Pass(counter.flops, activations, len(calls), call_flops, max(size for _, size in calls))
-
-
-def storage(tensor: Tensor | nn.Parameter) -> int:
-    """Return what identifies the memory of a tensor, also of one that has none."""
-    return tensor.untyped_storage()._cdata
+    return Pass(counter.flops, counter.peak)
