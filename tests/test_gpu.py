@@ -49,8 +49,14 @@ def precision(request, monkeypatch):
     return request.param
 
 
-def autocast(precision, device):
-    return network_precision("float32" if precision == "tf32" else precision, device)
+def named(precision):
+    """What the options of this package call it."""
+    return "float32" if precision == "tf32" else precision
+
+
+def with_precision(sampler, precision):
+    """The sampler with its networks in this precision."""
+    return PosteriorSampler(sampler.network, sampler.config.with_options(precision=named(precision)))
 
 
 def streams(count):
@@ -70,9 +76,8 @@ def observed(device):
 def test_samples_are_those_of_the_cpu(precision, prior_folder):
     sampler = build(prior_folder)
     with torch.no_grad():
-        expected = sampler.draw(observed("cpu"), streams(4))
-        with autocast(precision, DEVICE):
-            found = sampler.to(DEVICE).draw(observed(DEVICE), streams(4))
+        expected = with_precision(sampler, "float32").draw(observed("cpu"), streams(4))
+        found = with_precision(sampler, precision).to(DEVICE).draw(observed(DEVICE), streams(4))
     assert found.device.type == DEVICE
     assert found.dtype == torch.float32
     error = (found.cpu() - expected).square().mean().sqrt()
@@ -84,7 +89,7 @@ def gradients(prior, device, precision):
     """Return the gradient of one training step with every kind of loss, as one vector, and the loss."""
     module = distillation(prior).to(device)
     scale = SCALE if precision == "float16" else 1.0
-    with autocast(precision, device):
+    with network_precision(named(precision), device):
         total, _ = module.step(images(4).to(device), streams(4))
         (scale * total).backward()
     parts = [p.grad.flatten().float().cpu() / scale for p in trained(module).values() if p.grad is not None]
@@ -105,7 +110,8 @@ def test_a_sample_depends_on_its_own_stream_alone(prior_folder):
 
     def draw(chunk, seed=3):
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        return sampler(observation.y, observation.physics, 0.05, 2, generator, chunk_size=chunk)
+        options = {"chunk_size": chunk, "precision": "float32"}
+        return sampler(observation.y, observation.physics, 0.05, 2, generator, **options)
 
     together = draw(8)
     assert torch.equal(together, draw(8))
@@ -119,9 +125,9 @@ def test_a_shipped_model_restores_as_well_as_on_the_cpu():
     y = observe(GaussianBlur(1.6).draw(1, (3, 64, 64)), photograph, 0.01, streams(1))
     scores = {}
     for device, precision in (("cpu", "float32"), (DEVICE, "bfloat16")):
-        sampler = PosteriorSampler.from_pretrained("photos_gaussian_blur", device=device)
+        sampler = PosteriorSampler.from_pretrained("photos_gaussian_blur", device=device, precision=precision)
         observation = Observation.of(y.to(device), GaussianBlur(1.6).draw(1, (3, 64, 64), device=device), 0.01)
-        with torch.no_grad(), autocast(precision, device):
+        with torch.no_grad():
             x0_hat = sampler.draw(observation, streams(1)).cpu()
         scores[precision] = psnr(x0_hat, photograph).item()
     assert scores["float32"] > psnr(y, photograph).item() + 2

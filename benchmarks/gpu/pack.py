@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from ud2m.data.folder import SPLITS, files_of
 from ud2m.data.module import evenly_spaced
 from ud2m.files import atomic_folder
-from ud2m.raster import opened
+from ud2m.images import read_image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WHEELS = Path(__file__).parent / "wheels"
@@ -47,8 +49,9 @@ def room(asked: int) -> int:
 
 def webp(path: Path, quality: int) -> bytes:
     """Return an image as WebP, upright and in colour."""
-    with opened(path, path) as image, io.BytesIO() as file:
-        image.convert("RGB").save(file, "WEBP", quality=quality, method=4)
+    levels = read_image(path, 3).mul(255).round().byte().permute(1, 2, 0)
+    with io.BytesIO() as file:
+        Image.fromarray(levels.numpy()).save(file, "WEBP", quality=quality, method=4)
         return file.getvalue()
 
 
