@@ -233,7 +233,7 @@ def _read_npy(path: Path) -> Tensor:
     array = read_numbers(path, path)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype} values; expected floats in [0, 1] (8 bit: divide by 255)")
-    values = _planes(array.astype(np.float32), path)
+    values = _planes(array, path)
     if not np.isfinite(values).all():
         raise ValueError(f"{path} holds NaN or infinite values; replace them (a mask says what is missing)")
     low, high = float(values.min()), float(values.max())
@@ -242,7 +242,7 @@ def _read_npy(path: Path) -> Tensor:
             f"{path} holds values from {low:g} to {high:g}; expected about [0, 1]: "
             "divide 8-bit values by 255, map [-1, 1] to [0, 1]"
         )
-    return torch.from_numpy(values)
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _planes(array: np.ndarray, path: Path) -> np.ndarray:
