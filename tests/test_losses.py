@@ -579,20 +579,52 @@ def test_terms_share_one_discriminator():
     assert loss.terms["a"].discriminator is loss.terms["b"].discriminator
 
 
-def test_gradient_norms_are_those_of_the_weighted_terms():
-    p = prediction()
+def with_graph(p):
+    return replace(p, outputs=p.outputs.clone().requires_grad_())
+
+
+def test_measured_gradients_are_those_of_the_weighted_terms():
+    p = with_graph(prediction())
     loss = GeneratorLoss({"l2": (3.0, L2()), "mean_l2": (0.5, MeanL2())})
-    norms = loss.gradient_norms(p)
+    total, values = loss(p, measured=True)
+    torch.testing.assert_close(total, loss(p)[0])
     # d/dL of 3 |x0 - L|^2 averaged over all outputs and entries
-    expected = 3 * 2 * (p.outputs - p.x0.unsqueeze(1)) / p.outputs.numel()
-    torch.testing.assert_close(norms["l2"], expected.square().mean().sqrt())
+    expected = 3 * 2 * (p.outputs - p.x0.unsqueeze(1)).detach() / p.outputs.numel()
+    torch.testing.assert_close(values["gradient/l2"], expected.square().mean().sqrt())
+    (gradient,) = torch.autograd.grad(0.5 * MeanL2()(p), p.outputs)
     step = 1e-6 * torch.randn(p.outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    moved = [replace(p, outputs=p.outputs + sign * step) for sign in (1, -1)]
+    moved = [replace(p, outputs=p.outputs.detach() + sign * step) for sign in (1, -1)]
     along = (0.5 * MeanL2()(moved[0]) - 0.5 * MeanL2()(moved[1])) / 2
-    outputs = p.outputs.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(0.5 * MeanL2()(replace(p, outputs=outputs)), outputs)
     torch.testing.assert_close(along, (gradient * step).sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(norms["mean_l2"], gradient.square().mean().sqrt())
+    torch.testing.assert_close(values["gradient/mean_l2"], gradient.square().mean().sqrt())
+
+
+def test_relative_weights_are_shares_of_the_first_terms_gradient():
+    p = with_graph(prediction())
+    p = replace(p, condition=torch.zeros_like(p.condition))  # D near 0, where its sigmoid is not flat
+    weak = Linear((3, 8, 8))  # whatever the size of D's gradient,
+    with torch.no_grad():
+        for weight in weak.parameters():
+            weight *= 0.1
+    terms = {"l2": (2.0, L2()), "adversarial": (0.3, Adversarial(weak))}
+    total, values = GeneratorLoss(terms, relative=True)(p, measured=True)
+    (l2,) = torch.autograd.grad(L2()(p), p.outputs)
+    (adversarial,) = torch.autograd.grad(Adversarial(weak)(p), p.outputs)
+    (found,) = torch.autograd.grad(total, p.outputs)
+    torch.testing.assert_close(found, 2 * l2 + 0.3 * l2.norm() / adversarial.norm() * adversarial)
+    torch.testing.assert_close(values["gradient/adversarial"], 0.3 / 2 * values["gradient/l2"])
+    assert values["l2"] == L2()(p).detach()  # values stay as they are
+
+
+def test_a_vanished_term_is_not_raised_without_bound():
+    p, silent = with_graph(prediction()), Linear((3, 8, 8))
+    with torch.no_grad():
+        for weight in silent.parameters():
+            weight *= 0
+    total, _ = GeneratorLoss({"l2": (1.0, L2()), "adversarial": (1.0, Adversarial(silent))}, relative=True)(p)
+    assert torch.isfinite(total)
+    (found,) = torch.autograd.grad(total, p.outputs)
+    torch.testing.assert_close(found, torch.autograd.grad(L2()(p), p.outputs)[0])
 
 
 def test_while_the_discriminator_learns_the_sum_leaves_its_term_out():

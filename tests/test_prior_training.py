@@ -68,7 +68,7 @@ def test_a_prior_is_trained_on_from_its_weights(tmp_path):
     torch.testing.assert_close(begun, Prior.from_pretrained(tmp_path / "export")(x, sigma))
     with second.ema.applied():  # the average begins there too
         torch.testing.assert_close(Prior(copy.deepcopy(second.unet), second.schedule)(x, sigma), begun)
-    with pytest.raises(ValueError, match=r"cannot begin with photos_prior, whose architecture is another one"):
+    with pytest.raises(ValueError, match=r"cannot begin with photos_prior: its architecture is another one"):
         prior_module(start_from="photos_prior")
     with pytest.raises(FileNotFoundError, match="unknown prior 'photo_prior'"):
         prior_module(start_from="photo_prior")

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,20 +12,30 @@ from ud2m.losses.adversarial import Adversarial
 from ud2m.losses.terms import Features, LossTerm, Prediction, _check_weight, _finite
 
 Parts = Mapping[str, Callable[[], Any]]
+TINY = 1e-20
+LARGEST = 1e4
+"""Largest factor on a term whose gradient has vanished: what is left of it may be rounding alone."""
 
 
 class GeneratorLoss(nn.Module):
     """Weighted sum of named terms.
 
+    With ``relative`` a weight is a share of the gradient: every term is divided by the root mean square r_i of its
+    gradient at the outputs and multiplied by r_1, that of the first term, so ``adversarial: 0.3`` beside ``l2: 1``
+    pulls 0.3 times as strongly as L2 does, at any crop size, penalty and stage of the training. (The adaptive weight of
+    VQGAN, Esser et al., 2021, measured at the images and for all terms.) The factors r_1 / r_i are constants of the
+    gradient.
+
     Args:
         terms: name -> (weight, term). A term may be given as a function without arguments that makes it; it
             is called only for a positive weight, and terms of weight 0 are dropped: they cost nothing.
+        relative: weigh gradients in place of values.
 
     Raises:
         ValueError: when a weight is negative or not finite, or no weight is positive.
     """
 
-    def __init__(self, terms: Mapping[str, tuple[float, LossTerm | Callable[[], nn.Module]]]):
+    def __init__(self, terms: Mapping[str, tuple[float, LossTerm | Callable[[], nn.Module]]], relative: bool = False):
         super().__init__()
         for name, (weight, _) in terms.items():
             _check_weight(name, weight)
@@ -35,6 +44,7 @@ class GeneratorLoss(nn.Module):
             raise ValueError(f"no loss term has a positive weight; set one of {', '.join(terms) or '(no terms given)'}")
         active = {name: terms[name][1] for name in self.weights}
         self.terms = nn.ModuleDict({n: t if isinstance(t, nn.Module) else t() for n, t in active.items()})
+        self.relative = relative
 
     @property
     def num_outputs(self) -> int:
@@ -46,12 +56,16 @@ class GeneratorLoss(nn.Module):
         """The discriminator that an active term is judged by, or None."""
         return next((term.discriminator for term in self._active() if isinstance(term, Adversarial)), None)
 
-    def forward(self, prediction: Prediction, judged: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, judged: bool = True, measured: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum, and the unweighted values of the terms (detached) by name.
 
         Args:
             prediction: the network's.
             judged: False: the adversarial term is in the values and not in the sum, while D learns.
+            measured: add ``gradient/NAME``, the root mean square of each weighted term's gradient at the outputs. It
+                says what a weight is worth: a term whose gradient is far below the others' changes nothing.
 
         Raises:
             ValueError: when the prediction holds fewer outputs than ``num_outputs``.
@@ -60,22 +74,18 @@ class GeneratorLoss(nn.Module):
         if prediction.outputs.shape[1] < self.num_outputs:
             raise ValueError(f"the loss needs {self.num_outputs} outputs per sample, got {prediction.outputs.shape[1]}")
         values = {name: _finite(name, term(prediction)) for name, term in self.terms.items()}
-        counted = [self.weights[n] * v for n, v in values.items() if judged or not self._is_adversarial(n)]
+        weights: dict[str, float | Tensor] = dict(self.weights)
+        gradients: dict[str, Tensor] = {}
+        if (self.relative or measured) and prediction.outputs.requires_grad:
+            gradients = {name: _gradient_size(value, prediction.outputs) for name, value in values.items()}
+        if self.relative and gradients:
+            first = next(iter(gradients.values()))
+            factors = {n: (first / size.clamp_min(TINY)).clamp_max(LARGEST) for n, size in gradients.items()}
+            weights = {name: weight * factors[name] for name, weight in self.weights.items()}
+        counted = [weights[n] * v for n, v in values.items() if judged or not self._is_adversarial(n)]
         total = torch.stack(counted or [0 * prediction.outputs.sum()]).sum()
+        values |= {f"gradient/{name}": weights[name] * size for name, size in gradients.items() if measured}
         return total, {name: value.detach() for name, value in values.items()}
-
-    def gradient_norms(self, prediction: Prediction) -> dict[str, Tensor]:
-        """Return by name the root mean square of each weighted term's gradient with respect to the outputs.
-
-        It says what a weight is worth: a term whose gradient is far below the others' changes nothing.
-        """
-        outputs = prediction.outputs.detach().requires_grad_()
-        free = replace(prediction, outputs=outputs)
-        norms = {}
-        for name, term in self.terms.items():
-            (gradient,) = torch.autograd.grad(self.weights[name] * term(free), outputs)
-            norms[name] = gradient.square().mean().sqrt()
-        return norms
 
     def _is_adversarial(self, name: str) -> bool:
         return isinstance(self.terms[name], Adversarial)
@@ -84,8 +94,17 @@ class GeneratorLoss(nn.Module):
         return iter(self.terms.values())  # type: ignore[arg-type]  # typed as plain modules
 
 
+def _gradient_size(value: Tensor, outputs: Tensor) -> Tensor:
+    """Return the root mean square of d value / d outputs."""
+    (gradient,) = torch.autograd.grad(value, outputs, retain_graph=True)
+    return gradient.square().mean().sqrt()
+
+
 def build_generator_loss(
-    terms: Mapping[str, Mapping[str, Any]], features: Features, discriminator: Callable[[], nn.Module]
+    terms: Mapping[str, Mapping[str, Any]],
+    features: Features,
+    discriminator: Callable[[], nn.Module],
+    relative: bool = False,
 ) -> GeneratorLoss:
     """Return the loss of a configuration (conf/loss): only terms of positive weight are made.
 
@@ -94,12 +113,13 @@ def build_generator_loss(
             and ``discriminator`` if it has an argument of that name, and so do partials among its arguments.
         features: images -> list of feature maps.
         discriminator: makes the discriminator; called at most once, when the first active term asks for it.
+        relative: weigh gradients in place of values.
 
     Raises:
         ValueError: as ``GeneratorLoss``.
     """
     parts: Parts = {"features": lambda: features, "discriminator": cache(discriminator)}
-    return GeneratorLoss({n: (e["weight"], partial(_make, e["term"], parts)) for n, e in terms.items()})
+    return GeneratorLoss({n: (e["weight"], partial(_make, e["term"], parts)) for n, e in terms.items()}, relative)
 
 
 def _make(factory: Callable[..., nn.Module], parts: Parts) -> nn.Module:

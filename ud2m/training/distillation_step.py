@@ -78,18 +78,15 @@ class DistillationStep:
             x0: clean images [B, C, H, W] in [0, 1].
             streams: sources of randomness, one for each image.
             judged: False: D learns, and the generator does not feel it.
-            measured: also return ``gradient/NAME``, what each weighted term asks of the outputs
-                (``GeneratorLoss.gradient_norms``).
+            measured: also return ``gradient/NAME``, what each weighted term asks of the outputs.
 
         Raises:
             ValueError: as ``predict``.
             NonFiniteLossError: naming the term.
         """
         prediction = self.predict(x0, streams)
-        total, terms = self.loss(prediction, judged)
+        total, terms = self.loss(prediction, judged, measured)
         values = {"total": total.detach()} | terms
-        if measured:
-            values |= {f"gradient/{name}": norm for name, norm in self.loss.gradient_norms(prediction).items()}
         if self.discriminator is None:
             return total, values
         total_d, terms_d = self.discriminator_loss(self.discriminator, prediction, streams)

@@ -17,6 +17,7 @@ from ud2m.priors.adm import build_unet
 from ud2m.priors.prior import Prior, denoise
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.store import save_prior
+from ud2m.priors.widening import widen
 from ud2m.random import rand, randn_like
 from ud2m.training.ema import Ema
 from ud2m.training.random_streams import stream
@@ -41,7 +42,8 @@ class PriorModule(SteppedModule):
         seed: of all randomness.
         accumulate: batches summed into one step.
         clip: largest gradient norm.
-        start_from: prior whose weights the run begins with: name of a shipped one, folder or hub id.
+        start_from: prior whose weights the run begins with: name of a shipped one, folder or hub id. ``unet`` may have
+            a multiple of its channels (``priors.widening``).
 
     Raises:
         ValueError: for numbers out of range, an architecture that diffusers cannot build, or a prior of another one.
@@ -84,14 +86,13 @@ class PriorModule(SteppedModule):
         self.lr, self.focus, self.focus_max, self.levels = lr, focus, focus_max, tuple(levels)
 
     def _take_weights(self, reference: str) -> None:
-        """Begin with the weights of a prior."""
+        """Begin with the weights of a prior of this architecture, or of one with an f-th of its channels."""
         try:
-            self.unet.load_state_dict(Prior.from_pretrained(reference).unet.state_dict())
-        except RuntimeError as error:
-            reason = str(error).split("\n")[1].strip()[:160]
+            widen(self.unet, Prior.from_pretrained(reference).unet)
+        except ValueError as error:
             raise ValueError(
-                f"the run cannot begin with {reference}, whose architecture is another one ({reason}); describe its "
-                "own in training.unet"
+                f"the run cannot begin with {reference}: {error}; describe its own architecture in training.unet, or "
+                "one with a multiple of its block_out_channels"
             ) from error
 
     def losses(
