@@ -179,7 +179,7 @@ def decode(image: Image.Image, data: bytes) -> np.ndarray:
         RefusedError: for what would be lost.
         OSError: and others of Pillow, for damaged files.
     """
-    count = _pictures(data)
+    count = _pictures(image, data)
     if count > 1:
         raise RefusedError(f"{count} pictures in it; save the one that is meant as a file of its own")
     levels, opaque = _levels(image, data)
@@ -226,17 +226,17 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
     return int(orientation) if orientation in range(1, 9) else 1
 
 
-def _pictures(data: bytes) -> int:
+def _pictures(image: Image.Image, data: bytes) -> int:
     """Return how many pictures of equal right a file holds: those of a JPEG that are smaller are previews and maps."""
-    with open_limited(data) as image:
-        count, whole = getattr(image, "n_frames", 1), image.size
-        if image.format != "MPO":
-            return int(count)
-        found = 1
+    count = int(getattr(image, "n_frames", 1))
+    if image.format != "MPO":
+        return count
+    with open_limited(data) as other:  # which is led from one to the next
+        sizes = [image.size]
         for number in range(1, count):
-            image.seek(number)
-            found += image.size == whole
-        return found
+            other.seek(number)
+            sizes.append(other.size)
+        return sizes.count(image.size)
 
 
 def is_array(path: str | Path) -> bool:

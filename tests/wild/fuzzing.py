@@ -23,8 +23,11 @@ from ud2m.data.shard_index import read_index
 from ud2m.data.shards import ShardReader
 from ud2m.images import decode_image, pixel_format, read_image
 from ud2m.physics import DeepinvOperator, Jpeg, KernelFile, MaskCollection, MaskFile
+from ud2m.priors.prior import Prior
+from ud2m.samplers.ud2m import PosteriorSampler
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data_prep"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent / "data_prep"), str(TESTS)]
 make_shards = importlib.import_module("make_shards")
 
 SIDE = 24
@@ -169,6 +172,18 @@ ARRAY_READERS = [
 ]
 
 
+def save_sampler(folder):
+    tiny = importlib.import_module("tiny")
+    prior = tiny.adapted(Prior.from_pretrained(tiny.save_tiny_prior(folder / "prior")))
+    PosteriorSampler(tiny.tiny_network(prior)).save_pretrained(folder / "export")
+
+
+OPENED = {
+    "export": lambda folder: PosteriorSampler.from_pretrained(str(folder)),
+    "prior": lambda folder: Prior.from_pretrained(str(folder)),
+}
+
+
 class Cases:
     """Files in a folder, damaged by number."""
 
@@ -181,11 +196,13 @@ class Cases:
         make_shards.make_shards(source, folder / "shards", make_shards.Settings(size=16), workers=1)
         self.shards = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
         self.masks = masks()
+        save_sampler(folder)
+        self.weights = {p: p.read_bytes() for top in OPENED for p in sorted((folder / top).iterdir()) if p.is_file()}
 
     def run(self, number):
         """Make a file and open it with each of its readers; yield how each ended."""
         rng = np.random.default_rng([19, number])
-        kind = number % 8
+        kind = number % 9
         if kind < 5:
             name = str(rng.choice(list(PICTURES)))
             data = right_outside(rng) if kind < 2 else damaged(PICTURES[name], rng)
@@ -195,6 +212,11 @@ class Cases:
             yield from self.opened(name, damaged(ARRAYS[name], rng), ARRAY_READERS)
         elif kind == 6:
             yield from self.opened("masks.npz", damaged(self.masks, rng), [MaskCollection])
+        elif kind == 7:
+            path = list(self.weights)[rng.integers(len(self.weights))]
+            path.write_bytes(damaged(self.weights[path], rng))
+            yield ending(OPENED[path.parent.name], path.parent)
+            path.write_bytes(self.weights[path])
         else:
             name = str(rng.choice(list(self.shards)))
             for other, data in self.shards.items():
@@ -213,7 +235,8 @@ def ending(read, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", module="PIL")  # of what it takes all the same
+            for library in ("PIL", "diffusers", "peft"):  # of what they take all the same
+                warnings.filterwarnings("ignore", module=library)
             read(path)
     except (ValueError, OSError) as error:
         text = str(error)
