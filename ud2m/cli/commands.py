@@ -3,6 +3,7 @@
 Their settings are composed, and refused where they cannot be, before PyTorch is imported: that takes seconds.
 """
 
+import os
 import re
 import sys
 import textwrap
@@ -34,6 +35,8 @@ FLAGS = (
 )
 _KEY = re.compile(r"(?:  - )?(\w+): +(\S.*?) +# (.*)")
 WIDTH = 120
+COMMAND = "UD2M_COMMAND"
+"""Set to the command that runs, for the processes that it starts."""
 
 
 def conf_folder() -> Path:
@@ -45,9 +48,10 @@ def conf_folder() -> Path:
 
 def start() -> None:
     """Run ``ud2m COMMAND [KEY=VALUE ...]``."""
-    name, *arguments = sys.argv[1:] or ["--help"]
+    name, *arguments = [*repeated(), *sys.argv[1:]] or ["--help"]
     if name in TASKS:
-        sys.argv = [f"ud2m {name}", *arguments]
+        os.environ[COMMAND] = name
+        sys.argv[1:] = arguments
         run_command(name)
     elif name in ("-h", "--help"):
         print(USAGE)
@@ -56,6 +60,11 @@ def start() -> None:
     else:
         print(f"error: no command {name!r}; there are {', '.join(TASKS)} (ud2m --help)", file=sys.stderr)
         sys.exit(1)
+
+
+def repeated() -> list[str]:
+    """Return the command's name in a process that Lightning starts beside this one: it repeats what follows alone."""
+    return [os.environ[COMMAND]] if COMMAND in os.environ and "LOCAL_RANK" in os.environ else []
 
 
 def run_command(name: str) -> None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ud2m.cli import plain
+from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, shares_prior
 from ud2m.cli.objects import build
@@ -22,9 +23,10 @@ from ud2m.evaluation.comparison import Images, Job
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores
 from ud2m.evaluation.table import selecting
+from ud2m.evaluation.team import ALONE, Team
 from ud2m.files import inside, write_bytes, write_json
 from ud2m.physics import OperatorFamily, Problem
-from ud2m.precision import check_precision, chosen_precision, find_device
+from ud2m.precision import check_precision, chosen_precision
 from ud2m.priors.prior import Prior
 from ud2m.reports.board import Board, board_page
 from ud2m.reports.page import write_page
@@ -37,8 +39,12 @@ from ud2m.samplers.base import Sampler, check_count
 def main(config: DictConfig) -> None:
     """Measure what is not measured yet, and write the tables and the report."""
     quiet_libraries()
-    evaluation = EvaluationRun(config)
-    rows = evaluation.run()
+    devices = Devices(config)
+    evaluation = EvaluationRun(config, devices.device)
+    with devices.team() as team:
+        rows = evaluation.run(team)
+    if not devices.first:
+        return
     print(format_table(rows, visible(rows)))
     print(f"report: {evaluation.folder / 'report.html'}")
 
@@ -51,8 +57,8 @@ class EvaluationRun:
         FileNotFoundError: for missing models, priors and weights.
     """
 
-    def __init__(self, config: DictConfig):
-        self.config, self.device = config, find_device(config.device)
+    def __init__(self, config: DictConfig, device: torch.device):
+        self.config, self.device = config, device
         self.folder = inside(config.results, config.name, "the name of an evaluation")
         self.metrics = list(config.metrics)
         self._check_config()
@@ -170,26 +176,28 @@ class EvaluationRun:
     def _build(self, target: Mapping[str, Any]) -> Sampler:
         return build_sampler(target, self.prior, self.device, self.config.precision)
 
-    def run(self) -> list[dict[str, Any]]:
-        """Measure what is missing, write everything, and return the rows."""
+    def run(self, team: Team = ALONE) -> list[dict[str, Any]]:
+        """Measure what is missing, each process of a team its share, and return the rows; the first one writes."""
         store = CellStore(self.folder / "cells")
-        found = [store.load(job.settings) for job in self.jobs]
+        found = team.gathered([store.load(job.settings) for job in self.jobs])[0]
         work = sum(job.work for job, result in zip(self.jobs, found, strict=True) if result is None)
         done = sum(result is not None for result in found)
-        if done:
+        if done and team.rank == 0:
             print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
         results = []
-        with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work) as bar:
+        with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work or team.rank > 0) as bar:
             for job, result in zip(self.jobs, found, strict=True):
                 if result is None:
                     bar.set_description(f"{job.label}, {job.operator}")
-                    result = job.measured(bar.update)
-                    store.save(job.settings, result)
+                    result = job.measured(bar.update, team)
+                    if team.rank == 0:
+                        store.save(job.settings, result)
                 results.append(result)
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)
-        self._write(rows, results)
+        if team.rank == 0:
+            self._write(rows, results)
         return rows
 
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.cli import plain
+from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
 from ud2m.cli.objects import TARGET, build, resolved
@@ -25,6 +27,7 @@ from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
+from ud2m.evaluation.team import ALONE, Team
 from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
 from ud2m.images import (
     PixelFormat,
@@ -37,7 +40,6 @@ from ud2m.images import (
 )
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
-from ud2m.precision import find_device
 from ud2m.priors.prior import Prior
 from ud2m.reports.page import write_page
 from ud2m.reports.samples import Entry, Report, Section, samples_page, write_pictures
@@ -56,6 +58,8 @@ ENTRY, ROWS = ".entry.pt", ".rows"
 """What lies in the folder until the job is done: the shown pictures without rounding, and finished rows."""
 TAKEN = (REPORT, METRICS_FILE, SETTINGS)
 """Names in the output folder that no picture's results may have."""
+NOT_RECORDED = ("output", "overwrite", "devices", "num_nodes")
+"""Keys that results do not depend on."""
 MANY = 20
 """Pictures from which a bar shows how far their check is."""
 
@@ -67,20 +71,24 @@ Rows = list[Numbers]
 def main(config: DictConfig) -> None:
     """Run one sampling job into the folder ``output``, which appears when everything is written."""
     quiet_libraries()
-    output = Path(config.output)
-    check_free(output.resolve(), config.overwrite)
-    job = SamplingRun(config)
-    job.check()
+    output, devices = Path(config.output), Devices(config)
+    if devices.first:
+        check_free(output.resolve(), config.overwrite)
+    job = SamplingRun(config, devices.device)
+    if devices.first:
+        job.check()
     try:
-        with resumable_folder(output, job.recorded, config.overwrite) as folder:
-            rows = job.run(folder)
+        target = resumable_folder(output, job.recorded, config.overwrite) if devices.first else nullcontext()
+        with target as folder, devices.team() as team:
+            rows = job.run(team.gathered(folder)[0], team)
     except BaseException:
         left = output.with_name(output.name + UNFINISHED)
-        if left.is_dir():
+        if devices.first and left.is_dir():
             print(f"what is done is in {left}; the same command with output={output} goes on", file=sys.stderr)
         raise
-    print(format_table(rows))
-    print(f"report: {output / REPORT}")
+    if devices.first:
+        print(format_table(rows))
+        print(f"report: {output / REPORT}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,20 +135,28 @@ class Group:
         """Whether there is one file, whose results need no folder of its name."""
         return len(self.files) == 1
 
+    def stamp(self, number: int) -> list[int] | None:
+        """Return what changes when the file of a picture does, if it has one."""
+        if not self.files:
+            return None
+        status = self.files[number].stat()
+        return [status.st_size, status.st_mtime_ns]
+
 
 class SamplingRun:
     """The objects of one sampling job.
 
     Args:
         config: of conf/sample.yaml.
+        device: of this process.
 
     Raises:
         ValueError: for settings that do not fit together.
         FileNotFoundError: for missing models.
     """
 
-    def __init__(self, config: DictConfig):
-        self.config, self.device = config, find_device(config.device)
+    def __init__(self, config: DictConfig, device: torch.device):
+        self.config, self.device = config, device
         options = {key: config[key] for key in OPTIONS}
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, self.device, **options)
         trained = self.sampler.config.info.get("physics", {})
@@ -155,7 +171,7 @@ class SamplingRun:
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
-        config_given = {key: value for key, value in plain(config).items() if key not in ("output", "overwrite")}
+        config_given = {key: value for key, value in plain(config).items() if key not in NOT_RECORDED}
         self.recorded = config_given | {"trained": vars(self.sampler.config), "model": self.sampler.fingerprint}
         self.data: ImageDataModule | None = None if config.input is not None else self.test_data()
         self.groups = [self.own_files()] if self.data is None else list(self.shown_test_images(self.data))
@@ -200,9 +216,17 @@ class SamplingRun:
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
 
-    def run(self, folder: Path) -> Rows:
-        """Fill the output folder and return the rows of ``metrics.json``; what lies in it already is not done again."""
-        rows = [] if self.data is None else self.rows(self.data, folder / ROWS)
+    def run(self, folder: Path, team: Team = ALONE) -> Rows:
+        """Fill the output folder and return the rows of ``metrics.json``; what lies in it already is not done again.
+
+        Each process of a team does its share, and the first one what belongs to all; the others return no rows.
+        """
+        rows = [] if self.data is None else self.rows(self.data, folder / ROWS, team)
+        for group in self.groups:
+            self.draw(group, folder, team)
+        team.gathered("all pictures are written")
+        if team.rank > 0:
+            return []
         parts = [self.section(group, folder) for group in self.groups]
         if self.data is None:
             rows = [{"method": self.name, "nfe": self.sampler.nfe()} | averages(parts[0][1])]
@@ -292,24 +316,26 @@ class SamplingRun:
             raise ValueError(f"data has {data.channels} channels, the prior {self.prior.channels}; choose other data")
         return data
 
-    def rows(self, data: ImageDataModule, folder: Path) -> Rows:
+    def rows(self, data: ImageDataModule, folder: Path, team: Team) -> Rows:
         """Score all test images (with the other methods if asked); finished rows are kept in ``folder``."""
         test = [x0.to(self.device) for x0 in data.test_dataloader()]
-        own = {"ud2m": lambda: [self.row(self.name, self.sampler, test)]}
-        jobs = own if not self.config.compare else self.others(data, test) | own
-        return [row for name, job in jobs.items() for row in kept(folder / f"{name}.json", job)]
+        own = {"ud2m": lambda: [self.row(self.name, self.sampler, test, team)]}
+        jobs = own if not self.config.compare else self.others(data, test, team) | own
+        return [row for name, job in jobs.items() for row in kept(folder / f"{name}.json", job, team)]
 
-    def others(self, data: ImageDataModule, test: Sequence[Tensor]) -> dict[str, Callable[[], Rows]]:
+    def others(self, data: ImageDataModule, test: Sequence[Tensor], team: Team) -> dict[str, Callable[[], Rows]]:
         """Return what makes the rows of each of ``methods``, one for each number by which its setting is chosen."""
         validation = [x0.to(self.device) for x0 in data.val_dataloader()]
 
         def rows(page: Mapping[str, Any]) -> Rows:
-            found = self.settings(page, validation)
-            return [self.row(label, self.build(target), test) | extra for label, target, extra in found]
+            found = self.settings(page, validation, team)
+            return [self.row(label, self.build(target), test, team) | extra for label, target, extra in found]
 
         return {f"methods.{name}": partial(rows, page) for name, page in plain(self.config)["methods"].items()}
 
-    def settings(self, page: Mapping[str, Any], validation: Sequence[Tensor]) -> Iterator[tuple[str, Any, dict]]:
+    def settings(
+        self, page: Mapping[str, Any], validation: Sequence[Tensor], team: Team
+    ) -> Iterator[tuple[str, Any, dict]]:
         """Yield label, target and what is written beside the row of the best settings of a method."""
         if not page.get("tune"):
             yield page["label"], page["target"], {}
@@ -318,8 +344,9 @@ class SamplingRun:
         by = ["psnr_mean", *(self.lpips if fitting_scores(self.lpips, 1, validation[0].shape[1:]) else [])]
         samples = self.config.tune_samples
         work = len(candidates) * sum(len(x0) for x0 in validation) * samples
-        with tqdm(total=work, desc=f"{page['label']}: searching its best setting", unit="sample") as bar:
-            best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update)
+        searching = f"{page['label']}: searching its best setting"
+        with tqdm(total=work, desc=searching, unit="sample", disable=team.rank > 0) as bar:
+            best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update, team)
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
             yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}
@@ -328,13 +355,12 @@ class SamplingRun:
         """Return the sampler of a page of conf/method."""
         return build_sampler(target, self.prior, self.device, self.config.precision)
 
-    def row(self, name: str, sampler: Sampler, test: Sequence[Tensor]) -> dict[str, Any]:
+    def row(self, name: str, sampler: Sampler, test: Sequence[Tensor], team: Team) -> dict[str, Any]:
         """Return the row of a sampler on the test images."""
         count = self.config.num_samples if sampler.draws else 1
         scores = self.scores(count, test[0].shape[1:])
         measurement = Measurement(sampler, self.problem, scores, count, self.device)
-        for x0 in tqdm(test, desc=name, unit="batch"):
-            measurement.add(x0)
+        measurement.add_all(tqdm(test, desc=name, unit="batch", disable=team.rank > 0), team)
         return {"method": name, "nfe": measurement.nfe} | measurement.means()
 
     def shown_test_images(self, data: ImageDataModule) -> Iterator[Group]:
@@ -372,20 +398,38 @@ class SamplingRun:
         """Return the folder of the results of an image, by its name."""
         return inside(folder, name, "the name of an image")
 
+    def places(self, group: Group, folder: Path) -> list[Path]:
+        """Return the folders of the results of a group's pictures."""
+        return [folder if group.alone else self.place(folder, name) for name in group.names]
+
+    def draw(self, group: Group, folder: Path, team: Team) -> None:
+        """Make this process's share of the results that are not there."""
+        places = self.places(group, folder)
+        missing = [k for k in range(len(places)) if self.known(group, k, places[k]) is None]
+        for number in tqdm(team.dealt(missing), desc="pictures", disable=team.rank > 0 or not missing):
+            self.results(group, number, places[number])
+
     def section(self, group: Group, folder: Path) -> tuple[Section, list[Numbers]]:
         """Return a section of the report and the numbers of all its pictures."""
-        places = [folder if group.alone else self.place(folder, name) for name in group.names]
-        numbers = [self.results(group, k, places[k]) for k in tqdm(range(len(places)), desc="pictures")]
+        places = self.places(group, folder)
+        numbers = [self.results(group, k, places[k]) for k in range(len(places))]
         entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
         further = dict(zip(group.names[group.shown :], numbers[group.shown :], strict=True))
         return Section(group.title, group.text, entries, {} if group.alone else further), numbers
 
+    def known(self, group: Group, number: int, place: Path) -> Numbers | None:
+        """Return the numbers of an observation whose results are there already."""
+        record = place / NUMBERS_FILE
+        if record.is_file() and parse_json(record.read_text())["file"] == group.stamp(number):
+            return cast(Numbers, parse_json(record.read_text())["numbers"])
+        return None
+
     def results(self, group: Group, number: int, place: Path) -> Numbers:
         """Sample for an observation, write its results, and return its numbers; these alone where they are there."""
-        record, shown = place / NUMBERS_FILE, number < group.shown
-        state = stamp(group.files[number]) if group.files else None
-        if record.is_file() and parse_json(record.read_text())["file"] == state:
-            return cast(Numbers, parse_json(record.read_text())["numbers"])
+        known = self.known(group, number, place)
+        if known is not None:
+            return known
+        record, shown, state = place / NUMBERS_FILE, number < group.shown, group.stamp(number)
         case = group.case(number)
         entry = self.entry(case, self.sample(case))
         for note in filter(None, (case.remark, entry.note)):
@@ -427,17 +471,15 @@ class SamplingRun:
         return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
 
 
-def stamp(path: Path) -> list[int]:
-    """Return what changes when a file does."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def kept(path: Path, make: Callable[[], Rows]) -> Rows:
-    """Return the rows in a file, made and written where it is not there."""
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, make())
+def kept(path: Path, make: Callable[[], Rows], team: Team) -> Rows:
+    """Return the rows in a file, made by a team and written by its first process where it is not there."""
+    if team.gathered(path.is_file())[0]:
+        return cast(Rows, parse_json(path.read_text()))
+    rows = make()
+    if team.rank > 0:
+        return rows
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, rows)
     return cast(Rows, parse_json(path.read_text()))
 
 

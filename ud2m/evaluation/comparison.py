@@ -10,6 +10,7 @@ from ud2m.evaluation.cells import Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
 from ud2m.evaluation.table import metric_of, selecting
+from ud2m.evaluation.team import ALONE, Team
 from ud2m.names import flattened
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
@@ -27,6 +28,7 @@ def best_settings(
     by: Sequence[str],
     num_samples: int,
     advance: Advance = lambda samples: None,
+    team: Team = ALONE,
 ) -> dict[str, Setting]:
     """Return the best setting on validation images by each of several numbers, such as ``psnr_mean`` and ``lpips``.
 
@@ -38,6 +40,7 @@ def best_settings(
         by: names of numbers, of ``COLUMNS`` those that select.
         num_samples: S, per observation.
         advance: is told how many samples were drawn.
+        team: processes that share the images.
 
     Raises:
         ValueError: for a number that nothing can be chosen by.
@@ -47,7 +50,7 @@ def best_settings(
     rows = []
     for candidate in candidates:
         scores = [build_score(name) for name in metrics]
-        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), advance, device).row)
+        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), advance, device, team).row)
     best = {}
     for key, column in columns.items():
         qualities = [column.quality(row[key]) for row in rows]
@@ -109,19 +112,22 @@ class Job:
         searched = len(images.validation) * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
         return searched + len(images.test) * self.settings["num_samples"]
 
-    def measured(self, advance: Advance) -> Result:
-        """Return the cell; with a tuned setting, the row says which under ``setting``."""
+    def measured(self, advance: Advance, team: Team = ALONE) -> Result:
+        """Return the cell, of which each process of a team makes its share.
+
+        With a tuned setting, the row says which under ``setting``.
+        """
         method, tuned, images = self.settings["method"], self.settings.get("tuned"), self.images
         found = {}
         if tuned:
             by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
             validation = images.validation.split(images.batch)
-            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, advance)[by]
+            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, advance, team)[by]
             found = {"setting": difference(method, candidates)}
         scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
         test, samples = images.test.split(images.batch), self.settings["num_samples"]
         sampler, device = self.build(method), images.test.device
-        result = measure(sampler, self.problem, test, scores, samples, shown, advance, device)
+        result = measure(sampler, self.problem, test, scores, samples, shown, advance, device, team)
         return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:

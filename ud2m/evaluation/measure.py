@@ -9,9 +9,14 @@ from torch import Tensor
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.scores import Draws, Score
 from ud2m.evaluation.table import without_bounds
+from ud2m.evaluation.team import ALONE, Team
 from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
+
+
+def _nothing(*told: Any) -> None:
+    pass
 
 
 class Measurement:
@@ -36,13 +41,18 @@ class Measurement:
         self.sampler, self.problem, self.num_samples = sampler, problem, num_samples
         self.scores = [score.to(device) for score in scores]
         self.count, self.evaluations, self.watch = 0, 0, Stopwatch(device)
+        self.peaks: tuple[float | None, ...] = ()
         reset_peak_memory(device)
 
     @torch.no_grad()
-    def add(self, x0: Tensor) -> Draws:
-        """Observe clean images x0 [B, C, H, W], draw samples and score them; return all of it."""
-        observation = self.problem.observe(x0, self.count)
-        generator = self.problem.sampling_generator(self.count, x0.device)
+    def add(self, x0: Tensor, first: int | None = None) -> Draws:
+        """Observe clean images x0 [B, C, H, W], draw samples and score them; return all of it.
+
+        ``first`` is the number of the first of them; default: as many as there were before.
+        """
+        first = self.count if first is None else first
+        observation = self.problem.observe(x0, first)
+        generator = self.problem.sampling_generator(first, x0.device)
         with NetworkEvaluations(self.sampler.networks) as counter, self.watch:
             samples = self.sampler(
                 observation.y, observation.physics, observation.sigma_y, self.num_samples, generator=generator
@@ -53,6 +63,28 @@ class Measurement:
         for score in self.scores:
             score.add(draws)
         return draws
+
+    def add_all(
+        self, batches: Iterable[Tensor], team: Team = ALONE, each: Callable[[int, Tensor, Draws | None], Any] = _nothing
+    ) -> None:
+        """Add all batches of a new measurement, of which each process of a team draws its share.
+
+        Args:
+            batches: clean images [B, C, H, W], the same ones in every process.
+            team: the processes; each knows all scores in the end.
+            each: is told of every batch: number of its first image, images, and what was drawn, if here.
+        """
+        first = 0
+        for number, x0 in enumerate(batches):
+            draws = self.add(x0, first) if number % team.size == team.rank else None
+            each(first, x0, draws)
+            first += len(x0)
+        own = self.count, self.evaluations, self.watch.seconds, peak_memory(self.watch.device)
+        counts, evaluations, seconds, self.peaks = zip(*team.gathered(own), strict=True)
+        self.count, self.evaluations, self.watch.seconds = sum(counts), sum(evaluations), sum(seconds)
+        for score in self.scores:
+            parts = team.gathered(score.gathered)
+            score.gathered = {name: team.in_order([part.get(name, []) for part in parts]) for name in parts[0]}
 
     def row(self) -> dict[str, Any]:
         """Return the scores' numbers, with ``images``, ``samples``, ``nfe``, ``seconds_per_image`` and ``peak_memory``.
@@ -66,7 +98,8 @@ class Measurement:
         if not self.count:
             raise ValueError("there are no images to evaluate")
         counts = {"images": self.count, "samples": self.num_samples, "nfe": self.nfe}
-        return {**counts, **self._numbers(), "peak_memory": peak_memory(self.watch.device)}
+        peaks = [peak for peak in (*self.peaks, peak_memory(self.watch.device)) if peak is not None]
+        return {**counts, **self._numbers(), "peak_memory": max(peaks, default=None)}
 
     def means(self) -> dict[str, Any]:
         """Return the scores' numbers without intervals, and ``seconds_per_image``."""
@@ -96,6 +129,7 @@ def measure(
     shown: Collection[int] = (),
     advance: Callable[[int], Any] = lambda samples: None,
     device: torch.device | str = "cpu",
+    team: Team = ALONE,
 ) -> Result:
     """Draw samples for all images and score them.
 
@@ -108,14 +142,19 @@ def measure(
         shown: numbers of the images whose pictures are kept.
         advance: is told how many samples were drawn.
         device: where the images are.
+        team: processes that share the batches; each returns the result of all.
     """
     measurement = Measurement(sampler, problem, scores, num_samples, device)
     pictures: dict[int, dict[str, Tensor]] = {}
-    for x0 in batches:
-        first = measurement.count
-        draws = measurement.add(x0)
+
+    def show(first: int, x0: Tensor, draws: Draws | None) -> None:
+        advance(len(x0) * num_samples)
+        if draws is None:
+            return
         for i in set(shown) & set(range(first, first + len(x0))):
             parts = {"x0": x0, "y": draws.observation.y, "sample": draws.samples[:, 0], "mean": draws.samples.mean(1)}
             pictures[i] = {name: images[i - first].cpu() for name, images in parts.items()}
-        advance(len(x0) * num_samples)
-    return Result(measurement.row(), measurement.curves(), pictures)
+
+    measurement.add_all(batches, team, show)
+    of_all = {i: picture for part in team.gathered(pictures) for i, picture in part.items()}
+    return Result(measurement.row(), measurement.curves(), dict(sorted(of_all.items())))

@@ -257,7 +257,11 @@ class Coverage(Score):
     """
 
     least = 13
-    count = 0
+
+    @property
+    def count(self) -> int:
+        """S."""
+        return int(self.rows["samples"][0])
 
     def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
         """Raise ValueError where no interval of S samples is near to the highest level."""
@@ -270,11 +274,10 @@ class Coverage(Score):
 
     def values(self, draws: Draws) -> dict[str, Tensor]:
         """Return the share of covered pixels of each image, for each level."""
-        self.count = draws.samples.shape[1]
+        count = draws.samples.shape[1]
         rank = ranks(draws.samples, draws.x0, _seeded()).flatten(1)
-        levels = range(1, (self.count - 1) // 2 + 1)
-        inside = [((rank >= k) & (rank <= self.count - k)).double().mean(1) for k in levels]
-        return {"inside": torch.stack(inside, 1)}
+        inside = [((rank >= k) & (rank <= count - k)).double().mean(1) for k in range(1, (count - 1) // 2 + 1)]
+        return {"inside": torch.stack(inside, 1), "samples": torch.full((len(rank),), count)}
 
     def nominal(self) -> list[float]:
         """Return the coverages that a calibrated sampler has, falling."""
