@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test test-slow lint bench docs clean
 
 help:
 	@echo "make install    virtual environment in .venv with everything that demo and tests need"
@@ -10,6 +10,7 @@ help:
 	@echo "make test       fast tests (5 minutes on 2 cores); make test-slow: the others"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      time ratios of sampling and training"
+	@echo "make docs       the documents and the API as a site, in build/site"
 
 # The stamp makes a second call a no-op until the dependencies change.
 .venv/.installed: pyproject.toml
@@ -36,6 +37,9 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/cost.py
+
+docs: install
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -13,7 +13,7 @@ path=$PWD
 if compgen -G "$here/wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$here"/wheels/*.whl
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --root-user-action ignore --target "$site" "$here"/wheels/*.whl
     path=$path:$site:$PWD/$here/wheels # there lies what says which version of ud2m this is
 fi
 PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" "$here/kit.py" "$@"
