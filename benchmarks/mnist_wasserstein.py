@@ -79,7 +79,7 @@ class GaussianLaw(Sampler):
 
 def digits(root: Path, count: int) -> tuple[Tensor, Tensor]:
     """Return so many test digits, evenly spaced, and all others, [n, 1, 32, 32]."""
-    test = Digits(read_mnist(root, train=False), SIDE, "test")
+    test = Digits(read_mnist(root, train=False).data, SIDE, "test")
     if not 2 <= count <= len(test) // 2:
         raise ValueError(f"images must lie in 2..{len(test) // 2}, got {count}")
     chosen = {k * len(test) // count for k in range(count)}

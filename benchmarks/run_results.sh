@@ -176,6 +176,14 @@ mnist() {
     "$PYTHON" benchmarks/mnist_wasserstein.py picture --blocks 1 8 --steps 1 1
 }
 
+# Latent priors with a prompt, on digits; the last export is what ships as ud2m/pretrained/digits.
+latent() {
+    train digits_vae experiment=digits_vae
+    train digits_latent experiment=digits_latent training.vae=$RUNS/digits_vae/export
+    train digits experiment=digits_consistency training.start_from=$RUNS/digits_latent/export
+    "$PYTHON" benchmarks/latent_digits.py --teacher "$RUNS/digits_latent/export"
+}
+
 # The paper's columns with rivals: bridges, models for the operators that no shipped model is for, and models that go on
 # from them with a trained warm start, are trained first.
 declare -A UNSHIPPED=(
@@ -314,7 +322,7 @@ picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
-PARTS="prior operators losses initialisation ablations general exact mnist rivals fewer cost picture"
+PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
     case " models $PARTS " in

@@ -112,9 +112,18 @@ def _train(config: DictConfig) -> float | None:
 @user_facing
 def _sample(config: DictConfig) -> None:
     check_sampling(config)
-    from ud2m.cli.sample import main
+    from ud2m.cli.sample import SamplingRun, main
 
-    main(config)
+    if config.get("sampler") is None:
+        main(config, SamplingRun)
+    elif config.estimate:
+        from ud2m.cli.latent_estimate import latent_estimate
+
+        print(latent_estimate(config))
+    else:
+        from ud2m.cli.sample_latent import LatentRun
+
+        main(config, LatentRun)
 
 
 @user_facing

@@ -21,9 +21,18 @@ TARGET, PARTIAL, CONVERT = "_target_", "_partial_", "_convert_"
 OWN = "ud2m"
 ALLOW = "UD2M_ALLOW"
 """Environment variable: packages of the user's own, separated by commas, whose classes are built too."""
+LATENT = (
+    "latent_latino.LatentLatino",
+    "latent_rivals.Ldps",
+    "latent_rivals.P2l",
+    "latent_rivals.Psld",
+    "latent_rivals.Treg",
+    "latino_pro.LatinoPro",
+)
 FUNCTIONS = {
     "ud2m.losses.build_generator_loss",
     "ud2m.samplers.bridge.BridgeSampler.from_pretrained",
+    *(f"ud2m.samplers.{name}.from_pretrained" for name in LATENT),
     "ud2m.samplers.ud2m.PosteriorSampler.from_pretrained",
     "ud2m.training.build_distillation",
 }

@@ -26,7 +26,13 @@ def check_training(config: DictConfig) -> None:
 
 
 def check_sampling(config: DictConfig) -> None:
-    """Refuse a model or a prior that cannot be there."""
+    """Refuse a model, a prior or a pipeline that cannot be there."""
+    if config.get("sampler") is not None:
+        check_reference("pipeline", str(config.pipeline))
+        return
+    for key in ("prompt", "estimate"):
+        if config[key]:
+            raise ValueError(f"{key}=... belongs to a latent prior: add sampler=latino or sampler=latino_pro")
     check_reference("model", str(config.model))
     if config.prior is not None:
         check_reference("prior", str(config.prior))

@@ -68,13 +68,16 @@ Rows = list[Numbers]
 
 
 @user_facing
-def main(config: DictConfig) -> None:
-    """Run one sampling job into the folder ``output``, which appears when everything is written."""
+def main(config: DictConfig, kind: "type[SamplingRun] | None" = None) -> None:
+    """Run one sampling job, with a model unless another kind is given.
+
+    It goes into the folder ``output``, which appears when everything is written.
+    """
     quiet_libraries()
     output, devices = Path(config.output), Devices(config)
     if devices.first:
         check_free(output.resolve(), config.overwrite)
-    job = SamplingRun(config, devices.device)
+    job = (kind or SamplingRun)(config, devices.device)
     if devices.first:
         job.check()
     try:
@@ -155,6 +158,10 @@ class SamplingRun:
         FileNotFoundError: for missing models.
     """
 
+    sampler: Any
+    prior: Any
+    """Both of the kind of run."""
+
     def __init__(self, config: DictConfig, device: torch.device):
         self.config, self.device = config, device
         options = {key: config[key] for key in OPTIONS}
@@ -171,8 +178,13 @@ class SamplingRun:
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
+        self.plan({"trained": vars(self.sampler.config), "model": self.sampler.fingerprint})
+
+    def plan(self, about: Numbers) -> None:
+        """Say what is to be sampled, and keep the settings, with what is known about the weights."""
+        config = self.config
         config_given = {key: value for key, value in plain(config).items() if key not in NOT_RECORDED}
-        self.recorded = config_given | {"trained": vars(self.sampler.config), "model": self.sampler.fingerprint}
+        self.recorded = config_given | about
         self.data: ImageDataModule | None = None if config.input is not None else self.test_data()
         self.groups = [self.own_files()] if self.data is None else list(self.shown_test_images(self.data))
 
@@ -230,13 +242,18 @@ class SamplingRun:
         parts = [self.section(group, folder) for group in self.groups]
         if self.data is None:
             rows = [{"method": self.name, "nfe": self.sampler.nfe()} | averages(parts[0][1])]
-        report = Report(*self.headline(), rows, self.recorded, [section for section, _ in parts])
+        sections = [section for section, _ in parts] + self.further_sections(folder)
+        report = Report(*self.headline(), rows, self.recorded, sections)
         write_page(folder / REPORT, samples_page(report))
         write_json(folder / METRICS_FILE, rows)
         shutil.rmtree(folder / ROWS, ignore_errors=True)
         for entry in folder.rglob(ENTRY):
             entry.unlink()
         return rows
+
+    def further_sections(self, folder: Path) -> list[Section]:
+        """Return what the report shows after the pictures."""
+        return []
 
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
@@ -437,8 +454,12 @@ class SamplingRun:
         write_pictures(place, entry, case.pixels)
         if shown:
             torch.save(vars(entry), place / ENTRY)
+        self.keep(case, place, entry)
         write_json(record, {"numbers": entry.numbers, "note": entry.note, "file": state})
         return cast(Numbers, parse_json(record.read_text())["numbers"])
+
+    def keep(self, case: Case, place: Path, entry: Entry) -> None:
+        """Write what else there is of an observation that was just sampled for; by default nothing."""
 
     @torch.no_grad()
     def sample(self, case: Case) -> Tensor:

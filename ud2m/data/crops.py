@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -10,12 +11,13 @@ from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.image_store import ImageStore
+from ud2m.data.module import captioned
 
 SCALES = (1.0, 0.71, 0.5, 0.35, 0.25)
 PROBABILITIES = (0.5, 0.15, 0.15, 0.1, 0.1)
 
 
-class RandomCrops(Dataset[Tensor]):
+class RandomCrops(Dataset[Any]):
     """Endless random crops: item i >= 0 is a pure function of (images, settings, seed, i).
 
     Workers, ranks and resumed runs therefore see the same crops whenever they ask for the same numbers. An
@@ -34,6 +36,7 @@ class RandomCrops(Dataset[Tensor]):
         candidates: places drawn per crop, of which the one with the most ``detail`` is taken. Half of many photographs
             is smooth background, which teaches little.
         cache_bytes: memory for decoded images and levels, kept while recently used; None keeps everything.
+        captions: of each image; items are pairs of a crop and the caption of its image then.
 
     Returns (per item):
         float32 [C, crop_size, crop_size] in [0, 1].
@@ -53,40 +56,48 @@ class RandomCrops(Dataset[Tensor]):
         augmentation: Augmentation | None = None,
         candidates: int = 1,
         cache_bytes: int | None = None,
+        captions: Sequence[str] | None = None,
     ):
         check_levels(scales, probabilities)
         check_sizes(images, crop_size)
         check_candidates(candidates)
         self.pyramid = Pyramid(images, cache_bytes)
         self.crop_size, self.seed, self.candidates = crop_size, seed, candidates
-        self.augmentation = augmentation or Augmentation()
+        self.augmentation, self.captions = augmentation or Augmentation(), captions
         self.choices, self.cumulative = choices(images.sizes, crop_size, scales, probabilities, weights)
         if cache_bytes is None:  # once here rather than once per worker
             for image, scale in self.choices:
                 self.pyramid.level(image, scale)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         rng = np.random.default_rng([self.seed, index])
         which, flip = rng.random(2)
         image, scale = self.choices[int(np.searchsorted(self.cumulative, which, side="right"))]
         level = self.pyramid.level(image, scale)
         crop = detailed_crop(level, self.crop_size, self.candidates, rng)
         crop = crop.flip(2) if flip < 0.5 else crop.clone()  # never a view of the kept image
-        return self.augmentation(crop, rng)
+        return captioned(self.augmentation(crop, rng), self.captions, image)
 
 
-class Tiles(Dataset[Tensor]):
+class Tiles(Dataset[Any]):
     """All non-overlapping tiles of all images, row by row from the top left, without remainders at the edges.
 
-    ``names[i]`` is like ``chelsea-r0-c3``. Items are float32 [C, tile_size, tile_size] in [0, 1].
+    ``names[i]`` is like ``chelsea-r0-c3``. Items are float32 [C, tile_size, tile_size] in [0, 1], with the caption of
+    their image where there are captions.
 
     Raises:
         ValueError: when there are no images or some are smaller than a tile.
     """
 
-    def __init__(self, images: ImageStore, tile_size: int, cache_bytes: int | None = None):
+    def __init__(
+        self,
+        images: ImageStore,
+        tile_size: int,
+        cache_bytes: int | None = None,
+        captions: Sequence[str] | None = None,
+    ):
         check_sizes(images, tile_size)
-        self.pyramid, self.tile_size = Pyramid(images, cache_bytes), tile_size
+        self.pyramid, self.tile_size, self.captions = Pyramid(images, cache_bytes), tile_size, captions
         self.places = [
             (image, row, column)
             for image, (height, width) in enumerate(images.sizes)
@@ -98,11 +109,12 @@ class Tiles(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         image, row, column = self.places[index]
         top, left = row * self.tile_size, column * self.tile_size
         whole = self.pyramid.level(image, 1.0)
-        return whole[:, top : top + self.tile_size, left : left + self.tile_size].clone()
+        tile = whole[:, top : top + self.tile_size, left : left + self.tile_size].clone()
+        return captioned(tile, self.captions, image)
 
 
 class Pyramid:

@@ -31,6 +31,7 @@ class FolderData(ImageDataModule):
         augment: keyword arguments of ``Augmentation``.
         candidates: places per crop (see ``RandomCrops``).
         cache_mb: memory per process for decoded images, in MiB.
+        captions: items are pairs of a crop and the text of ``NAME.txt`` beside its file: captions, one a line.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey, 3 repeats grey.
     """
 
@@ -42,19 +43,21 @@ class FolderData(ImageDataModule):
         augment: Mapping[str, float] | None = None,
         candidates: int = 1,
         cache_mb: int = 512,
+        captions: bool = False,
         **common: Any,
     ):
         super().__init__(**common)
         self.root = Path(root).expanduser()
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
-        self.cache_bytes = cache_mb * 2**20
+        self.cache_bytes, self.captions = cache_mb * 2**20, captions
         self._told: set[Path] = set()
 
     def train_set(self) -> Dataset[Tensor]:
         """Return endless crops of the training files."""
+        images = self._images("train")
         return RandomCrops(
-            self._images("train"),
+            images,
             self.crop_size,
             self.seed,
             self.scales,
@@ -62,11 +65,13 @@ class FolderData(ImageDataModule):
             augmentation=self.augmentation,
             candidates=self.candidates,
             cache_bytes=self.cache_bytes,
+            captions=self._captions(images),
         )
 
     def all_images(self, split: Split) -> NamedImages:
         """Return the tiles of the files of a split."""
-        return Tiles(self._images(split), self.tile_size, self.cache_bytes)
+        images = self._images(split)
+        return Tiles(images, self.tile_size, self.cache_bytes, self._captions(images))
 
     def _images(self, split: Split) -> "FolderImages":
         found = find_images(folder_of(self.root, split))
@@ -74,6 +79,32 @@ class FolderData(ImageDataModule):
             self._told.add(found.folder)
             rank_zero_only(print)(found, flush=True)
         return FolderImages(self.root, names_of(self.root, split, found), self.channels)
+
+    def all_captions(self) -> Sequence[str]:
+        """Return the captions of the training files."""
+        return self._captions(self._images("train")) or super().all_captions()
+
+    def _captions(self, images: "FolderImages") -> list[str] | None:
+        return [read_captions(self.root / name) for name in images.names] if self.captions else None
+
+
+def read_captions(image: Path) -> str:
+    """Return the captions of an image file, one a line, from the text file of the same name beside it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is empty or no text.
+    """
+    file = image.with_suffix(".txt")
+    if not file.is_file():
+        raise FileNotFoundError(f"{image} has no captions: write them into {file.name} beside it, one a line")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} holds no UTF-8 text: {error}; save it as plain text") from error
+    if not any(lines):
+        raise ValueError(f"{file} is empty; write captions into it, one a line")
+    return "\n".join(line for line in lines if line)
 
 
 class FolderImages:

@@ -1,5 +1,6 @@
 """MNIST, padded with black to the size of the training images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from torchvision.datasets import MNIST
 
-from ud2m.data.module import ImageDataModule, NamedImages, Split
+from ud2m.data.module import ImageDataModule, NamedImages, Split, captioned
 
 SIDE = 28
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VALIDATION = 1000  # the last of the 60000 training digits
 FILES = (
     "train-images-idx3-ubyte",
@@ -25,11 +27,12 @@ class MnistData(ImageDataModule):
 
     Args:
         root: folder that holds ``MNIST/raw`` with the four files; what is missing is downloaded into it.
+        captions: items are pairs of a digit and its captions, one a line, as ``captions_of`` has them.
         common: the arguments of ``ImageDataModule``; ``channels`` must be 1, ``tile_size`` that of the crops,
             and ``crop_size`` 28 or a larger even number.
     """
 
-    def __init__(self, root: str | Path, **common: Any):
+    def __init__(self, root: str | Path, captions: bool = False, **common: Any):
         super().__init__(**common)
         if self.channels != 1:
             raise ValueError(f"data=mnist is grey: channels must be 1, got {self.channels}")
@@ -38,39 +41,52 @@ class MnistData(ImageDataModule):
                 f"digits are padded from {SIDE}x{SIDE}: crop_size must be an even number from {SIDE} on and "
                 f"tile_size equal to it, got {self.crop_size} and {self.tile_size}"
             )
-        self.root = Path(root).expanduser()
+        self.root, self.captions = Path(root).expanduser(), captions
 
     def prepare_data(self) -> None:
         """Download in one process, before the others look for the files."""
         read_mnist(self.root, train=True)
 
-    def train_set(self) -> Dataset[Tensor]:
+    def train_set(self) -> Dataset[Any]:
         """Return the first 59000 training digits."""
-        return Digits(read_mnist(self.root, train=True)[:-VALIDATION], self.crop_size, "train")
+        return self._digits(read_mnist(self.root, train=True), slice(None, -VALIDATION), "train")
 
     def all_images(self, split: Split) -> NamedImages:
         """Return the last 1000 training digits or the test digits."""
         if split == "test":
-            return Digits(read_mnist(self.root, train=False), self.crop_size, "test")
-        return Digits(read_mnist(self.root, train=True)[-VALIDATION:], self.crop_size, "val")
+            return self._digits(read_mnist(self.root, train=False), slice(None), "test")
+        return self._digits(read_mnist(self.root, train=True), slice(-VALIDATION, None), "val")
+
+    def all_captions(self) -> Sequence[str]:
+        """Return what the captions of the training digits say."""
+        return super().all_captions() if not self.captions else [captions_of(label) for label in range(len(NUMBERS))]
+
+    def _digits(self, mnist: MNIST, part: slice, split: Split) -> "Digits":
+        captions = [captions_of(label) for label in mnist.targets[part].tolist()] if self.captions else None
+        return Digits(mnist.data[part], self.crop_size, split, captions)
 
 
-class Digits(Dataset[Tensor]):
-    """Digits uint8 [N, 28, 28] as float32 [1, side, side] in [0, 1], centred on black."""
+def captions_of(label: int) -> str:
+    """Return the captions of a digit, one a line; three in four say which it is."""
+    return "\n".join([f"a photo of the digit {NUMBERS[label]}"] * 3 + ["a photo of a digit"])
 
-    def __init__(self, digits: Tensor, side: int, split: Split):
-        self.digits, self.margin = digits, (side - SIDE) // 2
+
+class Digits(Dataset[Any]):
+    """Digits uint8 [N, 28, 28] as float32 [1, side, side] in [0, 1], centred on black; with its captions, if any."""
+
+    def __init__(self, digits: Tensor, side: int, split: Split, captions: Sequence[str] | None = None):
+        self.digits, self.margin, self.captions = digits, (side - SIDE) // 2, captions
         self.names = [f"{split}-{k:05d}" for k in range(len(digits))]
 
     def __len__(self) -> int:
         return len(self.digits)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return pad(self.digits[index][None].float() / 255, (self.margin,) * 4)
+    def __getitem__(self, index: int) -> Any:
+        return captioned(pad(self.digits[index][None].float() / 255, (self.margin,) * 4), self.captions, index)
 
 
-def read_mnist(root: Path, train: bool) -> Tensor:
-    """Return the training or test digits, uint8 [N, 28, 28], from ``root/MNIST/raw``, downloaded if missing.
+def read_mnist(root: Path, train: bool) -> MNIST:
+    """Return the training or test digits, ``data`` uint8 [N, 28, 28] and ``targets`` [N]; downloaded if missing.
 
     Raises:
         FileNotFoundError: when the files are missing and cannot be downloaded.
@@ -80,7 +96,7 @@ def read_mnist(root: Path, train: bool) -> Tensor:
     if not all((folder / name).is_file() for name in FILES):
         download_mnist(root)
     try:
-        return MNIST(str(root), train=train).data
+        return MNIST(str(root), train=train)
     except (OSError, RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ValueError(
             f"a file in {folder} is damaged ({one_line(error)}): delete the folder or copy the files anew"

@@ -2,7 +2,7 @@
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, Literal, Protocol
 
 import lightning
@@ -16,7 +16,7 @@ Split = Literal["train", "val", "test"]
 
 
 class NamedImages(Protocol):
-    """A fixed sequence of images, float32 [C, H, W] in [0, 1], with one name each."""
+    """A fixed sequence of images, float32 [C, H, W] in [0, 1], with one name each; or of ``captioned`` ones."""
 
     names: list[str]
 
@@ -84,6 +84,17 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
     @abstractmethod
     def all_images(self, split: Split) -> NamedImages:
         """Return the images of the split ``val`` or ``test`` without a limit."""
+
+    def all_captions(self) -> Sequence[str]:
+        """Return the captions of the training images, each once at least.
+
+        Raises:
+            ValueError: for data without captions.
+        """
+        raise ValueError(
+            f"{type(self).__name__} gives no captions here, and a text model needs them: data=folder or mnist with "
+            "data.captions=true"
+        )
 
     def evaluation_set(self, split: Split) -> "EvenSubset":
         """Return the images of the split ``val`` or ``test`` within its limit; they have ``names``."""
@@ -189,6 +200,11 @@ def position(trainer: lightning.Trainer) -> tuple[int, int]:
         # The workers read ahead before Lightning closes the epoch, with the iterator that serves the next one.
         return epochs["processed"] + 1, 0
     return epochs["processed"], batches["processed"]
+
+
+def captioned(image: Tensor, captions: Sequence[str] | None, index: int) -> Any:
+    """Return an item of a data set: the image, and where there are captions also its own, one a line."""
+    return image if captions is None else (image, captions[index])
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

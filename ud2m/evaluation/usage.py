@@ -26,15 +26,16 @@ class NetworkEvaluations:
         self.networks, self.count = networks, 0
 
     def __enter__(self) -> "NetworkEvaluations":
-        self.handles = [network.register_forward_pre_hook(self._count) for network in self.networks]
+        self.handles = [network.register_forward_pre_hook(self._count, with_kwargs=True) for network in self.networks]
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.count += len(arguments[0])
+    def _count(self, network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # some pipelines name all arguments
+        self.count += len(arguments[0] if arguments else next(iter(named.values())))
 
 
 class Stopwatch:

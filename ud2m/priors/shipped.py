@@ -9,7 +9,23 @@ SHIPPED = Path(__file__).parents[1] / "pretrained"
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 """Folders of published networks without their weights, for ``Prior.from_pretrained`` on the meta device."""
 SCHEDULER_FILE, PSI_FILE = "scheduler_config.json", "psi.safetensors"
-MARKS = {"prior": SCHEDULER_FILE, "model": PSI_FILE}
+PIPELINES: dict[str, dict[str, str]] = {
+    "sdxl_dmd2": {
+        "reference": "stabilityai/stable-diffusion-xl-base-1.0",
+        "vae": "madebyollin/sdxl-vae-fp16-fix",
+        "unet_weights": "tianweiy/DMD2/dmd2_sdxl_4step_unet_fp16.bin",
+        "scheduler": "lcm",
+    },
+    "sdxl_lcm_lora": {
+        "reference": "stabilityai/stable-diffusion-xl-base-1.0",
+        "vae": "madebyollin/sdxl-vae-fp16-fix",
+        "lora": "latent-consistency/lcm-lora-sdxl",
+        "scheduler": "lcm",
+    },
+    "lcm_sd15": {"reference": "SimianLuo/LCM_Dreamshaper_v7"},
+}
+"""Published pipelines by name: arguments of ``LatentPrior.from_pretrained``. They are fetched from the hub."""
+MARKS = {"prior": SCHEDULER_FILE, "model": PSI_FILE, "pipeline": "model_index.json"}
 """The file by which a folder is known, by kind."""
 
 
@@ -27,13 +43,15 @@ def check_reference(kind: str, reference: str) -> None:
     """Refuse a name that can be no reference: nothing shipped, no folder, and no hub id, which has a slash.
 
     Args:
-        kind: ``prior`` or ``model``.
+        kind: of ``MARKS``.
         reference: what the user wrote.
 
     Raises:
         FileNotFoundError: with the nearest name and all shipped ones.
     """
-    if shipped_folder(reference) or Path(reference).is_dir() or "/" in reference:
-        return
     known = sorted(path.parent.name for path in SHIPPED.glob(f"*/{MARKS[kind]}"))
+    if kind == "pipeline":
+        known += PIPELINES
+    if reference in known or Path(reference).is_dir() or "/" in reference:
+        return
     raise FileNotFoundError(f"{unknown(kind, reference, known)}; or give a folder, or a hub id OWNER/NAME")

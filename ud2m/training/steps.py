@@ -78,9 +78,11 @@ class SteppedModule(L.LightningModule, ABC):
 
     @abstractmethod
     def losses(
-        self, x0: Tensor, streams: list[torch.Generator], logged: bool = False
+        self, batch: Any, streams: list[torch.Generator], logged: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what to back-propagate for clean images x0 [B, C, H, W], and values to log; ``total`` is shown.
+        """Return what to back-propagate for a batch, and values to log; ``total`` is shown.
+
+        The batch is clean images [B, C, H, W] in [0, 1], or a pair of them and their captions.
 
         Values are losses, unless their name holds a slash. ``logged`` tells that these reach the loggers: then values
         that cost something are worth it.
@@ -123,15 +125,15 @@ class SteppedModule(L.LightningModule, ABC):
             raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {self.trainer.precision}")
         self.total_steps = batches // accumulate * (self.trainer.max_epochs or 1)
 
-    def training_step(self, x0: Tensor, batch_idx: int) -> None:
-        """Back-propagate the losses of one batch x0 [B, C, H, W] in [0, 1]; step when enough are accumulated.
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Back-propagate the losses of one batch; step when enough are accumulated.
 
         Raises:
             FloatingPointError: when a loss, or what a prox is given, is not finite; names the step and the term.
         """
         accumulate = self.settings.accumulate
         try:
-            total, values = self.losses(x0, self.streams(len(x0), batch_idx), logs_now(self.trainer))
+            total, values = self.losses(batch, self.streams(len(images_of(batch)), batch_idx), logs_now(self.trainer))
         except (NonFiniteLossError, FloatingPointError) as error:
             raise FloatingPointError(self.stopped(str(error))) from error
         last = (batch_idx + 1) % accumulate == 0
@@ -238,6 +240,11 @@ class SteppedModule(L.LightningModule, ABC):
         checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images [B, C, H, W] of a batch, which may have captions beside them."""
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def logs_now(trainer: Any) -> bool:

@@ -1,0 +1,271 @@
+"""LATINO, LATINO-PRO and their rivals on super-resolved and deblurred digits, judged by an independent classifier.
+
+    python benchmarks/latent_digits.py [--images 200] [--methods ...] [--teacher runs/digits_latent/export]
+
+Every method is tuned on validation digits (``--tune`` of them, by the class accuracy, then the PSNR) over a small grid
+and measured on test digits, evenly spaced, with one sample of each. The classifier is a small network trained here on
+the 59000 training digits; the class accuracy is the share of samples that it gives the true class, and the Frechet
+distance is of its 32 features, between samples and the clean digits. LDPS, PSLD, P2L and TReg walk with the model
+before its distillation, ``--teacher``. Classifier and rows are kept in ``--folder``, and taken from there. Writes
+``docs/results/latent_digits.json``.
+"""
+
+import argparse
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from results import store
+from ud2m.data.mnist import NUMBERS, Digits, read_mnist
+from ud2m.evaluation.calibration import bootstrap_interval
+from ud2m.evaluation.metrics import psnr
+from ud2m.evaluation.usage import NetworkEvaluations
+from ud2m.files import write_json
+from ud2m.physics import GaussianBlur, OperatorFamily, Problem, SuperResolution
+from ud2m.priors.latent import LatentPrior
+from ud2m.samplers.base import Sampler
+from ud2m.samplers.latent_latino import AnnealedSteps, LatentLatino
+from ud2m.samplers.latent_rivals import Ldps, P2l, Psld, Treg
+from ud2m.samplers.latino import PseudoInverse
+from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
+
+PROMPT = "a photo of a digit"
+CLASSES = [f"a photo of the digit {name}" for name in NUMBERS]
+PROBLEMS: dict[str, tuple[OperatorFamily, float]] = {
+    "super-resolution x8": (SuperResolution(8), 0.02),
+    "Gaussian blur, width 3": (GaussianBlur(3.0), 0.02),
+}
+SIDE, BATCH, FEATURES = 32, 50, 32
+Make = Callable[..., Sampler]
+
+
+class Classifier(nn.Module):
+    """Classes of digits [B, 1, 32, 32], and the features before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1),
+            nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, FEATURES), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, len(NUMBERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [B, 10]."""
+        return self.head(self.features(x))
+
+
+def digits(root: Path, train: bool, picked: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return some digits [n, 1, 32, 32] and their classes [n]."""
+    mnist = read_mnist(root, train=train)
+    images = Digits(mnist.data, SIDE, "train" if train else "test")
+    return torch.stack([images[k] for k in picked]), mnist.targets[list(picked)]
+
+
+def trained_classifier(root: Path, file: Path) -> Classifier:
+    """Return the classifier, trained for two passes over the training digits unless its file is there."""
+    torch.manual_seed(0)
+    model = Classifier()
+    if file.is_file():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    images, labels = digits(root, True, range(59000))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    order = torch.cat([torch.randperm(len(images)) for _ in range(2)]).split(100)
+    for batch in tqdm(order, desc="classifier"):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return model.eval()
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """Return the Frechet distance of two sets of features [n, d]."""
+    means, covariances = [f.mean(0) for f in (x, y)], [f.T.cov() for f in (x, y)]
+    root = torch.from_numpy(sqrtm((covariances[0] @ covariances[1]).double().numpy()).real)
+    return ((means[0] - means[1]).square().sum() + (covariances[0] + covariances[1]).trace() - 2 * root.trace()).item()
+
+
+def methods(
+    prior: LatentPrior, teacher: LatentPrior | None, steps: int
+) -> dict[str, tuple[Make, dict[str, Sequence[Any]]]]:
+    """Return what makes each method, with the grid that it is tuned over."""
+    width = {"width": [0.5, 1.0, 2.0, 4.0]}
+
+    def latino(prompt: str = PROMPT, width: float = 1.0) -> Sampler:
+        return LatentLatino(prior, prompt, steps=AnnealedSteps(width), chunk_size=BATCH)
+
+    def pro(width: float = 1.0, rate: float = 0.2, gradient: str = "likelihood", **options: Any) -> Sampler:
+        optimizer = PromptOptimizer(gradient, rate=rate)
+        return LatinoPro(prior, PROMPT, optimizer, steps=AnnealedSteps(width), chunk_size=BATCH, **options)
+
+    both = {"width": [2.0], "rate": [0.5, 1.5]}
+    found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
+        "A^dagger y": (PseudoInverse, {}),
+        "LATINO": (latino, width),
+        "LATINO-PRO": (pro, both),
+        "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
+        "LATINO-PRO, scores": (lambda **o: pro(gradient="scores", candidates=CLASSES, **o), {"width": [2.0]}),
+        "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
+    }
+    if teacher is not None:
+        for name, kind, count, grid in (
+            ("LDPS", Ldps, steps, {"weight": [0.1, 0.3, 1.0]}),
+            ("PSLD", Psld, steps, {"weight": [0.1, 0.3, 1.0]}),
+            ("P2L", P2l, steps, {"weight": [0.1, 0.3, 1.0]}),
+            ("TReg", Treg, min(steps, 200), {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
+        ):
+            found[name] = (
+                lambda kind=kind, count=count, **o: kind(teacher, PROMPT, count, chunk_size=BATCH, **o),
+                grid,
+            )
+    return found
+
+
+class Bench:
+    """Measures samplers on digits."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.classifier = trained_classifier(options.root, options.folder / "classifier.pt")
+        self.test = digits(options.root, False, [k * 10000 // options.images for k in range(options.images)])
+        self.validation = digits(options.root, True, [59000 + k * 1000 // options.tune for k in range(options.tune)])
+
+    @torch.no_grad()
+    def numbers(self, sampler: Sampler, problem: Problem, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return PSNR and class of every image, and the means of all that is measured."""
+        start, samples = time.perf_counter(), []
+        with NetworkEvaluations(sampler.networks) as counter:
+            for first in range(0, len(images), BATCH):
+                observation = problem.observe(images[first : first + BATCH], first)
+                generator = problem.sampling_generator(first)
+                samples.append(sampler.sample(observation, 1, generator)[:, 0])
+        seconds = time.perf_counter() - start
+        drawn = torch.cat(samples)
+        right = (self.classifier(drawn).argmax(1) == labels).float()
+        features = [self.classifier.features(x) for x in (drawn, images)]
+        return {
+            "psnr": psnr(drawn, images),
+            "right": right,
+            "frechet": frechet(*features),
+            "nfe": counter.count / len(images),
+            "seconds": seconds / len(images),
+        }
+
+    def best(self, make: Make, grid: Mapping[str, Sequence[Any]], problem: Problem) -> dict[str, Any]:
+        """Return the setting with the highest class accuracy on validation digits, then PSNR."""
+
+        def score(setting: dict[str, Any]) -> tuple[float, float]:
+            found = self.numbers(make(**setting), problem, *self.validation)
+            return found["right"].mean().item(), found["psnr"].mean().item()
+
+        settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return settings[0] if len(settings) == 1 else max(settings, key=score)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each method and problem; differences are from LATINO, paired by image."""
+        prior = LatentPrior.from_pretrained(self.options.pipeline)
+        teacher = None if self.options.teacher is None else LatentPrior.from_pretrained(self.options.teacher)
+        known, rows = methods(prior, teacher, self.options.steps), []
+        unknown = set(self.options.methods or ()) - known.keys()
+        if unknown:
+            raise ValueError(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
+        for name in self.options.problems or PROBLEMS:
+            file = self.options.folder / f"{name.replace(' ', '_')}.json"
+            kept = json.loads(file.read_text()) if file.is_file() else {}
+            settings = {key: str(value) for key, value in vars(self.options).items() if key != "problems"}
+            settings["prior"] = prior.fingerprint
+            if kept.get("settings") != settings:
+                kept = {"settings": settings, "rows": self.rows_of(name, known, prior)}
+                write_json(file, kept)
+            rows += kept["rows"]
+        return rows
+
+    def rows_of(self, name: str, known: Mapping[str, Any], prior: LatentPrior) -> list[dict[str, Any]]:
+        """Return the rows of one problem."""
+        problem, rows = Problem(*PROBLEMS[name]), []
+        reference: dict[str, Any] | None = None
+        for method in self.options.methods or known:
+            make, grid = known[method]
+            setting = self.best(make, grid, problem)
+            found = self.numbers(make(**setting), problem, *self.test)
+            reference = found if method == "LATINO" else reference
+            rows.append({"problem": name, "method": method, **row_of(found, reference), "setting": str(setting)})
+            print(rows[-1], flush=True)
+        rows.append({"problem": name, "method": "LATINO, the right prompt", **self.told(prior, problem)})
+        print(rows[-1], flush=True)
+        return rows
+
+    def told(self, prior: LatentPrior, problem: Problem) -> dict[str, Any]:
+        """Return the row of LATINO with the prompt that names each digit, which nobody knows: a bound."""
+        images, labels = self.test
+        parts = []
+        for label in range(len(NUMBERS)):
+            chosen = labels == label
+            sampler = LatentLatino(prior, CLASSES[label], chunk_size=BATCH)
+            parts.append(self.numbers(sampler, problem, images[chosen], labels[chosen]))
+        joined = {key: torch.cat([part[key] for part in parts]) for key in ("psnr", "right")}
+        return row_of(joined | {"nfe": parts[0]["nfe"], "seconds": parts[0]["seconds"]}, None)
+
+
+def row_of(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the numbers of the table."""
+    row = {
+        "NFE": round(found["nfe"], 2),
+        "class": mean_text(found["right"], ".3f"),
+        "PSNR": mean_text(found["psnr"], ".2f"),
+        "Frechet": None if "frechet" not in found else f"{found['frechet']:.2f}",
+        "seconds": f"{found['seconds']:.3f}",
+    }
+    if reference is not None and reference is not found:
+        row["class - LATINO"] = mean_text(found["right"] - reference["right"], "+.3f")
+        row["PSNR - LATINO"] = mean_text(found["psnr"] - reference["psnr"], "+.2f")
+    return row
+
+
+def mean_text(values: Tensor, form: str) -> str:
+    """Return a mean with its bootstrap interval of 95 %."""
+    low, high = bootstrap_interval(values, generator=torch.Generator().manual_seed(0))
+    return f"{values.mean().item():{form}} [{low:{form}}, {high:{form}}]"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--pipeline", default="digits", help="the distilled one")
+    found.add_argument("--teacher", default=None, help="the one before distillation, for LDPS, PSLD, P2L and TReg")
+    found.add_argument("--steps", type=int, default=1000, help="of LDPS, PSLD and P2L; TReg has 200 at most")
+    found.add_argument("--images", type=int, default=200, help="test digits, evenly spaced over all")
+    found.add_argument("--tune", type=int, default=50, help="validation digits")
+    found.add_argument("--methods", nargs="+", help="all by default")
+    found.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="all by default")
+    found.add_argument("--root", type=Path, default=Path("data/mnist"), help="holds MNIST/raw")
+    found.add_argument("--folder", type=Path, default=Path("results/latent_digits"))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and store the table."""
+    options = parser().parse_args(arguments)
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    rows = Bench(options).rows()
+    print(store("latent_digits", shlex.join(["python", *sys.argv]), config, rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

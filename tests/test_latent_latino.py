@@ -1,0 +1,189 @@
+"""LATINO and LATINO-PRO in latent space, against the pixel sampler and a prior with a known answer."""
+
+import math
+
+import pytest
+import tiny_latent
+import torch
+from latent_priors import SIDE, WIDTH, GaussianLatentPrior
+from torch import nn
+
+from ud2m.evaluation.usage import NetworkEvaluations
+from ud2m.physics import Observation, Problem, SuperResolution
+from ud2m.priors.latent import LatentPrior, Prompt
+from ud2m.priors.prior import denoise
+from ud2m.priors.schedule import VPSchedule
+from ud2m.random import randn_like
+from ud2m.samplers.latent_latino import PUBLISHED, AnnealedSteps, LatentLatino, PublishedSteps, StepRule
+from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
+from ud2m.unfolded.prox import joint_prox
+from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
+
+
+class IdentityVae(nn.Module):
+    """Latents are the image itself, in [-1, 1]."""
+
+    device, dtype = torch.device("cpu"), torch.float32  # pipelines ask for both
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.config = tiny_latent.vae().config | {"in_channels": 3, "latent_channels": 3, "scaling_factor": 1.0}
+        self.config = type("Config", (), dict(self.config))
+
+    def encode(self, x):
+        return type("Encoded", (), {"latents": x})
+
+    def decode(self, z):
+        return type("Decoded", (), {"sample": z})
+
+
+def pixel_pipeline() -> LatentPrior:
+    pipe = tiny_latent.pipeline("sd")
+    torch.manual_seed(0)
+    pipe.unet = tiny_latent.unet(in_channels=3, out_channels=3, sample_size=16)
+    pipe.vae, pipe.vae_scale_factor = IdentityVae(), 1
+    return LatentPrior(pipe)
+
+
+class LevelSteps(StepRule):
+    """delta_k = tau_k^2 of the pixel sampler, tau = b / (2 a)."""
+
+    def variance(self, prior, t, u, observation):
+        a, b = prior.table.roots(torch.tensor([t]))
+        return u.new_full((len(u),), float((b / a / 2) ** 2))
+
+
+def observed(seed: int = 0, shape=(3, 16, 16), factor: int = 2, sigma_y: float = 0.05) -> Observation:
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.rand(2, *shape, generator=generator) * 0.4 + 0.3
+    return Problem(SuperResolution(factor, "box"), sigma_y).observe(x0)
+
+
+def streams(count: int = 2) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(k) for k in range(count)]
+
+
+@torch.no_grad()
+def test_with_an_identity_autoencoder_it_is_the_pixel_sampler():
+    prior, observation, times = pixel_pipeline(), observed(), [300, 150, 40]
+    embeds = prior.encode_prompt("a cat").embeds
+    schedule = VPSchedule.from_config(tiny_latent.TABLE)
+
+    def network(x_t, t):
+        return prior.network(x_t, t, encoder_hidden_states=embeds.expand(len(x_t), -1, -1))
+
+    # the pixel sampler's own steps at sigma(t), clipped as here
+    x, noise = start_from_y(SmoothingStart(), observation).clamp(0, 1), streams()
+    for t in times:
+        tau = schedule.sigma(torch.tensor(float(t)))
+        level = tau.expand(len(x))
+        x = denoise(network, schedule, x + tau * randn_like(x, noise), level).clamp(0, 1)
+        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
+        x = joint_prox(physics, y, x, x, math.inf, float(tau) ** 2, 1.0, sigma_y).clamp(0, 1)
+    sampler = LatentLatino(prior, "a cat", times, LevelSteps())
+    torch.testing.assert_close(sampler.draw(observation, streams()), x, rtol=1e-3, atol=1e-4)
+    assert x.std() > 0.01
+
+
+@pytest.mark.parametrize("kind", tiny_latent.KINDS)
+def test_every_pipeline_samples_alike_in_any_batch(kind):
+    prior, observation = LatentPrior(tiny_latent.pipeline(kind)), observed()
+    sampler = LatentLatino(prior, "a cat", [999, 499, 249])
+    physics, y = observation.physics, observation.y
+    samples = sampler(y, physics, 0.05, 2, torch.Generator().manual_seed(3))
+    alone = LatentLatino(prior, "a cat", [999, 499, 249], chunk_size=1)
+    torch.testing.assert_close(alone(y, physics, 0.05, 2, torch.Generator().manual_seed(3)), samples)
+    assert (samples[:, 0] - samples[:, 1]).abs().max() > 1e-3
+    # the last step goes back to the data
+    assert (physics.A(samples[:, 0]) - y).abs().mean() < 0.1
+
+
+@torch.no_grad()
+def test_the_autoencoded_result_is_the_prox_through_the_autoencoder():
+    prior, observation = LatentPrior(tiny_latent.pipeline("sd")), observed()
+    results = [
+        LatentLatino(prior, "a", [499], final=final).draw(observation, streams()) for final in ("prox", "autoencoded")
+    ]
+    assert torch.equal(results[1], prior.decode(prior.encode(results[0])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_steps_give_the_prox_of_the_authors(name):
+    """Theirs is solved here for images in [-1, 1], by dense matrices."""
+    prior, t = LatentPrior(tiny_latent.pipeline("sd")), 250
+    observation = observed(shape=(1, 8, 8))
+    u = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    early, late, switch, relative = PUBLISHED[name]
+    columns = observation.physics.A(torch.eye(64).view(64, 1, 8, 8)).flatten(1).T.double()
+    scaled, target = 2 * u.flatten(1).double() - 1, 2 * observation.y.flatten(1).double() - 1
+    abar = prior.pipeline.scheduler.alphas_cumprod[t].double()
+    sampler = LatentLatino(prior, "a", [t], PublishedSteps(name))
+    ours = sampler.back_to_data(u, t, observation)
+    for row in range(2):
+        r = (columns @ scaled[row] - target[row]).norm() if relative else 1.0
+        gamma = (early if t > switch else late) * r * (1 - abar) / (2 * 0.05) ** 2
+        system = torch.eye(64) + gamma * columns.T @ columns
+        solved = torch.linalg.solve(system, scaled[row] + gamma * columns.T @ target[row])
+        torch.testing.assert_close(ours[row].flatten().double(), ((solved + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_of_steps_is_free_of_size_and_operator():
+    prior = LatentPrior(tiny_latent.pipeline("sd"))
+    small = AnnealedSteps(0.5).variance(prior, 499, torch.rand(2, 3, 8, 8), observed())
+    large = AnnealedSteps(0.5).variance(prior, 499, torch.rand(2, 3, 64, 64), observed(factor=4))
+    abar = prior.pipeline.scheduler.alphas_cumprod[499]
+    torch.testing.assert_close(small, (0.25 * (1 - abar) / 4).expand(2))
+    assert torch.equal(small, large)
+
+
+# --- LATINO-PRO --------------------------------------------------------------------------------------------------
+
+
+def gaussian_problem(seed: int):
+    """Return a prior, an observation, and argmax p(y | c) with the Fisher information, both by dense algebra."""
+    prior, generator = GaussianLatentPrior(), torch.Generator().manual_seed(seed)
+    c = torch.randn(1, WIDTH, generator=generator, dtype=torch.float64)
+    z = c @ prior.W.T + prior.v.sqrt() * torch.randn(1, 64, generator=generator, dtype=torch.float64)
+    observation = Problem(SuperResolution(2, "box"), 0.02, seed).observe(prior.decode(z))
+    A = observation.physics.A(torch.eye(64, dtype=torch.float64).view(64, 1, SIDE, SIDE)).flatten(1).T
+    onto_y = 0.05 * A @ prior.Q
+    covariance = onto_y @ torch.diag(prior.v) @ onto_y.T + 0.02**2 * torch.eye(len(A))
+    model = onto_y @ prior.W
+    fisher = model.T @ torch.linalg.solve(covariance, model)
+    offset = observation.y.flatten() - (A @ torch.full((64,), 0.5, dtype=torch.float64))
+    best = torch.linalg.solve(fisher, model.T @ torch.linalg.solve(covariance, offset))
+    return prior, observation, best, fisher
+
+
+def distance(prompt: Prompt, best, fisher) -> float:
+    """Return how far a prompt is from the maximum of p(y | c), in standard deviations of the Fisher information."""
+    offset = prompt.embeds.flatten(1).double() - best
+    return torch.einsum("bi,ij,bj->b", offset, fisher, offset).sqrt().mean().item()
+
+
+@torch.no_grad()
+def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
+    found = {"start": [], "likelihood": [], "transition": []}
+    for seed in range(4):
+        prior, observation, best, fisher = gaussian_problem(seed)
+        first = Prompt(torch.zeros(1, 1, WIDTH))
+        found["start"].append(distance(first, best, fisher))
+        for gradient in ("likelihood", "transition"):
+            sampler = LatinoPro(prior, first, PromptOptimizer(gradient), fixed=0)
+            _, prompt, _ = sampler.estimate(observation, streams(1))
+            found[gradient].append(distance(prompt, best, fisher))
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    print(means)
+    assert means["likelihood"] < 0.1 * means["start"]
+    assert means["likelihood"] < means["transition"] < means["start"]
+
+
+def test_evaluations_are_those_of_the_paper():
+    prior, observation, _, _ = gaussian_problem(0)
+    for gradient in ("likelihood", "transition"):
+        sampler = LatinoPro(prior, Prompt(torch.zeros(1, 1, WIDTH)), PromptOptimizer(gradient), fixed=0)
+        with NetworkEvaluations(sampler.networks) as counter:
+            sampler.sample(observation, 3)
+        assert counter.count == 3 * 68

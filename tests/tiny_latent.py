@@ -1,0 +1,90 @@
+"""Tiny text-to-image pipelines of every kind, made of random weights."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ud2m.priors.latent_parts import tokenizer_of
+
+LENGTH, WIDTH, SIZE = 8, 16, 16
+KINDS = ("sd", "sd_v", "lcm", "distilled", "sdxl")
+TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def vae(channels: int = 3) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    )
+
+
+def unet(**options: object) -> UNet2DConditionModel:
+    given = {
+        "sample_size": SIZE // 2,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**given | options)
+
+
+def text_encoder(kind: type = CLIPTextModel) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        projection_dim=WIDTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return kind(config)
+
+
+def pipeline(kind: str, channels: int = 3, seed: int = 0) -> DiffusionPipeline:
+    """Return a pipeline of one of ``KINDS``."""
+    torch.manual_seed(seed)
+    parts = {"vae": vae(channels), "text_encoder": text_encoder(), "tokenizer": tokenizer_of([], LENGTH)}
+    if kind == "sdxl":
+        network = unet(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+        )
+        second = {"text_encoder_2": text_encoder(CLIPTextModelWithProjection), "tokenizer_2": tokenizer_of([], LENGTH)}
+        return StableDiffusionXLPipeline(
+            **parts, **second, unet=network, scheduler=EulerDiscreteScheduler(**TABLE), add_watermarker=False
+        )
+    rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if kind == "lcm":
+        network = unet(time_cond_proj_dim=8)
+        return LatentConsistencyModelPipeline(**parts, **rest, unet=network, scheduler=LCMScheduler(**TABLE))
+    prediction = "v_prediction" if kind == "sd_v" else "epsilon"
+    scheduler = LCMScheduler if kind == "distilled" else DDIMScheduler
+    return StableDiffusionPipeline(
+        **parts, **rest, unet=unet(), scheduler=scheduler(**TABLE, prediction_type=prediction)
+    )

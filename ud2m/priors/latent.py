@@ -1,0 +1,609 @@
+"""A latent text-to-image model of diffusers as encoder E, decoder D and one-step estimate G(z_t, t, c)."""
+
+import copy
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ud2m.files import read_tensors
+from ud2m.precision import DTYPES, check_precision, chosen_precision
+from ud2m.priors.latent_parts import assemble_on_meta
+from ud2m.priors.prior import LoraSpec
+from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.shipped import ARCHITECTURES, PIPELINES, shipped_folder, subfolder
+
+MADE_BY = "latent_prior"
+"""Key of the metadata of a saved prompt: the fingerprint of the model that made it."""
+CELL = 8
+"""Sides that diffusers' pipelines take are multiples of it."""
+FINGERPRINTED = 64
+"""Values of each tensor that enter the fingerprint: all of a large model would take minutes."""
+SENTINEL = 1000
+"""A length that no tokenizer cuts to: transformers writes 1e30 where there is no limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a model is told in place of words; one prompt, or one per sample.
+
+    Attributes:
+        embeds: states of the text model [B, length, width].
+        pooled: its summary [B, width], where the model takes one (SDXL).
+        texts: the words that it comes from, as far as known.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    texts: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def rows(self, index: Tensor) -> "Prompt":
+        """Return the prompts ``index`` (int64, may repeat)."""
+        texts = tuple(self.texts[i] for i in index.tolist()) if self.texts else ()
+        return Prompt(self.embeds[index], None if self.pooled is None else self.pooled[index], texts)
+
+    def expand(self, count: int) -> "Prompt":
+        """Return one prompt ``count`` times, or ``count`` prompts as they are.
+
+        Raises:
+            ValueError: for another number of prompts.
+        """
+        if len(self) == count:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"there are {len(self)} prompts for {count} samples; give one, or one each")
+        return self.rows(torch.zeros(count, dtype=torch.long, device=self.embeds.device))
+
+    def with_embeds(self, embeds: Tensor) -> "Prompt":
+        """Return the prompt with other states."""
+        return replace(self, embeds=embeds)
+
+
+class OneStep:
+    """A scheduler for diffusers' pipelines whose single step returns z0, from what the network said at time t.
+
+    With z_t = a z + b eps: (z_t - b o) / a for o = eps; a z_t - b o for v = a eps - b z; o itself; z_t - b o for the
+    flow eps - z. A consistency model adds its boundary scalings, c_skip z_t + c_out z0 (Song et al., 2023).
+    """
+
+    order, init_noise_sigma = 1, 1.0
+
+    def __init__(self, table: "NoiseTable", t: Tensor, doubled: bool):
+        self.table, self.t = table, t
+        self.config = table.config
+        # one "time" of as many numbers as the network gets images, twice where it is asked without the prompt too
+        self.timesteps = (torch.cat([t, t]) if doubled else t).unsqueeze(0)
+        self.sigmas = self.timesteps
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, original_inference_steps: Any = None) -> None:
+        """Keep the time that it was made with."""
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """There is one time."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample as it is."""
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return z0 in float32, twice: some pipelines ask for the sample, others for the estimate."""
+        z0 = self.table.z0(model_output.to(torch.promote_types(sample.dtype, torch.float32)), sample, self.t)
+        return z0, z0
+
+
+class NoiseTable:
+    """How z_t = a z + b eps depends on t, and what the network predicts, from the configuration of a scheduler.
+
+    Args:
+        config: of the pipeline's own scheduler.
+        consistency: whether it has the boundary scalings of a consistency model (``LCMScheduler``).
+
+    Raises:
+        ValueError: for a kind of prediction that is not known.
+    """
+
+    def __init__(self, config: Mapping[str, Any], consistency: bool = False):
+        self.config = config
+        flow = str(config.get("_class_name", "")).startswith("FlowMatch")
+        self.prediction = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+        if self.prediction not in ESTIMATES:
+            raise ValueError(f"the model predicts {self.prediction!r}; known are {', '.join(ESTIMATES)}")
+        self.num_times = int(config.get("num_train_timesteps", 1000))
+        self.scaling = float(config.get("timestep_scaling", 10.0)) if consistency else None
+        with torch.device("cpu"):
+            self.schedule = None if self.prediction == "flow_prediction" else VPSchedule.from_config(config)
+
+    def roots(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b of times t [B], float64: sqrt(abar_t) and sqrt(1 - abar_t), or 1 - t/T and t/T of a flow."""
+        # without values there is nothing to look up
+        t = torch.zeros(t.shape, dtype=torch.float64) if t.is_meta else t.to("cpu", torch.float64)
+        if self.schedule is None:
+            return 1 - t / self.num_times, t / self.num_times
+        ratio = 2 * self.schedule.sigma(t)  # sigma is in image units
+        a = (1 + ratio**2).rsqrt()
+        return a, ratio * a
+
+    def columns(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b as [B, 1, ...] in the type of latents."""
+        a, b = (root.to(like).view(-1, *[1] * (like.ndim - 1)) for root in self.roots(t))
+        return a, b
+
+    def z0(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the estimate of the latents from what the network returned."""
+        z_t = z_t.to(output.dtype)
+        a, b = self.columns(t, output)
+        estimate = ESTIMATES[self.prediction](z_t, output, a, b)
+        if self.scaling is None:
+            return estimate
+        time = (self.scaling * t.to(output)).view(a.shape)
+        variance = SIGMA_DATA**2
+        return variance / (time**2 + variance) * z_t + time / (time**2 + variance).sqrt() * estimate
+
+    def noised(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Return z_t = a z + b eps."""
+        a, b = self.columns(t, z)
+        return a * z + b * eps
+
+    def eps(self, z0: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """Return the noise of z_t, given its estimate z0: (z_t - a z0) / b."""
+        a, b = self.columns(t, z_t)
+        return (z_t - a * z0) / b
+
+
+ESTIMATES = {
+    "epsilon": lambda z, o, a, b: (z - b * o) / a,
+    "v_prediction": lambda z, o, a, b: a * z - b * o,
+    "sample": lambda z, o, a, b: o,
+    "flow_prediction": lambda z, o, a, b: z - b * o,
+}
+SIGMA_DATA = 0.5
+"""Of the boundary scalings, as in ``LCMScheduler``."""
+
+
+class LatentPrior(nn.Module):
+    """A frozen text-to-image pipeline of diffusers: the only place that knows latents and times.
+
+    E and D map images in [0, 1] to scaled latents and back; E is the posterior *mean*. G(z_t, t, c) is the estimate of
+    z that one evaluation of the pipeline makes: its own ``__call__`` does it, with time ids, guidance and all, so that
+    any pipeline is served alike. Gradients reach the prompt and the latents.
+
+    Args:
+        pipeline: of diffusers, with ``vae``, a text encoder, ``unet`` or ``transformer``, and a scheduler.
+        reference: where it comes from.
+        guidance: of classifier-free guidance, 1: none. For a network that takes the guidance as an input (LCM) that
+            input. None: 8 for those, else 1.
+
+    Raises:
+        ValueError: for a pipeline that lacks a part, or guidance where it is distilled into the network.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, reference: str | None = None, guidance: float | None = None):
+        super().__init__()
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        name = type(pipeline).__name__
+        missing = [
+            what
+            for what, there in (
+                ("vae", "vae" in parts),
+                ("text_encoder", any(part.startswith("text_encoder") for part in parts)),
+                ("unet or transformer", "unet" in parts or "transformer" in parts),
+            )
+            if not there
+        ]
+        if missing:
+            raise ValueError(f"{reference or name} is a {name} without {', '.join(missing)}; a latent prior needs them")
+        self.parts = nn.ModuleDict(parts).requires_grad_(False).eval()
+        self.pipeline, self.reference = pipeline, reference
+        pipeline.set_progress_bar_config(disable=True)
+        self.network: Any = parts["unet" if "unet" in parts else "transformer"]
+        self.vae: Any = parts["vae"]
+        config = pipeline.scheduler.config
+        scaled = isinstance(pipeline.scheduler, LCMScheduler)
+        self.table = NoiseTable(config, consistency=scaled)
+        self.takes_guidance = getattr(self.network.config, "time_cond_proj_dim", None) is not None
+        self.guidance = float(guidance if guidance is not None else 8.0 if self.takes_guidance else 1.0)
+        if not self.guidance >= 1:
+            raise ValueError(f"guidance must be at least 1 (none), got {guidance}")
+        if self.distilled and not self.takes_guidance and self.guidance > 1:
+            raise ValueError(
+                f"guidance={guidance} on a model that has its guidance distilled into it ({name} with LCMScheduler); "
+                "leave it out"
+            )
+        self.channels = int(pipeline.vae.config.in_channels)
+        self._call = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        vae_dtype: str = "float32",
+        vae: str | None = None,
+        unet_weights: str | None = None,
+        lora: str | None = None,
+        scheduler: str | None = None,
+        guidance: float | None = None,
+    ) -> "LatentPrior":
+        """Load a shipped pipeline by name, one of ``PIPELINES``, a diffusers folder or a hub id.
+
+        Args:
+            reference: of the pipeline.
+            device: of all networks.
+            dtype: of network and text encoders: float32, bfloat16 or float16.
+            vae_dtype: of the autoencoder.
+            vae: another autoencoder: folder or hub id.
+            unet_weights: a file with other weights of the network, or OWNER/NAME/FILE of the hub, as those of DMD2.
+            lora: a LoRA in the format of diffusers (LCM-LoRA): folder or hub id.
+            scheduler: ``lcm`` for models whose distillation needs that one, as DMD2 and LCM-LoRA. None: the pipeline's.
+            guidance: see the class.
+
+        Raises:
+            FileNotFoundError: when something is missing or cannot be reached.
+            ValueError: as the class, and for weights that do not fit, or float16 on a CPU.
+        """
+        if reference in PIPELINES:
+            given = {"vae": vae, "unet_weights": unet_weights, "lora": lora, "scheduler": scheduler}
+            options: dict[str, Any] = PIPELINES[str(reference)] | {k: v for k, v in given.items() if v is not None}
+            return cls.from_pretrained(device=device, dtype=dtype, vae_dtype=vae_dtype, guidance=guidance, **options)
+        device = torch.device(device)
+        network_dtype, decoder_dtype = (_dtype(name, device) for name in (dtype, vae_dtype))
+        where = str(shipped_folder(str(reference)) or reference)
+        parts: dict[str, Any] = {}
+        if vae is not None:
+            parts["vae"] = _reached(AutoencoderKL.from_pretrained, vae, torch_dtype=decoder_dtype)
+        pipeline = _reached(DiffusionPipeline.from_pretrained, where, torch_dtype=network_dtype, **parts)
+        if unet_weights is not None:
+            _take_weights(pipeline, unet_weights)
+        if lora is not None:
+            _reached(pipeline.load_lora_weights, lora)
+        if scheduler is not None:
+            pipeline.scheduler = _scheduler(scheduler).from_config(pipeline.scheduler.config)
+        prior = cls(pipeline, str(reference), guidance).to(device)
+        # nn.Module's own cast: that of diffusers warns about modules to keep in float32, of which this class has none
+        nn.Module.to(prior.vae, decoder_dtype)
+        return prior
+
+    @classmethod
+    def on_meta(cls, reference: str) -> "LatentPrior":
+        """Return a prior of shapes alone: of ``PIPELINES`` whose architecture ships here, shipped, or a folder.
+
+        Raises:
+            FileNotFoundError: when its architecture is not at hand.
+        """
+        named = subfolder(ARCHITECTURES, reference.split("_")[0]) if reference in PIPELINES else None
+        folder = named or shipped_folder(reference) or Path(reference)
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"the architecture of {reference!r} is not at hand; give the folder of a pipeline")
+        return cls(assemble_on_meta(folder), reference)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model needs few steps and no guidance: it has ``LCMScheduler``, or takes guidance as an input."""
+        return self.table.scaling is not None or self.takes_guidance
+
+    def as_consistency_model(self, shared: bool) -> "LatentPrior":
+        """Return the prior with ``LCMScheduler``; the network is the same one if ``shared``, else a copy."""
+        pipeline = copy.copy(self.pipeline)
+        if not shared:
+            name = "unet" if "unet" in self.parts else "transformer"
+            setattr(pipeline, name, copy.deepcopy(self.network))
+        pipeline.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
+        return LatentPrior(pipeline, self.reference)
+
+    # --- LoRA ----------------------------------------------------------------------------------------------------
+
+    def add_lora(self, spec: LoraSpec) -> list[nn.Parameter]:
+        """Put trainable LoRA factors on the network and return them; with B = 0 the function is unchanged at first.
+
+        Raises:
+            ValueError: when no layer has one of the target names, or an output convolution is to be trained.
+        """
+        if spec.output_conv:
+            raise ValueError("a LoRA of a latent prior holds no output convolution: take lora.output_conv=false")
+        config = peft.LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))
+        try:
+            self.network.add_adapter(config)
+        except ValueError as error:
+            raise ValueError(f"the network has no layer to adapt whose name ends with one of {spec.targets}") from error
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Switch a LoRA off inside the context."""
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def save_lora(self, folder: Path) -> None:
+        """Write a LoRA in the format of diffusers, for ``from_pretrained(..., lora=folder)``."""
+        layers = {name: value.half() for name, value in peft.get_peft_model_state_dict(self.network).items()}
+        self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, safe_serialization=True)
+
+    # --- images and latents --------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Factor by which latents are smaller than images."""
+        return int(getattr(self.pipeline, "vae_scale_factor", 2 ** (len(self.vae.config.block_out_channels) - 1)))
+
+    @property
+    def multiple(self) -> int:
+        """Sides of images must be multiples of it."""
+        return math.lcm(CELL, self.factor)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def default_size(self) -> int:
+        """Side of the images that the model was trained on, in pixels."""
+        side = self.network.config.sample_size
+        return int(side if isinstance(side, int) else side[0]) * self.factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the network's values."""
+        return next(self.network.parameters()).dtype
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError when the model cannot take images of this size."""
+        if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+            raise ValueError(
+                f"the latent prior takes images whose sides are multiples of {self.multiple}, got {height}x{width}; "
+                "crop or resize the image"
+            )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the latents E(x), float32 at least, of images x [B, C, H, W] in [0, 1].
+
+        Raises:
+            ValueError: for a size or number of channels that the autoencoder cannot take.
+            FloatingPointError: when the autoencoder returns values that are not finite.
+        """
+        self.check_size(*x.shape[-2:])
+        if x.shape[1] != self.channels:
+            raise ValueError(f"the latent prior's images have {self.channels} channels, got {x.shape[1]}")
+        output = self.vae.encode(2 * x.to(self._vae_dtype) - 1)
+        latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+        latents = latents.to(torch.promote_types(x.dtype, torch.float32))
+        shift, scale = self._latent_scale(latents)
+        return self._finite((latents - shift) * scale, "encoder")
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the images D(z), float32 at least and not clipped, of latents z; errors as ``encode``."""
+        shift, scale = self._latent_scale(z)
+        x = self.vae.decode((z / scale + shift).to(self._vae_dtype)).sample
+        return self._finite((x.to(torch.promote_types(z.dtype, torch.float32)) + 1) / 2, "decoder")
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    def _latent_scale(self, like: Tensor) -> tuple[Any, Any]:
+        config = self.vae.config
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            shape = (1, -1, *[1] * (like.ndim - 2))
+            mean, std = (like.new_tensor(config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+            return mean, getattr(config, "scaling_factor", None) or 1 / std
+        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+    def _finite(self, values: Tensor, which: str) -> Tensor:
+        if not torch.isfinite(values).all():
+            hint = (
+                "; SDXL's own autoencoder overflows in float16: take vae_dtype=float32, or the fp16-fix autoencoder"
+                if self._vae_dtype == torch.float16
+                else "; its input was not finite, or its weights are damaged"
+            )
+            raise FloatingPointError(
+                f"the {which} of the latent prior's autoencoder gave values that are not finite{hint}"
+            )
+        return values
+
+    # --- the network ---------------------------------------------------------------------------------------------
+
+    def estimate(self, z_t: Tensor, t: Tensor | int, prompt: Prompt, guidance: float | None = None) -> Tensor:
+        """Return G(z_t, t, c), float32 at least: the estimate of z [B, c, h, w] from z_t = a z + b eps.
+
+        Args:
+            z_t: noisy latents.
+            t: times, whole numbers in [0, T), one or [B].
+            prompt: one, or one for each.
+            guidance: instead of that of the prior.
+
+        Raises:
+            ValueError: for times outside of the table.
+            FloatingPointError: when the network returns values that are not finite.
+        """
+        times = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
+        if not ((times >= 0) & (times < self.table.num_times)).all():
+            raise ValueError(f"times lie in [0, {self.table.num_times - 1}], got {times.tolist()}")
+        prompt = prompt.expand(len(z_t))
+        weight = self.guidance if guidance is None else guidance
+        doubled = weight > 1 and not self.takes_guidance
+        arguments: dict[str, Any] = {"prompt_embeds": prompt.embeds.to(self.dtype)}
+        if doubled:
+            empty = self.encode_prompt([""]).expand(len(z_t))
+            arguments["negative_prompt_embeds"] = empty.embeds.to(self.dtype)
+            if empty.pooled is not None:
+                arguments["negative_pooled_prompt_embeds"] = empty.pooled.to(self.dtype)
+        if prompt.pooled is not None:
+            arguments["pooled_prompt_embeds"] = prompt.pooled.to(self.dtype)
+        own, self.pipeline.scheduler = self.pipeline.scheduler, OneStep(self.table, times, doubled)
+        try:
+            z0 = self._call(
+                self.pipeline,
+                prompt=None,
+                latents=z_t.to(self.dtype),
+                height=z_t.shape[-2] * self.factor,
+                width=z_t.shape[-1] * self.factor,
+                num_inference_steps=1,
+                guidance_scale=weight,
+                output_type="latent",
+                return_dict=False,
+                **arguments,
+            )[0]
+        finally:
+            self.pipeline.scheduler = own
+        if not torch.isfinite(z0).all():
+            raise FloatingPointError(
+                f"the network of the latent prior gave values that are not finite, in {self.dtype}"
+            )
+        return z0
+
+    def noised(self, z: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
+        """Return z_t = a z + b eps."""
+        return self.table.noised(z, torch.as_tensor(t).expand(len(z)), eps)
+
+    def encode_prompt(self, texts: str | Sequence[str]) -> Prompt:
+        """Return what the model is told for these words, one prompt for each text.
+
+        Raises:
+            ValueError: for a text that is longer than the tokenizer takes.
+        """
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        for text in texts:
+            self._check_length(text)
+        found = self.pipeline.encode_prompt(
+            list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Prompt(found[0], found[2] if len(found) > 2 else None, texts)
+
+    def _check_length(self, text: str) -> None:
+        for name, tokenizer in self.pipeline.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None and tokenizer.model_max_length < SENTINEL:
+                count = len(tokenizer(text).input_ids)
+                if count > tokenizer.model_max_length:
+                    raise ValueError(
+                        f"the prompt {text!r} has {count} tokens and the model's {name} takes "
+                        f"{tokenizer.model_max_length}; the rest would be ignored: shorten it"
+                    )
+
+    # --- saved prompts -------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes and the first values of all weights: which model this is."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.parts.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.flatten()[:FINGERPRINTED].detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_prompt(self, prompt: Prompt, path: Path) -> None:
+        """Write a prompt as safetensors, which ``load_prompt`` of the same model reads."""
+        tensors = {"embeds": prompt.embeds.detach().float().cpu().contiguous()}
+        if prompt.pooled is not None:
+            tensors["pooled"] = prompt.pooled.detach().float().cpu().contiguous()
+        save_file(tensors, str(path), {MADE_BY: self.fingerprint, "texts": "\n".join(prompt.texts)})
+
+    def load_prompt(self, path: str | Path) -> Prompt:
+        """Read a prompt that ``save_prompt`` wrote.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when it is damaged, or of another model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no saved prompt {path}")
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as stream:
+                about = stream.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no saved prompt: {error}") from error
+        if about.get(MADE_BY) != self.fingerprint or "embeds" not in tensors:
+            raise ValueError(
+                f"the prompt {path} was made by another model than {self.reference}; give the one it was made with, or "
+                "words"
+            )
+        texts = tuple(about.get("texts", "").split("\n"))
+        embeds = tensors["embeds"].to(self.device)
+        pooled = tensors["pooled"].to(self.device) if "pooled" in tensors else None
+        return Prompt(embeds, pooled, texts if len(texts) == len(embeds) else ())
+
+    def prompt(self, given: str | Prompt) -> Prompt:
+        """Return the prompt of words, of the name of a ``.safetensors`` file, or as it is."""
+        if isinstance(given, Prompt):
+            return given
+        return self.load_prompt(given) if given.endswith(".safetensors") else self.encode_prompt(given)
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def checkpoint_layers(self) -> "LatentPrior":
+        """Keep the inputs of blocks alone for a backward pass, of network and autoencoder, and evaluate them again."""
+        self.network.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+        return self
+
+    def train(self, mode: bool = True) -> "LatentPrior":
+        """Keep all networks in eval mode whatever a trainer asks for: dropout of a frozen prior stays off."""
+        return super().train(False)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    check_precision(name)
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("float16 on a CPU is not supported by its networks; take bfloat16 or float32")
+    return DTYPES[chosen_precision(name, device)] or torch.float32
+
+
+def _reached(load: Any, reference: str, **arguments: Any) -> Any:
+    """Return what a loader of diffusers finds; a missing or foreign thing is one line."""
+    try:
+        return load(reference, **arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if Path(reference).is_dir():
+            raise ValueError(f"{reference} cannot be loaded by diffusers: {reason}") from error
+        raise FileNotFoundError(
+            f"no pipeline at {reference!r}: it is neither an existing folder, nor shipped, nor a hub repository that "
+            f"can be reached from here ({reason}); fetch it where there is a network, and give the folder"
+        ) from error
+
+
+def _take_weights(pipeline: DiffusionPipeline, place: str) -> None:
+    path = Path(place)
+    if not path.is_file():
+        owner, name, *file = place.split("/")
+        path = Path(_reached(lambda repository: hf_hub_download(repository, "/".join(file)), f"{owner}/{name}"))
+    state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    try:
+        pipeline.unet.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{place} holds no weights of the pipeline's network: {str(error).splitlines()[1:2]}"
+        ) from error
+
+
+def _scheduler(name: str) -> Any:
+    if name != "lcm":
+        raise ValueError(f"scheduler must be lcm, or left out for the pipeline's own, got {name!r}")
+    return LCMScheduler

@@ -1,0 +1,214 @@
+"""The parts of a small latent text-to-image model: built from plain options, and written as a diffusers folder."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ud2m.files import parse_json, write_json
+from ud2m.priors.shipped import shipped_folder
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""How CLIP's tokenizer cuts a text into words (Radford et al., 2021)."""
+BYTES = 512
+"""Tokens of all bytes, within a word and at its end: no text is unknown to the tokenizer."""
+
+
+def build_vae(options: Mapping[str, Any]) -> AutoencoderKL:
+    """Return an untrained autoencoder from the arguments of diffusers' ``AutoencoderKL``.
+
+    Raises:
+        ValueError: for arguments that it cannot take.
+    """
+    return _built(AutoencoderKL, options)
+
+
+def build_conditional_unet(options: Mapping[str, Any]) -> UNet2DConditionModel:
+    """Return an untrained network from the arguments of diffusers' ``UNet2DConditionModel``; errors as above."""
+    return _built(UNet2DConditionModel, options)
+
+
+def build_text_encoder(options: Mapping[str, Any]) -> CLIPTextModel:
+    """Return an untrained text model from the arguments of transformers' ``CLIPTextConfig``; errors as ``build_vae``.
+
+    Its vocabulary holds ``BYTES`` tokens and start and end, and more for words.
+    """
+    if options.get("vocab_size", BYTES) < BYTES + 2:
+        raise ValueError(f"vocab_size must be at least {BYTES + 2}, for all bytes, start and end, got {options}")
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return _built(lambda **given: CLIPTextModel(CLIPTextConfig(**given)), {**options, **special}, "CLIPTextModel")
+
+
+def _built(make: Any, options: Mapping[str, Any], name: str = "") -> Any:
+    try:
+        return make(**_lists_as_tuples(options))
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{name or make.__name__} cannot be built from {dict(options)}: {error}") from error
+
+
+def _lists_as_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int, length: int) -> CLIPTokenizer:
+    """Return a CLIP tokenizer whose byte-pair merges are learnt from texts.
+
+    Args:
+        texts: one or more captions each.
+        vocab_size: tokens, of which ``BYTES`` and two are taken before words.
+        length: tokens of a prompt at most, start and end among them.
+    """
+    tokenizer = Tokenizer(BPE(unk_token=END, end_of_word_suffix="</w>"))
+    # as in transformers' CLIPTokenizer, which reads the result
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=max(vocab_size - BYTES, 0) + len(alphabet),
+        min_frequency=1,
+        special_tokens=[START, END],
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    merges = [tuple(pair) for pair in parse_json(tokenizer.to_str())["model"]["merges"]]
+    return tokenizer_of(merges[: vocab_size - BYTES - 2], length)
+
+
+def tokenizer_of(merges: Sequence[tuple[str, str]], length: int) -> CLIPTokenizer:
+    """Return the CLIP tokenizer with these merges, for prompts of ``length`` tokens at most."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [START, END, *alphabet, *(f"{letter}</w>" for letter in alphabet)]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    pairs: Any = [tuple(pair) for pair in merges]  # their hint says strings, their code takes pairs
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=length)
+
+
+def merges_of(tokenizer: CLIPTokenizer) -> list[list[str]]:
+    """Return the merges of a tokenizer, which ``tokenizer_of`` takes."""
+    return [list(pair) for pair in parse_json(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+
+
+def assemble(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: Mapping[str, Any],
+) -> StableDiffusionPipeline:
+    """Return the pipeline of these parts, with ``DDIMScheduler`` for the noise table ``scheduler``."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_vae(reference: str) -> AutoencoderKL:
+    """Return the autoencoder of its own folder, of a pipeline's, or of a hub id, in float32.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    where = str(shipped_folder(reference) or reference)
+    part = {"subfolder": "vae"} if (Path(where) / "vae").is_dir() or not Path(where).is_dir() else {}
+    try:
+        return AutoencoderKL.from_pretrained(where, torch_dtype=torch.float32, **part)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no autoencoder at {reference!r}: it is neither the folder of one, nor that of a pipeline, nor a hub "
+            f"repository that can be reached from here ({' '.join(str(error).split())[:160]})"
+        ) from error
+
+
+def to_latents(vae: AutoencoderKL, x0: Tensor) -> Tensor:
+    """Return the scaled posterior means of images x0 in [0, 1]."""
+    return (vae.encode(2 * x0 - 1).latent_dist.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return the tokens [B, length] of texts, padded and cut to the tokenizer's length."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def assemble_on_meta(folder: Path) -> DiffusionPipeline:
+    """Return the pipeline of a diffusers folder without values and without tokenizers; no weights need to be there."""
+    index = parse_json((folder / "model_index.json").read_text())
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        library, kind = entry if isinstance(entry, list) else ("", "")
+        if library == "diffusers" and name == "scheduler":
+            parts[name] = getattr(diffusers, kind).from_config(
+                parse_json((folder / name / "scheduler_config.json").read_text())
+            )
+        elif library in ("diffusers", "transformers") and (folder / name / "config.json").is_file():
+            config = parse_json((folder / name / "config.json").read_text())
+            with torch.device("meta"):
+                parts[name] = (
+                    getattr(diffusers, kind).from_config(config)
+                    if library == "diffusers"
+                    else getattr(transformers, kind)(getattr(transformers, kind).config_class.from_dict(config))
+                )
+    pipeline = getattr(diffusers, index["_class_name"])
+    optional = {"tokenizer": None, "tokenizer_2": None, "safety_checker": None, "feature_extractor": None}
+    taken = inspect.signature(pipeline.__init__).parameters
+    return pipeline(**{name: value for name, value in optional.items() if name in taken}, **parts)
+
+
+def save_half(part: Any, folder: Path) -> None:
+    """Write a network of diffusers or transformers in float16."""
+    with in_half([part]):
+        part.save_pretrained(str(folder), safe_serialization=True)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline with its networks in float16, as a folder that diffusers alone loads.
+
+    Text models stay as they are: transformers would load them in float16, and diffusers the others in float32.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    with in_half([part for name, part in parts.items() if not name.startswith("text_encoder")]):
+        pipeline.save_pretrained(str(folder), safe_serialization=True)
+    for file in folder.rglob("*.json"):
+        content = parse_json(file.read_text())
+        if content.pop("_name_or_path", None):  # where the parts lay on this machine
+            write_json(file, content)
+
+
+@contextmanager
+def in_half(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep networks in float16 inside the context; their own values are back after it."""
+    kept = [(tensor, tensor.data) for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    try:
+        for tensor, value in kept:
+            tensor.data = value.half() if value.is_floating_point() else value
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.data = value

@@ -1,0 +1,379 @@
+"""LATINO-PRO: the prompt of LATINO estimated from y alone, by stochastic approximation of maximum likelihood."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ud2m.physics import Observation
+from ud2m.priors.latent import LatentPrior, Prompt
+from ud2m.random import randn_like
+from ud2m.samplers.base import check_count, check_positive
+from ud2m.samplers.latent_latino import TIMES, LatentLatino, LatentSampler, StepRule, check_times
+from ud2m.unfolded.warm_start import Start
+
+CHAIN_TIMES = (999, 749, 499, 249)
+"""The authors' times of the chains that estimate the prompt."""
+TINY = 1e-12
+
+
+class PromptSpace(ABC):
+    """Which prompts are tried: parameters theta [B, ...], and the states of the text model that they stand for."""
+
+    @abstractmethod
+    def first(self, prompt: Prompt) -> Tensor:
+        """Return theta of the prompts that the estimation begins with."""
+
+    @abstractmethod
+    def embeds(self, theta: Tensor) -> Tensor:
+        """Return the states [B, length, width], differentiable in theta."""
+
+    def projected(self, theta: Tensor, first: Tensor) -> Tensor:
+        """Return the nearest theta that is allowed."""
+        return theta
+
+
+class Ball(PromptSpace):
+    """Every token within a ball around the first prompt's, the leading ones fixed [LATINO-PRO].
+
+    Args:
+        radius: of each token's ball, Euclidean.
+        fixed: leading tokens that stay: the start and "a photo of" in the paper.
+    """
+
+    def __init__(self, radius: float = 15.0, fixed: int = 4):
+        check_positive("radius", radius)
+        if not isinstance(fixed, int) or fixed < 0:
+            raise ValueError(f"fixed, the leading tokens that stay, must be a whole number from 0, got {fixed!r}")
+        self.radius, self.fixed = radius, fixed
+
+    def first(self, prompt: Prompt) -> Tensor:
+        """Return the states."""
+        if self.fixed >= prompt.embeds.shape[1]:
+            raise ValueError(f"fixed={self.fixed} leaves none of {prompt.embeds.shape[1]} tokens to be estimated")
+        return prompt.embeds.detach().float()
+
+    def embeds(self, theta: Tensor) -> Tensor:
+        """Return theta; no gradient reaches the fixed tokens."""
+        return torch.cat([theta[:, : self.fixed].detach(), theta[:, self.fixed :]], 1)
+
+    def projected(self, theta: Tensor, first: Tensor) -> Tensor:
+        """Return theta with every token on its ball."""
+        offset = theta - first
+        length = offset.norm(dim=-1, keepdim=True)
+        return first + offset * (self.radius / length.clamp(min=TINY)).clamp(max=1)
+
+
+class Simplex(PromptSpace):
+    """Mixtures of given prompts: states sum_i w_i e_i, w = softmax(theta), at first all equal. Readable in a report.
+
+    Args:
+        prior: encodes the words.
+        candidates: two prompts at least.
+    """
+
+    def __init__(self, prior: LatentPrior, candidates: Sequence[str]):
+        if len(candidates) < 2:
+            raise ValueError(f"the simplex needs two prompts at least, got {list(candidates)}")
+        self.texts = tuple(candidates)
+        with torch.no_grad():
+            self.corners = prior.encode_prompt(self.texts).embeds.float()
+
+    def first(self, prompt: Prompt) -> Tensor:
+        """Return theta = 0."""
+        return self.corners.new_zeros(len(prompt), len(self.texts))
+
+    def embeds(self, theta: Tensor) -> Tensor:
+        """Return the mixtures."""
+        return torch.einsum("bp,pld->bld", theta.softmax(1), self.corners)
+
+
+class Ascent(ABC):
+    """How the gradients of a chain become a step: a fresh one for every estimation."""
+
+    @abstractmethod
+    def step(self, theta: Tensor, gradient: Tensor, chain: int) -> Tensor:
+        """Return theta after chain number ``chain`` (from 0)."""
+
+
+class Adam(Ascent):
+    """Adam (Kingma and Ba, 2015) at rate / sqrt(1 + chain / 10).
+
+    Args:
+        rate: > 0.
+        betas: decay of both moments.
+    """
+
+    def __init__(self, rate: float = 0.2, betas: tuple[float, float] = (0.7, 0.95)):
+        self.rate, self.betas = rate, betas
+        self.mean: Tensor | float = 0.0
+        self.power: Tensor | float = 0.0
+
+    def step(self, theta: Tensor, gradient: Tensor, chain: int) -> Tensor:
+        """Return theta after one step."""
+        slow, slower = self.betas
+        self.mean = slow * self.mean + (1 - slow) * gradient
+        self.power = slower * self.power + (1 - slower) * gradient.square()
+        mean, power = self.mean / (1 - slow ** (chain + 1)), self.power / (1 - slower ** (chain + 1))
+        return theta + self.rate / (1 + chain / 10) ** 0.5 * mean / (power.sqrt() + TINY)
+
+
+class PublishedAscent(Ascent):
+    """theta + rate max(0.9^max(0, chain - 10), 1e-3) S, S the sum of all gradients so far, each of length 1 per token.
+
+    Args:
+        rate: 0.08 in the authors' code.
+    """
+
+    def __init__(self, rate: float = 0.08):
+        self.rate, self.total = rate, 0.0
+
+    def step(self, theta: Tensor, gradient: Tensor, chain: int) -> Tensor:
+        """Return theta after one step."""
+        self.total = self.total + gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=TINY)
+        return theta + self.rate * max(0.9 ** max(0, chain - 10), 1e-3) * self.total
+
+
+ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "published": PublishedAscent}
+GRADIENTS = ("likelihood", "transition", "scores")
+CERTAIN = 1e4
+"""theta of a corner of the simplex: softmax makes 1 of it, and 0 of all others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What happened during an estimation.
+
+    Attributes:
+        residuals: |A u - y| / sqrt(m) of the first estimate of each chain [chains, B], image units.
+        weights: of a simplex's prompts after each chain [chains, B, prompts]; empty for a ball.
+    """
+
+    residuals: Tensor
+    weights: Tensor
+
+
+class PromptOptimizer:
+    """Gradients of log p(y | c) in the prompt c along LATINO's chains, and the steps that they make.
+
+    ``transition``, the authors': grad_c of -|z_{k+1} - a_{k+1} G(z_k, t_k, c)|^2 / (2 b_{k+1}^2), z_{k+1} = a z + b eps
+    kept fixed; no gradient goes through autoencoder, operator or prox.
+
+    ``likelihood``: grad_c of -|A D(G(z_k, t_k, c)) - y|^2 / (2 rho^2), rho^2 = max(sigma_y^2, misfit / m), y of m
+    numbers. By Fisher's identity the gradient of log p(y | c) is the mean of grad_c log p(y | z_k, c) under the
+    posterior of z_k, from which the chain draws; rho tempers what one evaluation of G cannot explain. Differs from
+    [LATINO-PRO].
+
+    ``scores``, for given prompts: no gradient at all. A chain is run with each of them, then with the best ones again,
+    and prompt i has the weight w_i ~ exp(-(m / 2) mean_k log |A u_k - y|^2), the likelihood of Gaussian misfits of
+    unknown variance; the best one is taken. Differs from [LATINO-PRO].
+
+    Args:
+        gradient: which of them.
+        evaluations: first evaluations of a chain that give a gradient. None: 2 of ``likelihood``, all transitions else.
+        ascent: ``adam`` or ``published``.
+        rate: of the ascent; None: its own.
+        checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
+
+    Raises:
+        ValueError: for unknown names and numbers out of range.
+    """
+
+    def __init__(
+        self,
+        gradient: str = "likelihood",
+        evaluations: int | None = None,
+        ascent: str = "adam",
+        rate: float | None = None,
+        checkpoint: bool = False,
+    ):
+        if gradient not in GRADIENTS or ascent not in ASCENTS:
+            raise ValueError(
+                f"gradient must be one of {', '.join(GRADIENTS)} and ascent one of {', '.join(ASCENTS)}, got "
+                f"{gradient!r} and {ascent!r}"
+            )
+        if evaluations is not None:
+            check_count("evaluations", evaluations)
+        if rate is not None:
+            check_positive("rate", rate)
+        self.gradient, self.evaluations, self.checkpoint = gradient, evaluations, checkpoint
+        self.ascent, self.rate = ascent, rate
+
+    def new_ascent(self) -> Ascent:
+        """Return the rule of steps, at its beginning."""
+        make = ASCENTS[self.ascent]
+        return make() if self.rate is None else make(rate=self.rate)  # type: ignore[call-arg]
+
+    def uses(self, k: int, count: int) -> bool:
+        """Return whether evaluation k (from 0) of a chain of ``count`` gives a gradient."""
+        if self.gradient == "scores":
+            return False
+        if self.gradient == "transition":
+            return k < min(count - 1, self.evaluations or count)
+        return k < (self.evaluations or 2)
+
+    def likelihood(self, u: Tensor, observation: Observation) -> Tensor:
+        """Return the log-likelihoods [B] of ``likelihood`` for images u, up to constants."""
+        misfit = (observation.physics.A(u) - observation.y).flatten(1).square()
+        rho2 = torch.maximum(observation.sigma_y**2, misfit.detach().mean(1))
+        return -misfit.sum(1) / (2 * rho2)
+
+    def transition(self, prior: LatentPrior, z0: Tensor, z_next: Tensor, t_next: int) -> Tensor:
+        """Return the log-densities [B] of ``transition``, up to constants."""
+        a, b = prior.table.columns(torch.full((len(z0),), t_next), z0)
+        return -((z_next - a * z0) ** 2 / (2 * b**2)).flatten(1).sum(1)
+
+
+class LatinoPro(LatentSampler):
+    """LATINO-PRO: estimates the prompt in short chains, and draws the sample in a last one with it.
+
+    The end of each chain is where the next begins. Each sample estimates a prompt of its own, so that it does not
+    depend on its batch. Evaluations: num_chains x len(chain_times) + len(times), 68 by default.
+
+    Args:
+        prior: as for ``LatentSampler``.
+        prompt: as for ``LatentSampler``; the first one.
+        optimizer: gradients and steps.
+        radius: of ``Ball``.
+        fixed: of ``Ball``.
+        candidates: prompts of ``Simplex``, in place of the ball.
+        num_chains: M, that estimate.
+        chain_times: of each.
+        times: of the last chain.
+        steps: as for ``LatentSampler``, in all chains.
+        last_steps: those of the last chain, where they are others.
+        start: as for ``LatentSampler``.
+        final: as for ``LatentLatino``.
+        chunk_size: as for ``LatentSampler``.
+        listener: is given the estimated prompts and the ``Trace`` of every batch.
+
+    Raises:
+        ValueError: as ``LatentLatino``, and for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        prior: LatentPrior,
+        prompt: str | Prompt = "",
+        optimizer: PromptOptimizer | None = None,
+        radius: float = 15.0,
+        fixed: int = 4,
+        candidates: Sequence[str] = (),
+        num_chains: int = 15,
+        chain_times: Sequence[int] = CHAIN_TIMES,
+        times: Sequence[int] = TIMES,
+        steps: StepRule | None = None,
+        last_steps: StepRule | None = None,
+        start: Start | None = None,
+        final: str = "prox",
+        chunk_size: int = 16,
+        listener: Callable[[Prompt, Trace], None] | None = None,
+    ):
+        super().__init__(prior, prompt, steps, start, chunk_size)
+        check_count("num_chains", num_chains)
+        check_times(chain_times, prior)
+        self.optimizer = optimizer or PromptOptimizer()
+        if self.optimizer.gradient == "transition" and len(chain_times) < 2:
+            raise ValueError("the gradient of transitions needs two times a chain at least; or take likelihood")
+        self.num_chains, self.chain_times, self.listener = num_chains, tuple(chain_times), listener
+        self.space: PromptSpace = Simplex(prior, candidates) if candidates else Ball(radius, fixed)
+        self.space.first(self.prompt)
+        if self.optimizer.gradient == "scores" and not (0 < len(candidates) <= num_chains <= 2 * len(candidates)):
+            raise ValueError(
+                f"scores need candidates, and one or two chains for each, got {len(candidates)} of them and "
+                f"num_chains={num_chains}"
+            )
+        self.last = LatentLatino(prior, self.prompt, times, last_steps or self.steps, self.start, final, chunk_size)
+        if self.optimizer.checkpoint:
+            prior.checkpoint_layers()
+
+    def nfe(self) -> int:
+        """Return network evaluations of one sample."""
+        return self.num_chains * len(self.chain_times) + self.last.nfe()
+
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        x, prompt, trace = self.estimate(observation, streams)
+        if self.listener is not None:
+            self.listener(prompt, trace)
+        return self.last.chain(x, prompt, observation, streams)
+
+    def estimate(self, observation: Observation, streams: list[torch.Generator]) -> tuple[Tensor, Prompt, Trace]:
+        """Return the end of the last estimating chain, the prompt of each row, and how they came about."""
+        prompt = self.prompt.expand(len(observation))
+        if self.optimizer.gradient == "scores":
+            return self.score(prompt, observation, streams)
+        first = self.space.first(prompt)
+        theta, ascent, x = first, self.optimizer.new_ascent(), self.first(observation)
+        residuals, weights = [], []
+        for chain in range(self.num_chains):
+            x, gradient, misfits = self.chain(x, prompt, theta, observation, streams)
+            theta = self.space.projected(ascent.step(theta, gradient, chain), first)
+            residuals.append(misfits[0].sqrt())
+            if isinstance(self.space, Simplex):
+                weights.append(theta.softmax(1))
+        trace = Trace(torch.stack(residuals), torch.stack(weights) if weights else theta.new_zeros(0))
+        return x, prompt.with_embeds(self.space.embeds(theta).detach()), trace
+
+    def score(
+        self, prompt: Prompt, observation: Observation, streams: list[torch.Generator]
+    ) -> tuple[Tensor, Prompt, Trace]:
+        """Return what ``estimate`` does, of the candidate that explains y best."""
+        zero, begin = self.space.first(prompt), self.first(observation)
+        totals, counts = torch.zeros_like(zero), torch.zeros_like(zero)
+        numbers, residuals, weights = observation.y[0].numel(), [], []
+        ranking, x = torch.arange(zero.shape[1], device=zero.device).expand_as(zero), begin
+        for chain in range(self.num_chains):
+            if chain == zero.shape[1]:
+                ranking = (totals / counts).argsort(1)
+            index = ranking[:, chain % zero.shape[1]].unsqueeze(1)
+            corner = zero.scatter(1, index, CERTAIN)
+            x, _, misfits = self.chain(begin, prompt, corner, observation, streams)
+            totals = totals.scatter_add(1, index, misfits.log().mean(0).unsqueeze(1).to(totals))
+            counts = counts.scatter_add(1, index, torch.ones_like(totals[:, :1]))
+            residuals.append(misfits[0].sqrt())
+            known = torch.where(counts > 0, -totals / counts.clamp(min=1) * numbers / 2, -torch.inf)
+            weights.append(known.softmax(1))
+        best = zero.scatter(1, weights[-1].argmax(1, keepdim=True), CERTAIN)
+        trace = Trace(torch.stack(residuals), torch.stack(weights))
+        return x, prompt.with_embeds(self.space.embeds(best)), trace
+
+    def chain(
+        self, x: Tensor, prompt: Prompt, theta: Tensor, observation: Observation, streams: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the end of one chain, the sum of its gradients in theta, and the mean square misfits [times, B]."""
+        prior, optimizer, count = self.prior, self.optimizer, len(self.chain_times)
+        gradient, misfits = torch.zeros_like(theta), []
+        z_t = self.noised(x, self.chain_times[0], streams)
+        for k, t in enumerate(self.chain_times):
+            moved = theta.detach().requires_grad_()
+            used = optimizer.uses(k, count)
+            with torch.set_grad_enabled(used):
+                z0 = prior.estimate(z_t, t, prompt.with_embeds(self.space.embeds(moved)))
+            with torch.set_grad_enabled(used and optimizer.gradient == "likelihood"):
+                u = prior.decode(z0)
+                if torch.is_grad_enabled():
+                    gradient = gradient + gradient_of(optimizer.likelihood(u, observation), moved)
+            u = u.detach().clamp(0, 1)
+            misfits.append((observation.physics.A(u) - observation.y).flatten(1).square().mean(1))
+            x = self.back_to_data(u, t, observation)
+            if k + 1 == count:
+                break
+            z_t = self.noised(x, self.chain_times[k + 1], streams)
+            if used and optimizer.gradient == "transition":
+                with torch.enable_grad():
+                    density = optimizer.transition(prior, z0, z_t, self.chain_times[k + 1])
+                gradient = gradient + gradient_of(density, moved)
+        return x, gradient, torch.stack(misfits)
+
+    def noised(self, x: Tensor, t: int, streams: list[torch.Generator]) -> Tensor:
+        """Return z_t of images x."""
+        z = self.prior.encode(x)
+        return self.prior.noised(z, t, randn_like(z, streams))
+
+
+def gradient_of(values: Tensor, theta: Tensor) -> Tensor:
+    """Return the gradient [B, ...] of each value [B] in its own row of theta."""
+    return torch.autograd.grad(values, theta, torch.ones_like(values))[0]
