@@ -29,6 +29,11 @@ class GaussianLatentPrior:
     def prompt(self, given: Prompt) -> Prompt:
         return given
 
+    def encode_prompt(self, texts: tuple[str, ...]) -> Prompt:
+        """Return a random prompt for each number that is written in words."""
+        rows = [torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(int(text))) for text in texts]
+        return Prompt(torch.stack(rows), texts=tuple(texts))
+
     def check_size(self, height: int, width: int) -> None:
         assert height == width == SIDE
 

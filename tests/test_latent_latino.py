@@ -141,10 +141,12 @@ def test_the_rule_of_steps_is_free_of_size_and_operator():
 # --- LATINO-PRO --------------------------------------------------------------------------------------------------
 
 
-def gaussian_problem(seed: int):
+def gaussian_problem(seed: int, text: str | None = None):
     """Return a prior, an observation, and argmax p(y | c) with the Fisher information, both by dense algebra."""
     prior, generator = GaussianLatentPrior(), torch.Generator().manual_seed(seed)
     c = torch.randn(1, WIDTH, generator=generator, dtype=torch.float64)
+    if text is not None:
+        c = prior.encode_prompt((text,)).embeds[0].double()
     z = c @ prior.W.T + prior.v.sqrt() * torch.randn(1, 64, generator=generator, dtype=torch.float64)
     observation = Problem(SuperResolution(2, "box"), 0.02, seed).observe(prior.decode(z))
     A = observation.physics.A(torch.eye(64, dtype=torch.float64).view(64, 1, SIDE, SIDE)).flatten(1).T
@@ -178,6 +180,25 @@ def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
     print(means)
     assert means["likelihood"] < 0.1 * means["start"]
     assert means["likelihood"] < means["transition"] < means["start"]
+
+
+@torch.no_grad()
+def test_scores_find_the_prompt_with_the_highest_likelihood():
+    candidates, found, exact = tuple(str(k) for k in range(10)), [], []
+    for seed in range(6):
+        prior, observation, best, fisher = gaussian_problem(seed, str(seed))
+        # up to a constant log p(y | c) is -(c - best)^T F (c - best) / 2
+        offsets = prior.encode_prompt(candidates).embeds.flatten(1).double() - best
+        exact.append(torch.einsum("bi,ij,bj->b", offsets, fisher, offsets).argmin().item())
+        optimizer = PromptOptimizer("scores")
+        sampler = LatinoPro(prior, Prompt(torch.zeros(1, 1, WIDTH)), optimizer, candidates=candidates)
+        with NetworkEvaluations(sampler.networks) as counter:
+            _, prompt, trace = sampler.estimate(observation, streams(1))
+        assert counter.count == 60
+        found.append(trace.weights[-1, 0].argmax().item())
+        torch.testing.assert_close(prompt.embeds[0], prior.encode_prompt((str(found[-1]),)).embeds[0])
+    assert exact == list(range(6))
+    assert found == exact
 
 
 def test_evaluations_are_those_of_the_paper():
