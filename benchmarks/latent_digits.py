@@ -244,6 +244,7 @@ def mean_text(values: Tensor, form: str) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the reader of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--name", default="latent_digits", help="of the stored result")
     found.add_argument("--pipeline", default="digits", help="the distilled one")
     found.add_argument("--teacher", default=None, help="the one before distillation, for LDPS, PSLD, P2L and TReg")
     found.add_argument("--steps", type=int, default=1000, help="of LDPS, PSLD and P2L; TReg has 200 at most")
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     rows = Bench(options).rows()
-    print(store("latent_digits", shlex.join(["python", *sys.argv]), config, rows))
+    print(store(options.name, shlex.join(["python", *sys.argv]), config, rows))
 
 
 if __name__ == "__main__":

@@ -261,6 +261,12 @@ SECTIONS = (
         "Frechet: of its features. Tuned on validation digits by the class. With 95 % intervals, over images.",
     ),
     Section(
+        "latent_rivals",
+        "Rivals with the latent prior before its distillation",
+        "As above, x8; LDPS and TReg walk with the model that `digits` was distilled from, in 100 steps (their authors "
+        "take 1000 and 200), with the same prompt. LATINO is the row from which differences are taken.",
+    ),
+    Section(
         "loading",
         "Reading images",
         "Crops of 256x256 from shards of JPEG files of that size, and from a folder of JPEG files of 500x375.",
