@@ -177,7 +177,6 @@ def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
             _, prompt, _ = sampler.estimate(observation, streams(1))
             found[gradient].append(distance(prompt, best, fisher))
     means = {name: sum(values) / len(values) for name, values in found.items()}
-    print(means)
     assert means["likelihood"] < 0.1 * means["start"]
     assert means["likelihood"] < means["transition"] < means["start"]
 
