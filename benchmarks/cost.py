@@ -2,9 +2,12 @@
 
 Two ratios, medians over interleaved repetitions:
 
-* sampling: one call of the sampler (adapter merged) / K N calls of the bare network, at 3x128x128;
+* sampling: one call of the sampler (adapter merged) / K N calls of the bare network on images of the same layout and in
+  the same precision, at 3x128x128;
 * training: both updates of one step, without a perceptual term / K forward-backward passes of the bare adapted network
   on the same images plus the passes of the discriminator alone.
+
+On CPUs times are those of the processor, which other processes on the machine do not lengthen.
 """
 
 import argparse
@@ -18,25 +21,27 @@ from torch import Tensor
 from experiments import training_module
 from ud2m.losses.terms import Prediction
 from ud2m.physics import Problem
-from ud2m.precision import network_precision
+from ud2m.precision import fastest_layout, network_precision
 from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training import DistillationModule
 from ud2m.training.distillation_step import DistillationStep
 
 Step = Callable[[], object]
+PRECISIONS = ("float32", "bfloat16")
 
 
 def interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
     """Time each step in turn, ``repeats`` times after one warm-up, so that a drifting machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             step()
             wait()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -57,6 +62,7 @@ def sampling_ratio(sampler: PosteriorSampler, problem: Problem, x0: Tensor, repe
     The adapter is merged, and the bare network evaluated in the sampler's precision.
     """
     prior, observation, sigma = sampler.prior.merge_adapter(), problem.observe(x0), x0.new_full((len(x0),), 0.1)
+    x0 = x0.contiguous(memory_format=fastest_layout(x0))
 
     @torch.no_grad()
     def bare() -> None:
@@ -111,12 +117,16 @@ def loss_passes(step: DistillationStep, x0: Tensor, images: Tensor, streams: lis
     total.backward()
 
 
-def ratios(physics: str, repeats: int) -> tuple[float, float, float, float]:
-    """Return training's and sampling's (median ratio, seconds) for an operator, as the head of this file says."""
+def ratios(physics: str, repeats: int) -> dict[str, float]:
+    """Return training's and sampling's median ratios and seconds for an operator, as the head of this file says."""
     trained, sampled = build(physics), build(physics)
-    training = TrainingCost(trained, torch.rand(8, trained.prior.channels, 32, 32)).ratio(repeats)
-    x0 = torch.rand(1, sampled.prior.channels, 128, 128)
-    return *training, *sampling_ratio(sampled.sampler, sampled.step.problem, x0, repeats)
+    training, step = TrainingCost(trained, torch.rand(8, trained.prior.channels, 32, 32)).ratio(repeats)
+    x0, row = torch.rand(1, sampled.prior.channels, 128, 128), {}
+    for precision in PRECISIONS:
+        sampler = PosteriorSampler(sampled.network, sampled.sampler.config.with_options(precision=precision))
+        found, call = sampling_ratio(sampler, sampled.step.problem, x0, repeats)
+        row |= {f"sampling / bare, {precision}": found, f"seconds per call, {precision}": call}
+    return row | {"training / bare": training, "seconds per step": step}
 
 
 def ratio(first: list[float], second: list[float]) -> float:
@@ -132,11 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
-        training, step, sampling, call = ratios(physics, options.repeats)
-        print(
-            f"{physics:18s} sampling 3x128x128: {sampling:.3f} x bare ({call:.2f} s)   "
-            f"training 8 images of 32x32: {training:.3f} x bare ({step:.2f} s)"
-        )
+        for name, value in ratios(physics, options.repeats).items():
+            print(f"{physics:18s} {name:30s} {value:.3f}")
 
 
 if __name__ == "__main__":

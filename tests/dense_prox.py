@@ -5,7 +5,8 @@ from deepinv.physics import LinearPhysics
 from operators import BATCH, generator
 from torch import Tensor
 
-from ud2m.physics import observe
+from ud2m.physics import Observation, observe
+from ud2m.unfolded import prox as unfolded
 
 SIGMA, DELTA = torch.tensor([0.4, 0.05]).double(), torch.tensor([0.003, 0.2]).double()
 
@@ -17,6 +18,11 @@ def problem(physics: LinearPhysics, shape: tuple[int, int, int]) -> tuple[Tensor
     """Return (y, x_sigma, x) [B, ...] in float64."""
     x0, x_sigma, x = (torch.rand(BATCH, *shape, generator=generator(i), dtype=torch.float64) for i in range(3))
     return observe(physics, x0, SIGMA_Y, generator(9)), x_sigma, x
+
+
+def joint_prox(physics, y, x_sigma, x, sigma, delta, lam, sigma_y) -> Tensor:
+    """Return u of ``ud2m.unfolded.prox.joint_prox``, everything prepared anew."""
+    return unfolded.joint_prox(Observation(y, physics, sigma_y), x_sigma, sigma, delta, lam)(x)
 
 
 def dense_prox(A: Tensor, y: Tensor, x_sigma: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:

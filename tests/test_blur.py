@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_prox import joint_prox
 from operators import BATCH, generator, kernel
 from PIL import Image
 
 from ud2m.physics import BoundedBlur, CircularBlur, GaussianBlur, KernelFile, MotionBlur, UniformBlur, observe
 from ud2m.physics.iterative import ConvergenceWarning
-from ud2m.unfolded.prox import joint_prox
 
 # --- kernels ----------------------------------------------------------------------------------------------
 

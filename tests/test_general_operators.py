@@ -6,12 +6,11 @@ import deepinv
 import numpy as np
 import pytest
 import torch
-from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
+from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, joint_prox, problem
 from operators import BATCH, dense, generator
 
 from ud2m.images import LUMINANCE
 from ud2m.physics import Colorization, DeepinvOperator, Denoising, SuperResolution, observe, residual
-from ud2m.unfolded.prox import joint_prox
 
 
 def test_denoising_sees_every_pixel():

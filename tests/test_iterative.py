@@ -8,6 +8,7 @@ import deepinv
 import pytest
 import torch
 from deepinv.physics import LinearPhysics
+from dense_prox import joint_prox
 from operators import generator
 from test_shipped_samples import picture
 from torch import Tensor
@@ -16,7 +17,6 @@ from ud2m import PosteriorSampler
 from ud2m.physics import BoundedBlur, GaussianBlur, Jpeg, MotionBlur, Observation, UniformBlur, observe
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.iterative import ConjugateGradients, ConvergenceWarning
-from ud2m.unfolded.prox import joint_prox
 
 SHAPE = (1, 22, 21)
 BLURS = {

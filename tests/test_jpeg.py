@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from dense_prox import joint_prox
 from PIL import Image
 
 from ud2m.data.photos import PHOTOS, load_photo
 from ud2m.physics import Jpeg, JpegCodec, estimate_sigma_y, image_shape, misfit, observe, residual, select_samples
 from ud2m.physics.jpeg import levels
 from ud2m.physics.jpeg_codec import FACTORS, Layout, encode, quality_tables
-from ud2m.unfolded.prox import joint_prox
 
 jpeglib = pytest.importorskip("jpeglib", reason="needs jpeglib: pip install jpeglib")
 PILLOW_SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}

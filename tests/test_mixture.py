@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from dense_prox import joint_prox
 from operators import generator
 
 from ud2m.physics import (
@@ -22,7 +23,6 @@ from ud2m.physics import (
     select_samples,
 )
 from ud2m.physics.mixture import centred
-from ud2m.unfolded.prox import joint_prox
 
 SHAPE = (3, 16, 20)
 FAMILIES = [

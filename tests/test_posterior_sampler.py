@@ -5,8 +5,9 @@ from operators import generator
 from tiny import SIZE
 from tiny_sampler import CONFIG, SHAPE, build, observation
 
-from ud2m.physics import Denoising, GaussianBlur, Inpainting, Observation, SuperResolution, select_samples
+from ud2m.physics import Denoising, GaussianBlur, Inpainting, Observation, SuperResolution, problem, select_samples
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
+from ud2m.unfolded.network import build_network
 
 
 @pytest.mark.parametrize("family", [GaussianBlur(), SuperResolution(), Inpainting()])
@@ -20,6 +21,18 @@ def test_samples_are_images_that_differ(sampler, family, eta):
     assert ((samples > 0) & (samples < 1)).float().mean() > 0.4  # of use for comparisons of samples
     assert samples.std(1).mean() > 1e-3
     assert not samples.requires_grad
+
+
+def test_what_depends_on_the_observation_alone_is_computed_once_for_all_steps(prior_folder, monkeypatch):
+    calls = []
+    for name in ("mean_gain", "kept_gain", "prepared_prox"):
+        function = getattr(problem, name)
+        monkeypatch.setattr(problem, name, lambda *a, name=name, function=function: calls.append(name) or function(*a))
+    sampler = build(prior_folder)
+    network = build_network(sampler.prior, sampler.network.spec | {"conditioning": ["gain", "strength"]})
+    y, physics = observation(GaussianBlur())
+    PosteriorSampler(network)(y, physics, 0.05, num_samples=2, num_steps=3)
+    assert sorted(calls) == ["kept_gain", "mean_gain", "prepared_prox"]
 
 
 def test_the_generator_decides(sampler):

@@ -5,12 +5,11 @@ import pytest
 import torch
 from deepinv.physics import LinearPhysics
 from deepinv.physics.functional import bicubic_filter
-from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, problem
+from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, joint_prox, problem
 from operators import BATCH, CASES, dense, generator
 from torch import Tensor
 
-from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, SuperResolution, observe, select_samples
-from ud2m.unfolded.prox import joint_prox
+from ud2m.physics import CircularBlur, GaussianBlur, Inpainting, Observation, SuperResolution, observe, select_samples
 
 each_operator = pytest.mark.parametrize("case", CASES)
 PARAMETERS = ("sigma", "delta", "lam", "sigma_y")
@@ -38,6 +37,28 @@ def test_gradient_of_the_objective_is_zero(case):
     parts = [torch.autograd.grad(term.sum(), u, retain_graph=True)[0] for term in terms]
     assert all(part.abs().max() > 0.1 for part in parts)
     torch.testing.assert_close(sum(parts), torch.zeros_like(u), rtol=0, atol=1e-8)
+
+
+@each_operator
+def test_an_observation_prepares_its_prox_once_for_all_weights(case):
+    physics, shape = CASES[case]()
+    y, z, other = problem(physics, shape)
+    observation = Observation(y, physics, SIGMA_Y)
+    with torch.no_grad():
+        prepared = observation.prox
+    assert observation.prox is prepared
+    for gamma in (torch.tensor([3.0, 500.0]).double(), torch.tensor([40.0, 0.2]).double()):
+        solve = prepared(gamma)
+        for x in (z, other):
+            # argmin gamma |A u - y|^2 / 2 + |u - x|^2 / 2
+            A, flat = dense(physics.A, shape), x.flatten(1).unsqueeze(-1)
+            matrix = gamma.view(-1, 1, 1) * A.mT @ A + torch.eye(A.shape[-1])
+            right = gamma.view(-1, 1, 1) * A.mT @ y.flatten(1).unsqueeze(-1) + flat
+            torch.testing.assert_close(solve(x), torch.linalg.solve(matrix, right).view_as(x), rtol=0, atol=1e-9)
+    # a gradient still reaches y, and anew in every pass
+    y.requires_grad_()
+    for _ in range(2):
+        assert torch.autograd.grad(observation.prox(gamma)(z).sum(), y)[0].abs().max() > 0.01
 
 
 @each_operator
@@ -244,7 +265,7 @@ def test_shapes_that_do_not_match():
     physics, shape = CASES["blur"]()
     y, x_sigma, x = problem(physics, shape)
     for arguments in [(y, x_sigma[:1], x), (y[:1], x_sigma, x)]:
-        with pytest.raises(ValueError, match="same shape"):
+        with pytest.raises(ValueError, match="the same"):
             joint_prox(physics, *arguments, 0.1, 0.1, 1.0, 0.1)
     with pytest.raises(ValueError, match="8x11 pixels"):
         joint_prox(physics, y[..., :-1], x_sigma, x, 0.1, 0.1, 1.0, 0.1)

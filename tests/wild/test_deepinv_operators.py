@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 from deepinv.utils import TensorList
-from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox
+from dense_prox import DELTA, LAM, SIGMA, SIGMA_Y, dense_prox, joint_prox
 from operators import BATCH, dense, generator
 
 from ud2m.physics import Adopted, DeepinvOperator, Observation, adopt, joined, residual, select_samples
 from ud2m.priors.gaussian_mixture import GaussianMixture
 from ud2m.samplers.latino import Latino, LatinoSetting
-from ud2m.unfolded.prox import joint_prox
 
 
 def uniform(*shape, seed=5):

@@ -5,7 +5,7 @@ from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, RandomGaussi
 from ud2m.physics.boundary import BoundedBlur
 from ud2m.physics.checks import NoiseLevelWarning, told_level
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
-from ud2m.physics.data_term import DataTerm
+from ud2m.physics.data_term import DataTerm, prepared_prox
 from ud2m.physics.ddrm import DdrmBlur, DdrmJpeg, DdrmSuperResolution
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.general import Colorization, DeepinvOperator, Denoising
@@ -73,6 +73,7 @@ __all__ = [
     "misfit",
     "observe",
     "per_sample",
+    "prepared_prox",
     "residual",
     "select_samples",
     "told_level",

@@ -1,6 +1,7 @@
 """Blur and blur with decimation under circular boundaries: everything exact, in the Fourier domain."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ud2m.numbers import is_whole
+from ud2m.physics.data_term import Prox, prepared_prox
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
 
@@ -74,12 +76,26 @@ class CircularFilter(Immutable):
             kwargs: parameters of the operator, as deepinv's ``update_parameters`` takes them.
         """
         self.update_parameters(**kwargs)
-        power = self._power(z, y)
-        ridge = 1 / per_sample(gamma, z.to(power.dtype))
-        mismatch = self._spectrum_of(y, self.factor) - self._measure(self._spectrum_of(z, 1))
-        # where the operator measures nothing and gamma = inf: 0 / tiny = 0, nothing is corrected
-        gain = 1 / (power + ridge).clamp_min(torch.finfo(power.dtype).tiny)
-        return (z + self._image_of(self._spread(gain * mismatch), 1, gain.dtype)).to(z.dtype)
+        dtype = at_least_float32(z, y)
+        return self.prepared(y.to(dtype))(gamma)(z.to(dtype)).to(z.dtype)
+
+    def prepared(self, y: Tensor) -> Prox:
+        """Return ``prepared_prox`` for y in float32 or float64."""
+        kernel, power, data = self._kernel_spectrum(y), self._power(y), self._spectrum_of(y, self.factor)
+        back = kernel.conj().resolve_conj()
+
+        def weighted(gamma: Tensor | float) -> Callable[[Tensor], Tensor]:
+            # where the operator measures nothing and gamma = inf: 0 / tiny = 0, nothing is corrected
+            gain = 1 / (power + 1 / per_sample(gamma, y)).clamp_min(torch.finfo(power.dtype).tiny)
+            weight = back * self._tiled(gain)
+
+            def solve(z: Tensor) -> Tensor:
+                mismatch = data - self._folded(kernel * self._spectrum_of(z, 1))
+                return z + self._image_of(weight * self._tiled(mismatch), 1, z.dtype)
+
+            return solve
+
+        return weighted
 
     def singular_values(self) -> Tensor:
         """Return sqrt(P) at all frequencies of y, [1 or B, 1 or C, H / factor, W / factor] in the order of ``fft2``."""
@@ -116,11 +132,22 @@ class CircularFilter(Immutable):
 
     def _measure(self, spectrum: Tensor) -> Tensor:
         """Return the spectrum of A x from that of x."""
-        return fold(self._kernel_spectrum(spectrum.real) * spectrum, self.factor, self.img_size[-1])
+        return self._folded(self._kernel_spectrum(spectrum.real) * spectrum)
 
     def _spread(self, spectrum: Tensor) -> Tensor:
         """Return the spectrum of A^T y from that of y."""
-        return self._kernel_spectrum(spectrum.real).conj() * tile(spectrum, self.factor, self.img_size[-1])
+        return self._kernel_spectrum(spectrum.real).conj() * self._tiled(spectrum)
+
+    def _folded(self, spectrum: Tensor) -> Tensor:
+        return fold(spectrum, self.factor, self.img_size[-1])
+
+    def _tiled(self, spectrum: Tensor) -> Tensor:
+        return tile(spectrum, self.factor, self.img_size[-1])
+
+
+@prepared_prox.register
+def _(physics: CircularFilter, y: Tensor) -> Prox:
+    return physics.prepared(y.to(at_least_float32(y)))
 
 
 class CircularBlur(CircularFilter, BlurFFT):

@@ -1,5 +1,7 @@
 """What an observation is asked for."""
 
+from collections.abc import Callable
+from functools import singledispatch
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,3 +29,17 @@ class DataTerm(Protocol):
         ``gamma`` is a number or tensor of one element, [B] or [B, 1, 1, 1]. Differentiable in z and gamma.
         """
         ...
+
+
+Prox = Callable[[Tensor | float], Callable[[Tensor], Tensor]]
+"""gamma -> (z -> argmin_u gamma d(u, y) + |u - z|^2 / 2)."""
+
+
+@singledispatch
+def prepared_prox(physics: DataTerm, y: Tensor) -> Prox:
+    """Return the operator's ``prox_l2`` for one y [B, ...] and many gamma and z, in the dtype of y.
+
+    By default nothing is prepared; operators register for which a part depends on y or gamma alone, which is then
+    computed once.
+    """
+    return lambda gamma: lambda z: physics.prox_l2(z, y, gamma)

@@ -1,7 +1,7 @@
 """Inpainting: masks of random pixels, boxes and strokes, and the user's own."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ud2m.numbers import is_whole
+from ud2m.physics.data_term import Prox, prepared_prox
 from ud2m.physics.family import FixedOperator, OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
@@ -67,9 +68,23 @@ class PixelMask(Immutable, deepinv.physics.Inpainting):
         ``gamma``: number, or tensor of one element, [B] or [B, 1, 1, 1]; infinity is allowed.
         """
         self.update_parameters(**kwargs)
-        mean = z.to(at_least_float32(z, y))
-        step = self.mask.to(mean.dtype) / (1 + 1 / per_sample(gamma, mean))
-        return (mean + step * (y - mean)).to(z.dtype)
+        dtype = at_least_float32(z, y)
+        return self.prepared(y.to(dtype))(gamma)(z.to(dtype)).to(z.dtype)
+
+    def prepared(self, y: Tensor) -> Prox:
+        """Return ``prepared_prox`` for y in float32 or float64."""
+        mask = self.mask.to(y.dtype)
+
+        def weighted(gamma: Tensor | float) -> Callable[[Tensor], Tensor]:
+            step = mask / (1 + 1 / per_sample(gamma, y))
+            return lambda z: torch.lerp(z, y, step)
+
+        return weighted
+
+
+@prepared_prox.register
+def _(physics: PixelMask, y: Tensor) -> Prox:
+    return physics.prepared(y.to(at_least_float32(y)))
 
 
 class RandomMask(OperatorFamily):

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ud2m.physics.blur import Blur
+from ud2m.physics.data_term import Prox, prepared_prox
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.measurement import image_shape, measured
-from ud2m.physics.rows import per_sample, select_samples
+from ud2m.physics.rows import at_least_float32, per_sample, select_samples
 from ud2m.random import Generators, rand
 
 
@@ -104,7 +105,7 @@ class Mixed(Immutable, LinearPhysics):
     and the rest is 0 and no measurement (``measured``).
 
     Args:
-        groups: the samples' numbers, int64 [n], the operator of those n samples, and the shape of one of its
+        groups: the samples' numbers, int64 [n] and rising, the operator of those n samples, and the shape of one of its
             observations; together all samples.
         image_shape: (C, H, W).
         device: where the operator lives.
@@ -140,23 +141,47 @@ class Mixed(Immutable, LinearPhysics):
     def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
         """Return the prox of every sample's own data term; ``gamma`` as for the operators of this package."""
         self.update_parameters(**kwargs)
-        weight = per_sample(gamma, z).reshape(-1).expand(len(z))
-        return self.join(
-            lambda part, rows, shape: part.prox_l2(z[rows], corner(y[rows], shape), weight[rows].view(-1, 1, 1, 1)), z
-        )
+        dtype = at_least_float32(z, y)
+        return self.prepared(y.to(dtype))(gamma)(z.to(dtype)).to(z.dtype)
+
+    def prepared(self, y: Tensor) -> Prox:
+        """Return ``prepared_prox`` for y in float32 or float64."""
+        self._check(y)
+        parts = [
+            prepared_prox(part, corner(self._picked(y, rows), shape))
+            for part, rows, shape in zip(self.parts, self.rows, self.y_shapes, strict=True)
+        ]
+
+        def weighted(gamma: Tensor | float) -> Callable[[Tensor], Tensor]:
+            weight = per_sample(gamma, y).reshape(-1).expand(len(y))
+            solvers = [part(weight[rows].view(-1, 1, 1, 1)) for part, rows in zip(parts, self.rows, strict=True)]
+
+            def solve(z: Tensor) -> Tensor:
+                self._check(z)
+                return self._ordered([one(self._picked(z, rows)) for one, rows in zip(solvers, self.rows, strict=True)])
+
+            return solve
+
+        return weighted
 
     def join(self, product: Callable[[LinearPhysics, Tensor, tuple[int, ...]], Tensor], like: Tensor) -> Tensor:
         """Return ``product(operator, samples' numbers, shape of y)`` of all groups, in the order of the samples."""
+        self._check(like)
+        return self._ordered([product(*group) for group in zip(self.parts, self.rows, self.y_shapes, strict=True)])
+
+    def _check(self, like: Tensor) -> None:
         if tuple(like.shape[1:]) != tuple(self.img_size) or len(like) != sum(map(len, self.rows)):
             raise ValueError(
                 f"the operators were made for {sum(map(len, self.rows))} images {list(self.img_size)} and take "
                 f"observations of that shape, got {list(like.shape)}"
             )
-        parts = [
-            enlarged(product(p, r, s), self.img_size)
-            for p, r, s in zip(self.parts, self.rows, self.y_shapes, strict=True)
-        ]
-        return torch.cat(parts)[torch.cat(self.rows).argsort()]
+
+    def _picked(self, images: Tensor, rows: Tensor) -> Tensor:
+        return images if len(self.rows) == 1 else images[rows]
+
+    def _ordered(self, parts: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat([enlarged(part, self.img_size) for part in parts])
+        return joined if len(self.rows) == 1 else joined[torch.cat(self.rows).argsort()]
 
     def select(self, index: Tensor) -> "Mixed":
         """Return the operator of the samples ``index``."""
@@ -169,6 +194,11 @@ class Mixed(Immutable, LinearPhysics):
             if len(chosen):
                 groups.append((chosen, select_samples(cast(LinearPhysics, part), wanted[chosen]), y_shape))
         return Mixed(groups, self.image_shape, self.rows[0].device)
+
+
+@prepared_prox.register
+def _(physics: Mixed, y: Tensor) -> Prox:
+    return physics.prepared(y.to(at_least_float32(y)))
 
 
 @select_samples.register
@@ -197,6 +227,8 @@ def corner(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def enlarged(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return y in the top left corner of zeros [B, *shape]."""
+    if y.shape[1:] == shape:
+        return y
     channels, height, width = (full - own for full, own in zip(shape, y.shape[1:], strict=True))
     return pad(y, (0, width, 0, height, 0, channels))
 

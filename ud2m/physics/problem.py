@@ -1,6 +1,7 @@
 """What is given, y with its operator and noise level, and the problem that it was drawn from."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -8,9 +9,9 @@ from torch import Tensor
 from ud2m.numbers import is_number
 from ud2m.physics.adopted import Measured, adopt, joined
 from ud2m.physics.checks import check_numbers, check_observation, check_range, warn_of_another_level
-from ud2m.physics.data_term import DataTerm
+from ud2m.physics.data_term import DataTerm, Prox, prepared_prox
 from ud2m.physics.family import OperatorFamily
-from ud2m.physics.measurement import ROUNDING, image_shape, observe
+from ud2m.physics.measurement import ROUNDING, image_shape, kept_gain, mean_gain, observe
 from ud2m.physics.rows import select_samples
 
 
@@ -64,6 +65,29 @@ class Observation:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of x0."""
         return image_shape(self.physics, self.y)
+
+    @property
+    def prox(self) -> Prox:
+        """``prepared_prox`` of y: prepared once, unless gradients are to reach y."""
+        return prepared_prox(self.physics, self.y) if self.y.requires_grad else self._prox
+
+    @cached_property
+    def mean_gain(self) -> Tensor:
+        """``mean_gain`` of the operator, [B]."""
+        return mean_gain(self.physics, self._image)
+
+    @cached_property
+    def kept_gain(self) -> Tensor:
+        """``kept_gain`` of the operator, [B]."""
+        return kept_gain(self.physics, self._image)
+
+    @cached_property
+    def _prox(self) -> Prox:
+        return prepared_prox(self.physics, self.y)
+
+    @property
+    def _image(self) -> Tensor:
+        return self.sigma_y.new_empty(1).expand(len(self), *self.image_shape)
 
     def independent(self) -> "Observation":
         """Return the observation with the noise level that says as much of x0 if all noise is taken to be independent.

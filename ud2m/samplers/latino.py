@@ -88,9 +88,8 @@ class Latino(PriorSampler):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         x = start_from_y(self.start, observation).clamp(0, 1)
-        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
         denoiser = self.denoiser(streams)
         for tau in self.setting.levels():
-            x = denoiser(x + tau * randn_like(x, streams), torch.full_like(sigma_y, tau))
-            x = joint_prox(physics, y, x, x, float("inf"), (self.setting.width * tau) ** 2, 1.0, sigma_y)
+            x = denoiser(x + tau * randn_like(x, streams), torch.full_like(observation.sigma_y, tau))
+            x = joint_prox(observation, x, float("inf"), (self.setting.width * tau) ** 2, 1.0)(x)
         return x

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ud2m.physics import Observation, kept_gain, mean_gain
+from ud2m.physics import Observation
 from ud2m.precision import full_precision
 
 TYPICAL_SIGMA_Y = 0.02
@@ -19,12 +19,12 @@ def noise(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
 
 def gain(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(tr(A^T A) / n) [B], how much the operator keeps of an image: 0 for A = I, log 0.3 for 70 % missing."""
-    return mean_gain(observation.physics, x_sigma).clamp_min(1e-6).log()
+    return observation.mean_gain.clamp_min(1e-6).log()
 
 
 def strength(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(tr((A^T A)^2) / tr(A^T A)) [B], how strongly what is kept is seen: 0 for masks, log 1/2 for blurs."""
-    return kept_gain(observation.physics, x_sigma).clamp_min(1e-6).log()
+    return observation.kept_gain.clamp_min(1e-6).log()
 
 
 def level(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:

@@ -54,9 +54,8 @@ class LearnedProx(nn.Module):
         features: Tensor,
     ) -> Tensor:
         """Return u [B, C, H, W] near x; ``initial_delta`` is the rule's, [B]."""
-        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
         delta = initial_delta * self.factor("delta", features)
-        return joint_prox(physics, y, x_sigma, x, sigma, delta, self.factor("lam", features), sigma_y)
+        return joint_prox(observation, x_sigma, sigma, delta, self.factor("lam", features))(x)
 
 
 class LatinoModule(LearnedProx):

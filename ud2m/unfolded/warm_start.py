@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,7 @@ class SmoothingStart(Start):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
         """Return x^(0) [B, C, H, W]."""
-        delta = torch.full_like(sigma, self.deviation**2)
-        lam = torch.ones_like(sigma)
-        physics, y, sigma_y = observation.physics, observation.y, observation.sigma_y
-        back_to_data = partial(joint_prox, physics, y, x_sigma, sigma=sigma, delta=delta, lam=lam, sigma_y=sigma_y)
+        back_to_data = joint_prox(observation, x_sigma, sigma, self.deviation**2, 1.0)
         x = back_to_data(torch.full_like(x_sigma, 0.5))
         *coarse, last = self.scales
         for scale in coarse:
