@@ -44,6 +44,8 @@ COST_FORMATS = {
     "seconds per call, float32": ".2f",
     "seconds per call, bfloat16": ".2f",
     "seconds per step": ".2f",
+    "one by one / together": ".2f",
+    "largest difference of a pixel": ".1e",
     "images per second": ".1f",
     "TFLOP/s": ".0f",
     "memory [GB]": ".1f",
@@ -231,6 +233,12 @@ SECTIONS = (
         "passes of the adapted network and the passes of the discriminator alone.",
     ),
     Section(
+        "batching",
+        "Rivals in batches",
+        "Samplers of deepinv, 20 steps, one sample each of 16 observations of 32x32 with their own missing pixels: "
+        "processor time one by one / in one batch, on one thread, and how far apart the samples are.",
+    ),
+    Section(
         "memory",
         "Memory of a training step",
         "Largest sum of all tensors that one step of the deblurring experiment with a discriminator holds at once, two "
@@ -378,6 +386,18 @@ def measure_cost(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for physics in ("gaussian_blur", "super_resolution", "inpainting", "general"):
         rows.append({"method": physics.replace("_", " ")} | cost.ratios(physics, repeats))
+    return rows
+
+
+def measure_batching(repeats: int) -> list[dict[str, Any]]:
+    """Return one row per sampler of deepinv with the gain of ``benchmarks/cost.py`` from batches, on one thread."""
+    import cost
+
+    torch.set_num_threads(1)
+    rows = []
+    for name, make in cost.BATCHED.items():
+        gain, difference = cost.batching_ratio(make, 16, repeats)
+        rows.append({"method": name, "one by one / together": gain, "largest difference of a pixel": difference})
     return rows
 
 
@@ -552,7 +572,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.action == "cost":
         rows = measure_cost(options.repeats)
-        path = store("cost", "python benchmarks/results.py cost", {"repeats": options.repeats}, rows)
+        config = {"repeats": options.repeats}
+        store("batching", "python benchmarks/results.py cost", config, measure_batching(options.repeats))
+        path = store("cost", "python benchmarks/results.py cost", config, rows)
     else:
         rows, config = collect(options.sources)
         path = store(options.name, options.command, config, rows, options.note)
