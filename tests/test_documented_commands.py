@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tiny import SIZE, save_tiny_prior
 from tiny_training import command_line, composed, tiny_overrides, write_images
 
-from ud2m.cli import pages
+from ud2m.cli import as_override, pages
 from ud2m.cli.commands import TASKS
 from ud2m.evaluation.scores import SCORES, build_score
 from ud2m.images import write_image
@@ -102,6 +102,7 @@ def overrides_of(command: Command) -> tuple[str, list[list[str]]]:
     if "--cfg" in rest:
         position = rest.index("--cfg")
         del rest[position : position + 2]
+    rest = [as_override(word) for word in rest]
     if "-m" not in rest:
         return name, [rest]
     rest.remove("-m")

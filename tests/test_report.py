@@ -266,7 +266,7 @@ def test_a_256_pixel_entry_stays_affordable():
 @pytest.mark.parametrize(
     ("field", "shape"),
     [("reference", (3, 8, 8)), ("std", (1, 32, 32)), ("samples", (3, 32, 32)), ("samples", (0, 3, 32, 32)),
-     ("observation", (32, 32)), ("measured", (16, 16)), ("mean", (32, 32))],
+     ("measured", (16, 16)), ("mean", (32, 32))],
 )  # fmt: skip
 def test_shapes_that_do_not_fit(field, shape):
     with pytest.raises(ValueError, match=r"report entry 'cat': .* must have shape .*, got"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -73,12 +74,13 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
     are not applied (``pixel_format``).
 
     ``.npy`` files hold floats [H, W], [H, W, C] or [C, H, W] in [0, 1]; they keep noise that an 8-bit file
-    would clip, hence values a little outside pass (down to -0.5 and up to 1.5).
+    would clip, hence values a little outside pass (down to -0.5 and up to 1.5). Other numbers of channels than 1 and 3
+    come from them alone, as [C, H, W]; complex [H, W] are two.
 
     Args:
         path: the file.
         channels: 3 repeats grey; 1 takes the luma 0.299 R + 0.587 G + 0.114 B of colour; None keeps what the
-            file has.
+            file has, and another number must be its own.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -86,10 +88,8 @@ def read_image(path: str | Path, channels: int | None = 3) -> Tensor:
         ValueError: when it is no image, is damaged, has transparent pixels or values outside the range, or more pixels
             than the environment variable ``UD2M_MAX_PIXELS`` allows.
     """
-    if channels not in (1, 3, None):
-        raise ValueError(f"channels must be 1, 3 or None (as in the file), got {channels}")
     path = _existing(path)
-    return with_channels(_read_npy(path) if is_array(path) else _unit(read_picture(path, path)), channels)
+    return with_channels(_read_npy(path, channels) if is_array(path) else _unit(read_picture(path, path)), channels)
 
 
 def decode_image(data: bytes, name: str | Path, channels: int | None = 3) -> Tensor:
@@ -152,6 +152,47 @@ def to_png_bytes(image: Tensor, pixels: PixelFormat | None = None) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG", icc_profile=profile)
     return buffer.getvalue()
+
+
+def viewable(values: Tensor) -> tuple[Tensor, str]:
+    """Return any numbers as a picture [1 or 3, h, w] in [0, 1], and what was done to them.
+
+    An image with 1 or 3 channels is clamped. Anything else, as a sinogram or a complex image, is scaled from its
+    smallest to its largest value; of several channels it is the modulus. Coils [C, N, h, w] stand side by side, and
+    vectors are folded.
+    """
+    planes = _folded(values.detach().float().cpu())
+    low, high = float(planes.min()), float(planes.max())
+    if values.ndim == 3 and len(planes) in (1, 3) and low >= _NPY_RANGE[0] and high <= _NPY_RANGE[1]:
+        return planes.clamp(0, 1), ""
+    size = planes.norm(dim=0, keepdim=True) if len(planes) > 1 else planes
+    low, high = float(size.min()), float(size.max())
+    what = "modulus over channels, " if len(planes) > 1 else ""
+    return (size - low) / max(high - low, 1e-12), f"; {what}black {low:.3g}, white {high:.3g}"
+
+
+def write_values(values: Tensor, path: Path, pixels: PixelFormat | None = None) -> None:
+    """Write any numbers as the picture that ``viewable`` makes of them; if that is not them, as ``.npy`` beside it.
+
+    Raises:
+        OSError: as ``write_image``.
+    """
+    picture, remark = viewable(values)
+    write_image(picture, path, pixels)
+    if remark:
+        buffer = io.BytesIO()
+        np.save(buffer, values.detach().float().cpu().numpy())
+        write_bytes(path.with_suffix(".npy"), buffer.getvalue())
+
+
+def _folded(values: Tensor) -> Tensor:
+    if values.ndim == 3:
+        return values
+    if values.ndim == 4:
+        return torch.cat(list(values.unbind(1)), dim=-1)
+    side = math.ceil(values.numel() ** 0.5)
+    rows = -(-values.numel() // side)
+    return F.pad(values.flatten(), (0, rows * side - values.numel())).view(1, rows, side)
 
 
 def data_url(image: Tensor) -> str:
@@ -229,11 +270,13 @@ def _unit(levels: np.ndarray) -> Tensor:
     return torch.from_numpy(planes).div_(np.iinfo(levels.dtype).max)
 
 
-def _read_npy(path: Path) -> Tensor:
+def _read_npy(path: Path, channels: int | None) -> Tensor:
     array = read_numbers(path, path)
+    if channels == 2 and array.ndim == 2 and np.iscomplexobj(array):
+        array = np.stack([array.real, array.imag])
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype} values; expected floats in [0, 1] (8 bit: divide by 255)")
-    values = _planes(array, path)
+    values = _planes(array, path, channels)
     if not np.isfinite(values).all():
         raise ValueError(f"{path} holds NaN or infinite values; replace them (a mask says what is missing)")
     low, high = float(values.min()), float(values.max())
@@ -245,7 +288,9 @@ def _read_npy(path: Path) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _planes(array: np.ndarray, path: Path) -> np.ndarray:
+def _planes(array: np.ndarray, path: Path, channels: int | None) -> np.ndarray:
+    if array.ndim == 3 and len(array) == channels:
+        return np.ascontiguousarray(array)
     if array.ndim == 2:
         planes = array[None]
     elif array.ndim == 3 and array.shape[2] in (1, 3):
@@ -275,6 +320,10 @@ def with_channels(image: Tensor, channels: int | None) -> Tensor:
     """Return [C, H, W] with so many channels, as ``read_image`` does."""
     if channels is None or channels == len(image):
         return image
+    if channels not in (1, 3) or len(image) not in (1, 3):
+        raise ValueError(
+            f"a picture of {len(image)} channels is none of {channels}; give a .npy file [{channels}, H, W]"
+        )
     if channels == 3:
         return image.expand(3, -1, -1).contiguous()
     return torch.einsum("chw,c->hw", image, torch.tensor(LUMINANCE))[None]

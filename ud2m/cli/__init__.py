@@ -9,6 +9,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 PLACES = ("data.root", "data.held_out", "data.cache")
 """Keys that say where images lie: a run that goes on takes other ones."""
 
+OPEN = ("physics.parameters.",)
+"""Beginnings of keys that go on with any name: arguments of classes that are not ours."""
+
+
+def as_override(word: str) -> str:
+    """Return ``KEY=VALUE`` as Hydra takes it, which wants to be told that a key is a new one."""
+    return f"++{word}" if word.startswith(OPEN) else word
+
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a configuration as plain values."""

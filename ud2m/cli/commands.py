@@ -15,7 +15,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from ud2m.cli import PLACES
+from ud2m.cli import PLACES, as_override
 from ud2m.cli.errors import user_facing
 from ud2m.cli.pages import check_evaluation, check_sampling, check_training
 from ud2m.cli.process import prepare_process
@@ -80,9 +80,10 @@ def run_command(name: str) -> None:
 
 
 def with_places(arguments: Sequence[str]) -> list[str]:
-    """Let ``resume=true`` take the places of the data that its run had, which the page composed here may lack."""
+    """Return the words for Hydra: keys that are ``OPEN`` may be new, and so, for ``resume=true``, those of the data."""
     goes_on = any(word.lower() == "resume=true" for word in arguments)
-    return [f"++{word}" if goes_on and word.partition("=")[0] in PLACES else word for word in arguments]
+    words = [f"++{word}" if goes_on and word.partition("=")[0] in PLACES else word for word in arguments]
+    return [as_override(word) for word in words]
 
 
 def explained(name: str) -> str:

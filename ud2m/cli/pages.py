@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ud2m.cli import plain
+from ud2m.cli import as_override, plain
 from ud2m.names import flattened, unknown
 from ud2m.priors.shipped import check_reference
 
@@ -70,7 +70,9 @@ def part(group: str, entry: str) -> dict[str, Any]:
         raise ValueError(unknown(group, name, known))
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
     try:
-        composed = compose(overrides=[f"+{group}={name}", *fixed, *(f"{group}.{text}" for text in overrides)])
+        composed = compose(
+            overrides=[f"+{group}={name}", *fixed, *(as_override(f"{group}.{text}") for text in overrides)]
+        )
     except HydraException as error:
         keys = flattened(part(group, name))
         first = str(error).splitlines()[0]

@@ -86,12 +86,14 @@ class Score(ABC):
     """Gathers one or more numbers of a sampler.
 
     ``modules`` are the networks that it judges with, ``smallest`` is the side of images in pixels below which there is
-    no number, and ``least`` the number of samples of each observation that are needed.
+    no number, ``least`` the number of samples of each observation that are needed, and ``channels`` those that images
+    may have; any, where it is empty.
     """
 
     modules: tuple[nn.Module, ...] = ()
     smallest: int = 1
     least: int = 1
+    channels: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.gathered: dict[str, list[Tensor]] = {}
@@ -106,6 +108,8 @@ class Score(ABC):
         """Raise ValueError where so many images, with so many samples each, give no number with an interval."""
         if min(size[1:]) < self.smallest:
             raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[1]}x{size[2]}")
+        if self.channels and size[0] not in self.channels:
+            raise ValueError(f"it needs images of {' or '.join(map(str, self.channels))} channels, got {size[0]}")
         if samples < self.least:
             raise ValueError(f"it needs num_samples of at least {self.least}, got {samples}")
         if images < 2:
@@ -143,6 +147,7 @@ class PerImage(Score):
         least: see ``Score``.
         backend: written beside the numbers, by the name of the key.
         modules: see ``Score``.
+        channels: see ``Score``.
     """
 
     def __init__(
@@ -152,10 +157,11 @@ class PerImage(Score):
         least: int = 1,
         backend: Mapping[str, str] | None = None,
         modules: Sequence[nn.Module] = (),
+        channels: Sequence[int] = (),
     ):
         super().__init__()
         self.of, self.smallest, self.least, self.backend = values, smallest, least, dict(backend or {})
-        self.modules = tuple(modules)
+        self.modules, self.channels = tuple(modules), tuple(channels)
 
     def values(self, draws: Draws) -> Mapping[str, Tensor]:
         """Return the values of one batch."""
@@ -444,14 +450,16 @@ def lpips_score(net: str) -> PerImage:
             found[f"diversity_lpips{suffix}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
         return found
 
-    return PerImage(values, distance.smallest, backend={f"lpips{suffix}_backend": distance.name}, modules=[distance])
+    backend = {f"lpips{suffix}_backend": distance.name}
+    return PerImage(values, distance.smallest, backend=backend, modules=[distance], channels=(1, 3))
 
 
 def dists_score() -> PerImage:
     """Return DISTS of the mean and of single samples."""
     distance = DISTSDistance()
     values = of_mean_and_samples("dists", distance)
-    return PerImage(values, distance.smallest, backend={"dists_backend": distance.name}, modules=[distance])
+    backend = {"dists_backend": distance.name}
+    return PerImage(values, distance.smallest, backend=backend, modules=[distance], channels=(1, 3))
 
 
 def distance_score(name: str, distance: Callable[[Tensor, Tensor], Tensor]) -> PerImage:
@@ -518,7 +526,13 @@ def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> l
     for name in names:
         with suppress(FileNotFoundError):
             found.append(build_score(name))
-    return [score for score in found if min(size[1:]) >= score.smallest and samples >= score.least]
+    return [
+        score
+        for score in found
+        if min(size[1:]) >= score.smallest
+        and samples >= score.least
+        and (not score.channels or size[0] in score.channels)
+    ]
 
 
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:

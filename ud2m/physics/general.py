@@ -16,6 +16,7 @@ from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.inpainting import PixelMask
+from ud2m.physics.measurement import image_shape
 from ud2m.physics.rows import at_least_float32, per_sample
 from ud2m.random import global_draws
 from ud2m.raster import is_array, read_numbers
@@ -161,6 +162,34 @@ class DeepinvOperator(FixedOperator):
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return ``size``, or the shape of y when none was given."""
         return self.size or y_shape
+
+    def read_observation(
+        self, path: str | Path, channels: int, device: torch.device | str
+    ) -> tuple[Tensor, DataTerm] | None:
+        """Return y from a ``.npy`` file that holds one observation, in whatever shape and range it has; else None.
+
+        Complex values become two channels, as deepinv has them.
+
+        Raises:
+            ValueError: when it has another shape than observations of images of ``size``.
+        """
+        if not is_array(path):
+            return None
+        array = torch.from_numpy(read_numbers(Path(path), path))
+        y = (torch.view_as_real(array).movedim(-1, 0) if array.is_complex() else array).float()[None].to(device)
+        if self.size is None and y.ndim != 4:
+            raise ValueError(
+                f"an observation of shape {list(y.shape[1:])} does not say how large the image is: give "
+                "physics.operator.size=[C,H,W]"
+            )
+        physics = self.draw(1, self.size or (y.shape[1], y.shape[2], y.shape[3]), device=device)
+        expected = physics.A(torch.zeros(1, *image_shape(physics, y), device=device)).shape
+        if y.shape != expected:
+            raise ValueError(
+                f"it holds an observation {list(y.shape[1:])}, the operator makes {list(expected[1:])}; "
+                "give the size of the image with physics.operator.size=[C,H,W]"
+            )
+        return y, physics
 
 
 def _value(value: Any) -> Any:

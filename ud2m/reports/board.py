@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.table import SETTING, by_setting, described_by
-from ud2m.reports.figures import Picture, picture, viewable
+from ud2m.images import viewable
+from ud2m.reports.figures import Picture, picture
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
 from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
@@ -76,7 +77,7 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
 
 def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
     """Return the pictures of one image: what is known of it, and a sample and the mean of each method."""
-    shown = [_figure(pictures[0]["x0"], "Reference"), _figure(viewable(pictures[0]["y"])[0], "Observation")]
+    shown = [_figure(pictures[0]["x0"], "Reference"), _figure(pictures[0]["y"], "Observation")]
     for method, kinds in zip(methods, pictures, strict=True):
         shown.append(_figure(kinds["sample"], f"{method}: sample"))
         if not torch.equal(kinds["sample"], kinds["mean"]):
@@ -85,4 +86,4 @@ def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> 
 
 
 def _figure(image: Tensor, caption: str) -> Picture:
-    return picture(image, caption, caption=caption, display=_DISPLAY)
+    return picture(viewable(image)[0], caption, caption=caption, display=_DISPLAY)

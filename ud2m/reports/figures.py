@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ud2m.images import data_url, std_image
+from ud2m.images import data_url, std_image, viewable
 
 Picture = dict[str, Any]
 """What the templates show, see ``picture``."""
@@ -15,7 +15,6 @@ MAX_SIDE = 512
 """Larger pictures are shown reduced; the files beside the report keep every pixel."""
 
 _DISPLAY = 256  # CSS pixels, four in a row; smaller pictures are enlarged by a whole factor
-_IMAGE_RANGE = (-0.5, 1.5)  # an observation outside is no image in [0, 1] (a sinogram, say) and is rescaled
 
 
 def picture(image: Tensor, alt: str, scaling: str = "crisp", **more: Any) -> Picture:
@@ -32,8 +31,9 @@ def picture(image: Tensor, alt: str, scaling: str = "crisp", **more: Any) -> Pic
 
 
 def figure(image: Tensor, caption: str, alt: str, display: int | None = None) -> Picture:
-    """Return an image [1 or 3, H, W] in [0, 1], reduced where it is larger than ``MAX_SIDE``."""
-    image = image.detach().float().cpu()
+    """Return an image as ``viewable`` makes it, reduced where it is larger than ``MAX_SIDE``."""
+    image, remark = viewable(image)
+    caption += remark
     height, width = image.shape[1:]
     factor = math.ceil(max(height, width) / MAX_SIDE)
     if factor > 1:
@@ -56,15 +56,3 @@ def std_figure(std: Tensor, scale: float, name: str) -> Picture:
 def display_width(width: int) -> int:
     """Return how many CSS pixels wide a picture of so many pixels is shown."""
     return min(width * max(1, _DISPLAY // width), MAX_SIDE)
-
-
-def viewable(y: Tensor) -> tuple[Tensor, str]:
-    """Return an observation as a picture [1 or 3, h, w] in [0, 1], and what was done to it."""
-    y = y.detach().float().cpu()
-    low, high = float(y.min()), float(y.max())
-    if len(y) in (1, 3) and low >= _IMAGE_RANGE[0] and high <= _IMAGE_RANGE[1]:
-        return y.clamp(0, 1), ""
-    size = y.norm(dim=0, keepdim=True) if len(y) > 1 else y
-    low, high = float(size.min()), float(size.max())
-    what = "modulus over channels, " if len(y) > 1 else ""
-    return (size - low) / max(high - low, 1e-12), f"; {what}black {low:.3g}, white {high:.3g}"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ud2m.evaluation.table import format_value, table_columns
-from ud2m.images import PixelFormat, std_scale, write_image
-from ud2m.reports.figures import MAX_SIDE, Picture, display_width, figure, std_figure, viewable
+from ud2m.images import PixelFormat, std_scale, viewable, write_values
+from ud2m.reports.figures import MAX_SIDE, Picture, display_width, figure, std_figure
 from ud2m.reports.page import render_page
 from ud2m.reports.tables import Rows, meanings, table_of
 
@@ -27,7 +27,7 @@ class Entry:
     Args:
         name: heading.
         reference: [C, H, W], or None where it is unknown.
-        observation: y [C, h, w]; another size, channel count or range than the image's is scaled to fit.
+        observation: y; where it is no image it is shown as ``viewable`` makes it.
         samples: [S, C, H, W]; the first `MAX_SAMPLES` are shown.
         mean: [C, H, W].
         std: [C, H, W], in image units; None for a single sample, which has none.
@@ -52,7 +52,6 @@ class Entry:
             ("mean", "(C, H, W)", len(shape) == 3),
             ("std", shape, self.std is None or self.std.shape == shape),
             ("samples", f"(S >= 1, *{shape})", len(self.samples) > 0 and self.samples.shape[1:] == shape),
-            ("observation", "(C, h, w)", self.observation.ndim == 3),
             ("reference", shape, self.reference is None or self.reference.shape == shape),
             ("measured", size, self.measured is None or self.measured.shape == size),
         ):
@@ -106,7 +105,8 @@ def samples_page(report: Report) -> str:
 def write_pictures(folder: Path, entry: Entry, pixels: PixelFormat | None) -> None:
     """Write ``observation.png``, ``samples/*.png``, ``mean.png`` and ``std.png`` (white is the largest deviation).
 
-    All but the last have the depth and the colour profile of the file that they were made of.
+    What is no image with 1 or 3 channels in [0, 1], as a sinogram, is written as ``.npy`` too. All but the last have
+    the depth and the colour profile of the file that they were made of.
 
     Args:
         folder: where; made if it is not there.
@@ -114,12 +114,12 @@ def write_pictures(folder: Path, entry: Entry, pixels: PixelFormat | None) -> No
         pixels: depth and profile of the file that y comes from.
     """
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    write_image(entry.observation, folder / "observation.png", pixels)
+    write_values(entry.observation, folder / "observation.png", pixels)
     for k, sample in enumerate(entry.samples):
-        write_image(sample, folder / "samples" / f"{k:03d}.png", pixels)
-    write_image(entry.mean, folder / "mean.png", pixels)
+        write_values(sample, folder / "samples" / f"{k:03d}.png", pixels)
+    write_values(entry.mean, folder / "mean.png", pixels)
     deviation = torch.zeros_like(entry.mean) if entry.std is None else entry.std
-    write_image(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")
+    write_values(deviation / deviation.max().clamp(min=1e-6), folder / "std.png")
 
 
 def _section(section: Section) -> dict[str, Any]:
