@@ -9,7 +9,19 @@ import pytest
 import torch
 from operators import BATCH, CASES, generator
 
-from ud2m.physics import Jpeg, Observation, measured, select_samples
+from ud2m.physics import (
+    DeepinvOperator,
+    GaussianBlur,
+    Jpeg,
+    MissingStrokes,
+    Mixture,
+    MotionBlur,
+    Observation,
+    RandomGaussianBlur,
+    SuperResolution,
+    measured,
+    select_samples,
+)
 
 
 def restored(operator):
@@ -34,6 +46,17 @@ def test_operators_come_back_the_same(case):
 def test_a_jpeg_encoder_comes_back_the_same():
     codec, x = Jpeg(quality=30).draw(2, (3, 16, 16)), torch.rand(2, 3, 16, 16, generator=generator())
     assert torch.equal(restored(codec).A(x), codec.A(x))
+
+
+def test_families_come_back_the_same():
+    """As part of a data set, say: what they draw from the same stream is the same."""
+    mixture = Mixture([RandomGaussianBlur(), SuperResolution(2), MissingStrokes()])
+    tomography = DeepinvOperator("Tomography", {"angles": 6, "normalize": True})
+    x = torch.rand(4, 1, 32, 32, generator=generator())
+    for family in (mixture, tomography, MotionBlur(5), GaussianBlur(1.0)):
+        family.draw(4, (1, 32, 32), generator(1))  # some keep what they made
+        expected = family.draw(4, (1, 32, 32), generator(2)).A(x)
+        assert torch.equal(restored(family).draw(4, (1, 32, 32), generator(2)).A(x), expected)
 
 
 def test_observations_with_operators_of_deepinv():

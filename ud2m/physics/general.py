@@ -11,7 +11,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from ud2m.images import LUMINANCE
-from ud2m.physics.adopted import adopt
+from ud2m.physics.adopted import Adopted, adopt
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.family import FixedOperator
 from ud2m.physics.immutable import Immutable
@@ -124,9 +124,9 @@ class DeepinvOperator(FixedOperator):
             )
             raise ValueError(f"deepinv.physics has no linear operator {name!r}; it has {', '.join(known)}")
         self.kind: type[LinearPhysics] = kind
-        self.arguments = inspect.signature(kind).parameters
+        self.arguments = tuple(inspect.signature(kind).parameters)
         self.parameters = {key: _value(value) for key, value in (parameters or {}).items()}
-        unknown = sorted(self.parameters.keys() - self.arguments.keys())
+        unknown = sorted(self.parameters.keys() - set(self.arguments))
         if unknown:
             names = ", ".join(n for n in self.arguments if n not in ("kwargs", "device"))
             raise ValueError(f"deepinv's {name} has no parameter {', '.join(unknown)}; it has {names}")
@@ -141,8 +141,14 @@ class DeepinvOperator(FixedOperator):
         """
         key = (tuple(image_shape), str(device))
         if key not in self.made:
-            self.made = {key: self._adopted(image_shape, device)}  # the last one alone: training asks for it again
+            made = self._adopted(image_shape, device)
+            if isinstance(made, Adopted):
+                made.recipe = (self.operator, *key)
+            self.made = {key: made}  # the last one alone: training asks for it again
         return self.made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"made": {}}
 
     def _adopted(self, image_shape: tuple[int, int, int], device: torch.device | str) -> DataTerm:
         sizes = {"img_size": tuple(image_shape), "img_width": image_shape[-1]}
@@ -176,6 +182,8 @@ class DeepinvOperator(FixedOperator):
         if not is_array(path):
             return None
         array = torch.from_numpy(read_numbers(Path(path), path))
+        if not (array.is_floating_point() or array.is_complex()):
+            raise ValueError(f"it holds {array.dtype} values; an observation has floats in image units")
         y = (torch.view_as_real(array).movedim(-1, 0) if array.is_complex() else array).float()[None].to(device)
         if self.size is None and y.ndim != 4:
             raise ValueError(
