@@ -277,6 +277,25 @@ SECTIONS = (
         "take 1000 and 200), with the same prompt. LATINO is the row from which differences are taken.",
     ),
     Section(
+        "pictures",
+        "What a pixel costs in small and large pictures",
+        "The shipped deblurring model on one thread: seconds of the processor for a megapixel of one sample and one of "
+        "its N steps (K = 3 network evaluations), share of the kernel in them, and peak memory of the whole process, "
+        "where PyTorch and the libraries take 1 GB. Last rows: without the settings of memory that the commands make.",
+    ),
+    Section(
+        "threads",
+        "Two threads that have one core",
+        "As beside another process that keeps a core busy: OpenMP has counted two cores, and one is left. Two samples "
+        "of 128x128, one step. Seconds of the processor, and of the clock on a core that is shared with others.",
+    ),
+    Section(
+        "shared",
+        "Two processes that share pictures",
+        "`sample.py` on six pictures of 256x256, two samples each and one step, on one thread per process: sampling, "
+        "scores and files, without the start. Seconds of the processor in all processes together.",
+    ),
+    Section(
         "loading",
         "Reading images",
         "Crops of 256x256 from shards of JPEG files of that size, and from a folder of JPEG files of 500x375.",

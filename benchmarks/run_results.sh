@@ -316,6 +316,7 @@ cost() {
     "$PYTHON" benchmarks/results.py cost
     "$PYTHON" benchmarks/memory.py --store
     "$PYTHON" benchmarks/loading.py --store
+    for part in pictures threads shared; do "$PYTHON" benchmarks/cores.py $part; done
 }
 
 picture() {
