@@ -22,8 +22,11 @@ help:
 install: .venv/.installed
 
 demo: install
+	@echo "step 1 of 2: train a sampler for deblurring on the photographs of the package (about 5 minutes on 2 cores)"
 	$(BIN)/python train.py experiment=demo run_dir=$(RUN)
+	@echo "step 2 of 2: sample test photographs, and compare with A^dagger y, the start and LATINO (about 4 minutes)"
 	$(BIN)/python sample.py --config-name demo model=$(RUN)/export output=$(RUN)/samples
+	@echo "done: open $(RUN)/samples/report.html to see the samples, and where they differ; the model is $(RUN)/export"
 
 test: install
 	$(BIN)/python -m pytest -n 2

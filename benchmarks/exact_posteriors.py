@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from results import store
+from ud2m.bars import NetworkEvaluations
 from ud2m.data.photos import load_photos
 from ud2m.evaluation.calibration import signed_root, wasserstein2
 from ud2m.evaluation.cells import CellStore, Result, digest
 from ud2m.evaluation.scores import with_interval
 from ud2m.evaluation.table import markdown_line
-from ud2m.evaluation.usage import NetworkEvaluations
 from ud2m.files import write_bytes, write_json
 from ud2m.images import LUMINANCE
 from ud2m.losses.adversarial import REFERENCE_SIDE, Adversarial, Discriminator, DiscriminatorLoss

@@ -8,10 +8,11 @@ import torch
 from tiny import adapted, tiny_network, tiny_prior
 from torch import nn
 
+from ud2m.bars import NetworkEvaluations
 from ud2m.evaluation.cells import CellStore, Result, digest, images_digest
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
-from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
+from ud2m.evaluation.usage import Stopwatch, peak_memory, reset_peak_memory
 from ud2m.physics import GaussianBlur, Inpainting
 from ud2m.physics.problem import Problem
 from ud2m.samplers.latino import PseudoInverse
@@ -50,7 +51,7 @@ def test_hooks_are_gone_afterwards_also_after_an_error():
     assert counter.count == 7
     with pytest.raises(ZeroDivisionError), NetworkEvaluations([network]):
         _ = 1 / 0
-    assert not network._forward_pre_hooks
+    assert not network._forward_hooks
 
 
 def test_peak_memory_sees_a_tensor_that_is_gone():

@@ -1,5 +1,6 @@
 """``ud2m train``, ``ud2m sample``, ``ud2m evaluate``: what they say at once, and what is installed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 from ud2m.cli import commands
+from ud2m.priors.shipped import SHIPPED
 
 COMMANDS = ("train", "sample", "evaluate")
 HEAVY = ("torch", "lightning", "diffusers", "peft", "deepinv", "numpy", "wandb", "webdataset")
@@ -88,7 +90,7 @@ def test_misspelt_names_are_answered_before_heavy_imports(without_heavy_modules,
         assert not any(path.is_file() for path in tmp_path.rglob("*"))
     command = without_heavy_modules("-m", "ud2m", "trian", place=tmp_path)
     assert command.returncode == 1
-    assert command.stderr == "error: no command 'trian'; there are train, sample, evaluate (ud2m --help)\n"
+    assert command.stderr == "error: no command 'trian'; there are train, sample, evaluate, models (ud2m --help)\n"
     for words in ([], ["--help"]):
         assert "ud2m evaluate" in without_heavy_modules("-m", "ud2m", *words, place=tmp_path).stdout
     assert without_heavy_modules("-m", "ud2m", "--version", place=tmp_path).stdout.startswith("ud2m 0.")
@@ -137,3 +139,19 @@ def test_every_folder_of_the_package_is_installed():
     assert settings["package-dir"] == {"ud2m.conf": "conf"}
     pages = {page for pattern in settings["package-data"]["ud2m.conf"] for page in (REPOSITORY / "conf").glob(pattern)}
     assert pages == {path for path in (REPOSITORY / "conf").rglob("*") if path.is_file()}
+
+
+def test_models_are_listed_with_a_command_that_works(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ud2m", "models"])
+    commands.start()
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line for line in lines[1 : lines.index("")]}
+    assert set(table) == {path.parent.name for path in SHIPPED.glob("*/psi.safetensors")}
+    for name, line in table.items():
+        assert line.endswith(f"ud2m sample model={name}")
+        settings = json.loads((SHIPPED / name / "config.json").read_text())
+        assert f" {settings['network']['num_blocks'] * settings['sampler']['num_steps']} " in line
+    rows = json.loads((REPOSITORY / "docs/results/inpainting_128.json").read_text())["rows"]
+    (ours,) = [row for row in rows if row["method"].startswith("UD2M (K=")]
+    assert f"{ours['psnr_mean']:.2f} dB" in table["photos_inpainting"]
+    assert f"{ours['lpips']:.3f}" in table["photos_inpainting"]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ from ud2m.cli.estimate import estimate
 from ud2m.priors.prior import Prior
 from ud2m.priors.shipped import ARCHITECTURES
 from ud2m.priors.store import fingerprint
-from ud2m.training.cost import Counter, Estimate, as_on_a_gpu
+from ud2m.training.cost import ADVICE, Counter, Estimate, as_on_a_gpu, duration
 
 sys.path[:0] = [str(REPOSITORY / "benchmarks")]
 memory = importlib.import_module("memory")
@@ -218,7 +219,25 @@ def test_the_command_prints_the_table_and_leaves_nothing(prior, tmp_path, capsys
     printed = capsys.readouterr().out
     for words in ("parameters, frozen", "FLOPs per step", "activations per image", "time per 1000 steps", "gradients"):
         assert words in printed
+    assert "as of a CPU" in printed
+    assert "If the memory does not fit" in printed
     assert not run.exists()
+
+
+def test_the_advice_names_settings_that_there_are(tmp_path):
+    words = dict(re.findall(r"([a-z_.]+)=([\w-]+)", ADVICE))
+    assert words["trainer"] == "ddp"
+    assert words.pop("trainer.devices") == "N"
+    with composed(*(f"{key}={value}" for key, value in words.items()), folder=tmp_path) as config:
+        assert config.training.checkpointing in ("modules", "all")
+        assert config.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.5, "0.5 s"), (59, "59 s"), (60, "1 min"), (3599, "60 min"), (7200, "2 h")]
+)
+def test_times_are_in_units_of_their_size(seconds, words):
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(

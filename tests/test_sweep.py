@@ -172,6 +172,18 @@ def test_runs_are_ranked_by_score_and_numbered_runs_keep_their_order(tmp_path):
     assert lines[-3:] == ["best score: run 2", "", "failed: 3 of 7 runs"]
 
 
+def test_the_table_shows_what_varies_with_digits_that_tell_runs_apart(tmp_path):
+    scores = [31.23456, 31.23459, 30.0, 30.0]
+    for k, score in enumerate(scores):
+        make_run(tmp_path / str(k), ["steps=10", "network=paper", f"loss.l2={k}"], [{"score": score, "psnr": 1.5}])
+    write_table(tmp_path, collect(tmp_path))
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert lines[0] == "| rank | run | loss.l2 | score | psnr |"
+    assert lines[2:4] == ["| 1 | 1 | 1 | 31.23459 | 1.5 |", "| 2 | 0 | 0 | 31.23456 | 1.5 |"]
+    assert lines[-3:] == ["the same score: runs 2, 3", "", "best score: run 1"]
+    assert [row["steps"] for row in table(tmp_path)] == ["10"] * 4
+
+
 def test_a_table_of_failures_has_no_winner(tmp_path):
     make_run(tmp_path / "0", ["a=1"], error="no")
     write_table(tmp_path, collect(tmp_path))

@@ -54,11 +54,11 @@ def watched(stop_at: str = "", error: BaseException | None = None) -> Iterator[l
     names: list[str] = []
     draw = sample.SamplingRun.sample
 
-    def counting(job, case):
+    def counting(job, case, bar):
         if case.name == stop_at:
             raise error or KeyboardInterrupt
         names.append(case.name)
-        return draw(job, case)
+        return draw(job, case, bar)
 
     with patch.object(sample.SamplingRun, "sample", counting):
         yield names
@@ -189,9 +189,9 @@ def test_memory_and_report_do_not_grow_with_the_pictures(model, pictures, tmp_pa
     drawn: list[weakref.ref] = []
     draw = sample.SamplingRun.sample
 
-    def looking(job, case):
+    def looking(job, case, bar):
         assert all(reference() is None for reference in drawn)
-        samples = draw(job, case)
+        samples = draw(job, case, bar)
         drawn.extend(map(weakref.ref, (samples, case.observation, case.x0)))
         return samples
 

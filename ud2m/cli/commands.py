@@ -26,6 +26,7 @@ USAGE = """ud2m COMMAND [KEY=VALUE ...]
   ud2m train      train a sampler, or a prior; -m sweeps
   ud2m sample     draw posterior samples for test images or your own files
   ud2m evaluate   compare methods on operators and data sets
+  ud2m models     list the models that ship with the package
 
 ud2m COMMAND --help explains the keys; ud2m --version. Documentation: README.md and docs/."""
 
@@ -55,10 +56,12 @@ def start() -> None:
         run_command(name)
     elif name in ("-h", "--help"):
         print(USAGE)
+    elif name == MODELS:
+        list_models()
     elif name == "--version":
         print(f"ud2m {version('ud2m')}")
     else:
-        print(f"error: no command {name!r}; there are {', '.join(TASKS)} (ud2m --help)", file=sys.stderr)
+        print(f"error: no command {name!r}; there are {', '.join((*TASKS, MODELS))} (ud2m --help)", file=sys.stderr)
         sys.exit(1)
 
 
@@ -135,4 +138,13 @@ def _evaluate(config: DictConfig) -> None:
     main(config)
 
 
+@user_facing
+def list_models() -> None:
+    """Print the models that ship with the package."""
+    from ud2m.cli.models import models
+
+    print(models())
+
+
+MODELS = "models"
 TASKS = {"train": _train, "sample": _sample, "evaluate": _evaluate}

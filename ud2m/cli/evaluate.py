@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ud2m.bars import progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
@@ -185,7 +186,7 @@ class EvaluationRun:
         if done and team.rank == 0:
             print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
         results = []
-        with tqdm(total=work, unit="sample", smoothing=0.05, disable=not work or team.rank > 0) as bar:
+        with progress_bar(total=work, unit="sample", smoothing=0.05, disable=not work or team.rank > 0) as bar:
             for job, result in zip(self.jobs, found, strict=True):
                 if result is None:
                     bar.set_description(f"{job.label}, {job.operator}")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from ud2m.bars import progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
@@ -25,7 +26,7 @@ from ud2m.data import ImageDataModule
 from ud2m.data.module import evenly_spaced
 from ud2m.evaluation.comparison import best_settings, difference
 from ud2m.evaluation.measure import Measurement
-from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, lpips_metric
+from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, left_out, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
 from ud2m.evaluation.team import ALONE, Team
 from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
@@ -91,6 +92,8 @@ def main(config: DictConfig, kind: "type[SamplingRun] | None" = None) -> None:
         raise
     if devices.first:
         print(format_table(rows))
+        for reason in [] if config.degraded else left_out(job.lpips):
+            print(reason)
         print(f"report: {output / REPORT}")
 
 
@@ -209,7 +212,7 @@ class SamplingRun:
                 raise ValueError(f"the results of {name} would take the place of {name} itself; rename that picture")
         rehearsed = set()
         for group in self.groups:
-            for number in tqdm(range(len(group.names)), desc="checking", disable=len(group.names) < MANY):
+            for number in progress_bar(range(len(group.names)), desc="checking", disable=len(group.names) < MANY):
                 case = group.case(number)
                 shapes = (tuple(case.observation.y.shape), case.observation.image_shape)
                 if shapes not in rehearsed:
@@ -362,7 +365,7 @@ class SamplingRun:
         samples = self.config.tune_samples
         work = len(candidates) * sum(len(x0) for x0 in validation) * samples
         searching = f"{page['label']}: searching its best setting"
-        with tqdm(total=work, desc=searching, unit="sample", disable=team.rank > 0) as bar:
+        with progress_bar(total=work, desc=searching, unit="sample", disable=team.rank > 0) as bar:
             best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update, team)
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
@@ -376,8 +379,14 @@ class SamplingRun:
         """Return the row of a sampler on the test images."""
         count = self.config.num_samples if sampler.draws else 1
         scores = self.scores(count, test[0].shape[1:])
-        measurement = Measurement(sampler, self.problem, scores, count, self.device)
-        measurement.add_all(tqdm(test, desc=name, unit="batch", disable=team.rank > 0), team)
+        own = sum(map(len, test[team.rank :: team.size]))
+        with progress_bar(desc=name, unit="evaluation", disable=team.rank > 0) as bar:
+            measurement = Measurement(sampler, self.problem, scores, count, self.device, bar.update)
+
+            def forecast(*batch: Any) -> None:
+                bar.total = measurement.evaluations * own // max(measurement.count, 1)  # all images take as many
+
+            measurement.add_all(test, team, forecast)
         return {"method": name, "nfe": measurement.nfe} | measurement.means()
 
     def shown_test_images(self, data: ImageDataModule) -> Iterator[Group]:
@@ -423,13 +432,19 @@ class SamplingRun:
         """Make this process's share of the results that are not there."""
         places = self.places(group, folder)
         missing = [k for k in range(len(places)) if self.known(group, k, places[k]) is None]
-        for number in tqdm(team.dealt(missing), desc="pictures", disable=team.rank > 0 or not missing):
-            self.results(group, number, places[number])
+        own, expected = team.dealt(missing), self.config.num_samples * self.sampler.nfe()
+        with progress_bar(
+            total=expected * len(own), unit="evaluation", disable=team.rank > 0 or not missing
+        ) as bar:
+            for k, number in enumerate(own, 1):
+                bar.set_description(f"picture {k} of {len(own)}", refresh=False)
+                bar.total -= expected
+                self.results(group, number, places[number], bar)
 
     def section(self, group: Group, folder: Path) -> tuple[Section, list[Numbers]]:
         """Return a section of the report and the numbers of all its pictures."""
-        places = self.places(group, folder)
-        numbers = [self.results(group, k, places[k]) for k in range(len(places))]
+        places, quiet = self.places(group, folder), progress_bar(total=0, disable=True)
+        numbers = [self.results(group, k, places[k], quiet) for k in range(len(places))]
         entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
         further = dict(zip(group.names[group.shown :], numbers[group.shown :], strict=True))
         return Section(group.title, group.text, entries, {} if group.alone else further), numbers
@@ -441,14 +456,14 @@ class SamplingRun:
             return cast(Numbers, parse_json(record.read_text())["numbers"])
         return None
 
-    def results(self, group: Group, number: int, place: Path) -> Numbers:
+    def results(self, group: Group, number: int, place: Path, bar: tqdm) -> Numbers:
         """Sample for an observation, write its results, and return its numbers; these alone where they are there."""
         known = self.known(group, number, place)
         if known is not None:
             return known
         record, shown, state = place / NUMBERS_FILE, number < group.shown, group.stamp(number)
         case = group.case(number)
-        entry = self.entry(case, self.sample(case))
+        entry = self.entry(case, self.sample(case, bar))
         for note in filter(None, (case.remark, entry.note)):
             tqdm.write(f"{case.name}: {note}")
         write_pictures(place, entry, case.pixels)
@@ -462,14 +477,15 @@ class SamplingRun:
         """Write what else there is of an observation that was just sampled for; by default nothing."""
 
     @torch.no_grad()
-    def sample(self, case: Case) -> Tensor:
-        """Draw samples [1, S, C, H, W] for one observation."""
+    def sample(self, case: Case, bar: tqdm) -> Tensor:
+        """Draw samples [1, S, C, H, W] for one observation; the bar counts its network evaluations."""
         observation = case.observation
+        bar.total += self.config.num_samples * self.sampler.evaluations(observation)
+        bar.refresh()
         generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
         try:
-            return self.sampler(
-                observation.y, observation.physics, observation.sigma_y, self.config.num_samples, generator=generator
-            )
+            y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
+            return self.sampler(y, physics, sigma_y, self.config.num_samples, generator, bar.update)
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
 

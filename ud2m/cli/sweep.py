@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,18 @@ def _row(run: Path) -> dict[str, Any]:
 
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows as CSV and Markdown; the winner has rank 1 and is named below the table."""
+    """Write the rows as CSV, with all settings, and as Markdown, with those in which runs differ.
+
+    Numbers have as many digits as tell runs apart. The winner has rank 1 and is named below the table, as are ties.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    lines = [markdown_line(columns), "|" + " --- |" * len(columns), *(markdown_line(row) for row in cells)]
+    texts = {column: _cells([row.get(column) for row in rows]) for column in columns}
+    shown = [c for c in columns if c in (*OWN, *SCORES) or len(rows) == 1 or len(set(texts[c])) > 1]
+    lines = [markdown_line(shown), "|" + " --- |" * len(shown)]
+    lines += [markdown_line(texts[column][k] for column in shown) for k in range(len(rows))]
+    scores = [row["score"] for row in rows if row["rank"] is not None]
+    for score in sorted({score for score in scores if scores.count(score) > 1}, reverse=True):
+        lines += ["", f"the same score: runs {', '.join(row['run'] for row in rows if row['score'] == score)}"]
     if rows[0]["rank"] is not None:
         lines += ["", f"best score: run {rows[0]['run']}"]
     failed = sum(row["rank"] is None for row in rows)
@@ -152,9 +160,12 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
         lines += ["", f"failed: {failed} of {len(rows)} runs"]
     write_bytes(folder / "sweep.md", ("\n".join(lines) + "\n").encode())
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([columns, *cells])
+    csv.writer(table, lineterminator="\n").writerows([columns, *zip(*texts.values(), strict=True)])
     write_bytes(folder / "sweep.csv", table.getvalue().encode())
 
 
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _cells(values: Sequence[Any]) -> list[str]:
+    """Return the texts of a column, its numbers with the least digits, from 4 on, that tell those apart that differ."""
+    numbers = {value for value in values if isinstance(value, float)}
+    digits = next((d for d in range(4, 17) if len({f"{v:.{d}g}" for v in numbers}) == len(numbers)), 17)
+    return ["-" if v is None else f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in values]

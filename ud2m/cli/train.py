@@ -56,6 +56,9 @@ def main(config: DictConfig) -> float | None:
         if not rows:
             return None
         write_json(folder / "metrics.json", rows)
+    metric = OmegaConf.select(config, "training.validation.metric")
+    of = "denoising PSNR on the test images" if metric is None else f"{metric} on the validation images"
+    print(f"score ({of}): {rows[-1]['score']:.4g}")
     print(f"run folder: {folder}")
     return rows[-1]["score"]
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ud2m.bars import Advance, NetworkEvaluations
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.scores import Draws, Score
 from ud2m.evaluation.table import without_bounds
 from ud2m.evaluation.team import ALONE, Team
-from ud2m.evaluation.usage import NetworkEvaluations, Stopwatch, peak_memory, reset_peak_memory
+from ud2m.evaluation.usage import Stopwatch, peak_memory, reset_peak_memory
 from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
 
@@ -28,6 +29,7 @@ class Measurement:
         scores: fresh ones.
         num_samples: S, per observation.
         device: where the images are, and what the clock waits for.
+        advance: is told of each network evaluation.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Measurement:
         scores: Sequence[Score],
         num_samples: int,
         device: torch.device | str = "cpu",
+        advance: Advance = lambda count: None,
     ):
+        self.advance = advance
         self.sampler, self.problem, self.num_samples = sampler, problem, num_samples
         self.scores = [score.to(device) for score in scores]
         self.count, self.evaluations, self.watch = 0, 0, Stopwatch(device)
@@ -53,7 +57,7 @@ class Measurement:
         first = self.count if first is None else first
         observation = self.problem.observe(x0, first)
         generator = self.problem.sampling_generator(first, x0.device)
-        with NetworkEvaluations(self.sampler.networks) as counter, self.watch:
+        with NetworkEvaluations(self.sampler.networks, self.advance) as counter, self.watch:
             samples = self.sampler(
                 observation.y, observation.physics, observation.sigma_y, self.num_samples, generator=generator
             )

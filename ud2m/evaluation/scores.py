@@ -535,6 +535,17 @@ def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> l
     ]
 
 
+def left_out(names: Sequence[str]) -> list[str]:
+    """Return why ``fitting_scores`` leaves out those whose weights are missing."""
+    reasons = []
+    for name in names:
+        try:
+            build_score(name)
+        except FileNotFoundError as error:
+            reasons.append(f"without {name}: {error}")
+    return reasons
+
+
 def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:
     """Raise ValueError or FileNotFoundError now for a metric that could not be computed at the end."""
     for name in names:

@@ -1,41 +1,12 @@
-"""What a method really uses: network evaluations, counted by hooks, time, and memory."""
+"""What a method really uses: time and memory."""
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
-
-class NetworkEvaluations:
-    """Count the images that pass through networks while the context is open.
-
-    An image counts once per evaluation, whatever the batch that it is part of; a tile of a larger picture counts as
-    one. ``count`` over the number of drawn samples is the NFE of one sample.
-
-    Args:
-        networks: modules whose first argument is a batch [B, ...].
-    """
-
-    def __init__(self, networks: Sequence[nn.Module]):
-        self.networks, self.count = networks, 0
-
-    def __enter__(self) -> "NetworkEvaluations":
-        self.handles = [network.register_forward_pre_hook(self._count, with_kwargs=True) for network in self.networks]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _count(self, network: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # some pipelines name all arguments
-        self.count += len(arguments[0] if arguments else next(iter(named.values())))
 
 
 class Stopwatch:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ud2m.bars import Advance, NetworkEvaluations, shown
 from ud2m.numbers import is_number, is_whole
 from ud2m.physics import DataTerm, Observation
 from ud2m.precision import AUTO, check_precision, free_memory
@@ -48,6 +49,7 @@ class Sampler(ABC):
         sigma_y: float | Tensor,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        progress: bool | Advance = False,
     ) -> Tensor:
         """Return samples [B, S, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
 
@@ -57,11 +59,12 @@ class Sampler(ABC):
             sigma_y: noise level of their values, one number or [B] (see ``Observation.independent`` for grey ones).
             num_samples: S, samples per observation.
             generator: source of randomness, on any device; each sample draws from a stream of its own.
+            progress: True: a bar counts network evaluations; or a function that is told of each.
 
         Raises:
             ValueError: as ``check``, and for numbers out of range.
         """
-        return self.sample(Observation.of(y, physics, sigma_y), num_samples, generator)
+        return self.sample(Observation.of(y, physics, sigma_y), num_samples, generator, progress)
 
     @torch.no_grad()
     def sample(
@@ -69,6 +72,7 @@ class Sampler(ABC):
         observation: Observation,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        progress: bool | Advance = False,
     ) -> Tensor:
         """Return samples [B, S, C, H, W] in [0, 1] of an observation."""
         self.check_call(observation, num_samples)
@@ -76,10 +80,14 @@ class Sampler(ABC):
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         size = self.images_at_once(observation)
-        told, samples = observation.independent(), []
-        for first in range(0, len(rows), size):
-            streams = [torch.Generator(rows.device).manual_seed(seed) for seed in seeds[first : first + size]]
-            samples.append(self.draw(told.rows(rows[first : first + size]), streams))
+        told, samples, each = observation.independent(), [], self.evaluations(observation)
+        with (
+            shown(progress, None if each is None else each * len(rows)) as advance,
+            NetworkEvaluations(self.networks, advance),
+        ):
+            for first in range(0, len(rows), size):
+                streams = [torch.Generator(rows.device).manual_seed(seed) for seed in seeds[first : first + size]]
+                samples.append(self.draw(told.rows(rows[first : first + size]), streams))
         return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
 
     def check_call(self, observation: Observation, num_samples: int) -> None:
@@ -100,6 +108,10 @@ class Sampler(ABC):
     @abstractmethod
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one image [C, H, W] for each row of the observation, from that row's stream: [rows, C, H, W]."""
+
+    def evaluations(self, observation: Observation) -> int | None:
+        """Return the network evaluations that one sample takes, those of tiles one by one; None: not known before."""
+        return None
 
     def images_at_once(self, observation: Observation) -> int:
         """Return how many images the networks see at once."""

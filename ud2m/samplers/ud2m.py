@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import create_repo, upload_folder
 from torch import Tensor, nn
 
+from ud2m.bars import Advance
 from ud2m.files import MARKER
 from ud2m.physics import DataTerm, Observation, told_level
 from ud2m.precision import find_device
@@ -20,7 +21,7 @@ from ud2m.samplers.card import model_card
 from ud2m.samplers.config import SamplerConfig
 from ud2m.samplers.export import read_export, read_metrics, refer_to_prior, write_export
 from ud2m.unfolded.ddim import sample_posterior
-from ud2m.unfolded.denoisers import in_precision, symmetric, tiled
+from ud2m.unfolded.denoisers import in_precision, symmetric, tile_count, tiled
 from ud2m.unfolded.network import UnfoldedNetwork
 
 
@@ -68,6 +69,7 @@ class PosteriorSampler(Sampler):
         sigma_y: float | Tensor | None = None,
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        progress: bool | Advance = False,
         **options: Any,
     ) -> Tensor:
         """Return samples [B, num_samples, C, H, W] in [0, 1] for observations y [B, ...] = A x + sigma_y w.
@@ -80,6 +82,7 @@ class PosteriorSampler(Sampler):
             num_samples: samples per observation.
             generator: source of randomness (on any device); each sample draws from its own stream, so that it depends
                 on the chunk size by rounding alone.
+            progress: True: a bar counts network evaluations; or a function that is told of each.
             options: of ``SamplerConfig`` for this call, as ``num_steps``, ``eta``, ``tile``; None: the default.
 
         Raises:
@@ -90,7 +93,12 @@ class PosteriorSampler(Sampler):
             told = told_level(physics)
             sigma_y = self.config.sigma_y if told is None else told
         dtype = next(self.network.blocks.parameters()).dtype  # of psi: frozen weights may be stored in less
-        return sampler.sample(Observation.of(y, physics, sigma_y).to(dtype), num_samples, generator)
+        return sampler.sample(Observation.of(y, physics, sigma_y).to(dtype), num_samples, generator, progress)
+
+    def evaluations(self, observation: Observation) -> int:
+        """Return the network evaluations that one sample takes, those of tiles one by one."""
+        tiles = tile_count(observation.image_shape[1:], self.config.tile)
+        return self.config.num_steps * (self.network.num_blocks * tiles + self.network.warm_start.evaluations)
 
     def images_at_once(self, observation: Observation) -> int:
         """Return how many images the network sees at once: fewer where they are cut into tiles.

@@ -24,6 +24,8 @@ PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 LOWER = ("conv2d", "linear", "matmul", "bmm", "scaled_dot_product_attention")
 FULL = ("group_norm", "layer_norm", "softmax")
 """What autocast of a GPU computes in less than float32, and always in float32; all else takes what comes."""
+CPU_TFLOPS = 0.05
+"""TFLOP/s that a core of a CPU reaches with convolutions in float32, about."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Estimate:
 
     def table(self) -> str:
         """Return what is printed."""
+        on_cpu = self.seconds * self.devices * self.tflops / CPU_TFLOPS
         rows = [
             ("parameters, frozen", f"{self.frozen:,}"),
             ("parameters, trained", f"{self.trained:,}"),
@@ -102,11 +105,23 @@ class Estimate:
             ("FLOPs per step", f"{self.batch * self.flops / 1e12:.4g} TFLOPs"),
             ("activations per image", gigabytes(self.activations)),
             ("memory per device", gigabytes(self.memory)),
-            ("time per 1000 steps", f"{self.seconds / 3600:.3g} h at {self.tflops:g} TFLOP/s"),
+            ("time per 1000 steps", f"{duration(self.seconds)} at {self.tflops:g} TFLOP/s"),
+            ("time per 1000 steps, one core", f"{duration(on_cpu)} at {CPU_TFLOPS:g} TFLOP/s, as of a CPU"),
             ("gradients communicated per step", f"{self.communicated / 1e6:.4g} MB"),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", ADVICE])
+
+
+ADVICE = """If the memory does not fit: training.checkpointing=modules (or all) computes activations again in the
+backward pass, a smaller data.batch_size with a larger accumulate keeps the images per step, trainer=ddp
+trainer.devices=N shares them, and trainer.precision=bf16-mixed halves most activations (docs/clusters.md)."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it is one at least."""
+    unit, length = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds >= s), ("s", 1))
+    return f"{seconds / length:.3g} {unit}"
 
 
 def gigabytes(count: float) -> str:

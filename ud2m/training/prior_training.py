@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ud2m.bars import progress_bar
 from ud2m.evaluation.metrics import psnr
 from ud2m.files import atomic_folder
 from ud2m.losses.terms import NonFiniteLossError
@@ -152,7 +152,7 @@ class PriorModule(SteppedModule):
         with self.scoring():
             scores = [
                 self.denoising_psnr(x0.to(self.device), i)
-                for i, x0 in enumerate(tqdm(data.test_dataloader(), desc="scoring", unit="batch"))
+                for i, x0 in enumerate(progress_bar(data.test_dataloader(), desc="scoring", unit="batch"))
             ]
         return [{"method": "prior", "nfe": 1, "step": self.steps_done} | _row(scores)]
 

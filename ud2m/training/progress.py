@@ -1,10 +1,11 @@
 """One progress bar over the whole training run."""
 
-import sys
 from typing import Any
 
 import lightning as L
 from tqdm import tqdm
+
+from ud2m.bars import draws_bars, progress_bar
 
 
 class StepProgress(L.Callback):
@@ -12,19 +13,18 @@ class StepProgress(L.Callback):
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.terminal = sys.stderr.isatty()
+        self.terminal = draws_bars()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar where a resumed run stands."""
         if trainer.is_global_zero:
-            self.bar = tqdm(
+            self.bar = progress_bar(
                 total=int(trainer.num_training_batches) * (trainer.max_epochs or 1),
                 initial=trainer.fit_loop.epoch_loop.total_batch_idx + 1,
                 desc="training",
                 unit="batch",
                 mininterval=0.5 if self.terminal else 15,
                 smoothing=0,  # the mean pace, in which past validations are a forecast of the coming ones
-                dynamic_ncols=True,
             )
 
     def on_train_batch_end(

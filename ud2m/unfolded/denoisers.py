@@ -1,6 +1,7 @@
 """Denoisers around a denoiser: in less precision, in overlapping tiles, and in random orientations."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ OVERLAP = 64
 """Pixels that a tile has in common with the next one, at least; a quarter of its side where that is less."""
 MULTIPLE = 16
 """Of which the sides of tiles are multiples where they can be: of the total stride of networks."""
+
+
+def tile_count(size: Sequence[int], tile: int | None) -> int:
+    """Return the tiles of a picture [H, W]."""
+    if tile is None or max(size) <= tile:
+        return 1
+    return math.prod(len(tile_places(side, tile)) for side in size)
 
 
 def check_tile(tile: int | None) -> None:
