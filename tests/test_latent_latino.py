@@ -8,7 +8,7 @@ import torch
 from latent_priors import SIDE, WIDTH, GaussianLatentPrior
 from torch import nn
 
-from ud2m.evaluation.usage import NetworkEvaluations
+from ud2m.bars import NetworkEvaluations
 from ud2m.physics import Observation, Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior, Prompt
 from ud2m.priors.prior import denoise

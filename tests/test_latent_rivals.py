@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 from test_latent_latino import observed, streams
 
-from ud2m.evaluation.usage import NetworkEvaluations
+from ud2m.bars import NetworkEvaluations
 from ud2m.priors.latent import LatentPrior
 from ud2m.samplers.latent_rivals import Ldps, P2l, Psld, Treg
 

@@ -76,3 +76,13 @@ def _entries(folder: Path, below: bool) -> Iterator[tuple[str, str | None]]:
                 (waiting.append if path.is_symlink() else waiting.appendleft)((path, f"{name}/"))
             else:
                 yield name, None if path.is_file() else "broken links, pipes or devices"
+
+
+def listed(broken: Sequence[str]) -> str:
+    """Return the list of files that were left out, from what is wrong with each."""
+    return "\n".join([f"left out, since they cannot be used: {len(broken)}", *(f"  {reason}" for reason in broken)])
+
+
+def none_left(broken: Sequence[str]) -> str:
+    """Return the message about a folder in which all files were left out."""
+    return f"none of {len(broken)} files can be used, the first one since {broken[0]}"

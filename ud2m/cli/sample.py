@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +39,7 @@ from ud2m.images import (
     read_image,
     with_channels,
 )
+from ud2m.listing import listed, none_left
 from ud2m.losses import FeatureDistance
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
 from ud2m.priors.prior import Prior
@@ -92,6 +93,8 @@ def main(config: DictConfig, kind: "type[SamplingRun] | None" = None) -> None:
         raise
     if devices.first:
         print(format_table(rows))
+        if job.broken:
+            print(listed(list(job.broken.values())))
         for reason in [] if config.degraded else left_out(job.lpips):
             print(reason)
         print(f"report: {output / REPORT}")
@@ -135,6 +138,12 @@ class Group:
     case: Callable[[int], Case]
     shown: int
     files: Sequence[Path] = ()
+
+    def without(self, left_out: Collection[int]) -> "Group":
+        """Return the same group without some of its pictures, by their numbers."""
+        kept = [k for k in range(len(self.names)) if k not in left_out]
+        names, files = [self.names[k] for k in kept], [self.files[k] for k in kept]
+        return replace(self, names=names, files=files, case=lambda k: self.case(kept[k]))
 
     @property
     def alone(self) -> bool:
@@ -189,6 +198,7 @@ class SamplingRun:
         config_given = {key: value for key, value in plain(config).items() if key not in NOT_RECORDED}
         self.recorded = config_given | about
         self.data: ImageDataModule | None = None if config.input is not None else self.test_data()
+        self.broken: dict[int, str] = {}
         self.groups = [self.own_files()] if self.data is None else list(self.shown_test_images(self.data))
 
     @property
@@ -210,14 +220,21 @@ class SamplingRun:
         for name in names:
             if self.place(Path(), name).parts[0] in TAKEN:
                 raise ValueError(f"the results of {name} would take the place of {name} itself; rename that picture")
-        rehearsed = set()
+        rehearsed = set[Any]()
         for group in self.groups:
             for number in progress_bar(range(len(group.names)), desc="checking", disable=len(group.names) < MANY):
-                case = group.case(number)
-                shapes = (tuple(case.observation.y.shape), case.observation.image_shape)
-                if shapes not in rehearsed:
-                    rehearsed.add(shapes)
-                    self.rehearse(case)
+                try:
+                    case = group.case(number)
+                    shapes = (tuple(case.observation.y.shape), case.observation.image_shape)
+                    if shapes not in rehearsed:
+                        self.rehearse(case)
+                        rehearsed.add(shapes)
+                except ValueError as error:
+                    if not (self.config.skip_broken and group.files):
+                        raise
+                    self.broken[number] = str(error)
+            if group.files and len(self.broken) == len(group.files):
+                raise ValueError(none_left(list(self.broken.values())))
 
     def rehearse(self, case: Case) -> None:
         """Do what follows the sampling of an observation, with blank samples."""
@@ -237,12 +254,14 @@ class SamplingRun:
         Each process of a team does its share, and the first one what belongs to all; the others return no rows.
         """
         rows = [] if self.data is None else self.rows(self.data, folder / ROWS, team)
-        for group in self.groups:
+        broken = team.gathered(self.broken)[0]  # the first process alone has checked them
+        groups = [group.without(broken) if group.files else group for group in self.groups]
+        for group in groups:
             self.draw(group, folder, team)
         team.gathered("all pictures are written")
         if team.rank > 0:
             return []
-        parts = [self.section(group, folder) for group in self.groups]
+        parts = [self.section(group, folder) for group in groups]
         if self.data is None:
             rows = [{"method": self.name, "nfe": self.sampler.nfe()} | averages(parts[0][1])]
         sections = [section for section, _ in parts] + self.further_sections(folder)
@@ -297,7 +316,8 @@ class SamplingRun:
             cut = "" if x0.shape == image.shape else f"cut to {x0.shape[2]}x{x0.shape[3]}, what the operator can take"
             return replace(self.case(path.stem, x0, index, pixel_format(path)), remark=cut)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            named = str(path) in str(error)  # as readers do, and operators do not
+            raise ValueError(str(error) if named else f"{path}: {error}") from error
 
     def fitting(self, image: Tensor) -> Tensor:
         """Return an image without the last rows and columns that the operator cannot take."""

@@ -9,11 +9,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ud2m.bars import progress_bar
 from ud2m.data.augmentation import Augmentation
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
 from ud2m.images import image_files, read_image
-from ud2m.listing import Listing
+from ud2m.listing import Listing, listed, none_left
 from ud2m.raster import is_array, read_header
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -32,6 +33,7 @@ class FolderData(ImageDataModule):
         candidates: places per crop (see ``RandomCrops``).
         cache_mb: memory per process for decoded images, in MiB.
         captions: items are pairs of a crop and the text of ``NAME.txt`` beside its file: captions, one a line.
+        skip_broken: read all files before the training starts, and leave out and list those that cannot be.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey, 3 repeats grey.
     """
 
@@ -44,6 +46,7 @@ class FolderData(ImageDataModule):
         candidates: int = 1,
         cache_mb: int = 512,
         captions: bool = False,
+        skip_broken: bool = False,
         **common: Any,
     ):
         super().__init__(**common)
@@ -51,6 +54,7 @@ class FolderData(ImageDataModule):
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
         self.cache_bytes, self.captions = cache_mb * 2**20, captions
+        self.skip_broken, self._whole = skip_broken, dict[Split, list[str]]()
         self._told: set[Path] = set()
 
     def train_set(self) -> Dataset[Tensor]:
@@ -78,7 +82,10 @@ class FolderData(ImageDataModule):
         if found.folder not in self._told:
             self._told.add(found.folder)
             rank_zero_only(print)(found, flush=True)
-        return FolderImages(self.root, names_of(self.root, split, found), self.channels)
+        names = names_of(self.root, split, found)
+        if self.skip_broken and split not in self._whole:  # once: it may take minutes
+            self._whole[split] = whole(self.root, names)
+        return FolderImages(self.root, self._whole.get(split, names), self.channels)
 
     def all_captions(self) -> Sequence[str]:
         """Return the captions of the training files."""
@@ -128,6 +135,26 @@ class FolderImages:
                 "when the folder was read; save it again"
             )
         return image
+
+
+def whole(root: Path, names: Sequence[str]) -> list[str]:
+    """Return those of some files that can be read as images, and print the list of the others.
+
+    Raises:
+        ValueError: when none can.
+    """
+    kept, broken = [], []
+    for name in progress_bar(names, desc="checking", disable=None):
+        try:
+            read_image(root / name, None)
+            kept.append(name)
+        except ValueError as error:
+            broken.append(str(error))
+    if broken:
+        rank_zero_only(print)(listed(broken), flush=True)
+    if not kept:
+        raise ValueError(none_left(broken))
+    return kept
 
 
 def files_of(root: Path, split: Split) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ud2m.precision import fastest_layout
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.attention import attend_locally
+from ud2m.priors.plug_and_play import PriorDenoiser
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.priors.schedulers import PREDICTIONS, read_scheduler
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
@@ -141,6 +142,10 @@ class Prior(nn.Module):
         if not self._frozen:
             self._frozen = (_without_adapter(self.unet),)
         return self._frozen[0]
+
+    def denoiser(self) -> PriorDenoiser:
+        """Return this prior, with its adapter if it has one, as a ``deepinv.models.Denoiser``."""
+        return PriorDenoiser(self)
 
     @property
     def stride(self) -> int:

@@ -20,6 +20,7 @@ from ud2m.samplers.base import Sampler
 from ud2m.samplers.card import model_card
 from ud2m.samplers.config import SamplerConfig
 from ud2m.samplers.export import read_export, read_metrics, refer_to_prior, write_export
+from ud2m.samplers.reconstructor import PosteriorReconstructor
 from ud2m.unfolded.ddim import sample_posterior
 from ud2m.unfolded.denoisers import in_precision, symmetric, tile_count, tiled
 from ud2m.unfolded.network import UnfoldedNetwork
@@ -129,6 +130,19 @@ class PosteriorSampler(Sampler):
                 "load a model with a matching prior or convert the image"
             )
         self.prior.check_size(*image_shape[1:])
+
+    def reconstructor(self, num_samples: int = 8, **options: Any) -> PosteriorReconstructor:
+        """Return a ``deepinv.models.Reconstructor``: the mean of so many samples, at the noise level of the physics.
+
+        Args:
+            num_samples: S, samples per observation.
+            options: of ``SamplerConfig``, in place of this sampler's.
+
+        Raises:
+            ValueError: for options that no call could use.
+        """
+        sampler = PosteriorSampler(self.network, self.config.with_options(**options))
+        return PosteriorReconstructor(sampler, num_samples, [self.network])
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the export folder: ``config.json``, adapter (peft), psi (safetensors), the prior by reference."""
