@@ -453,9 +453,7 @@ class SamplingRun:
         places = self.places(group, folder)
         missing = [k for k in range(len(places)) if self.known(group, k, places[k]) is None]
         own, expected = team.dealt(missing), self.config.num_samples * self.sampler.nfe()
-        with progress_bar(
-            total=expected * len(own), unit="evaluation", disable=team.rank > 0 or not missing
-        ) as bar:
+        with progress_bar(total=expected * len(own), unit="evaluation", disable=team.rank > 0 or not missing) as bar:
             for k, number in enumerate(own, 1):
                 bar.set_description(f"picture {k} of {len(own)}", refresh=False)
                 bar.total -= expected
