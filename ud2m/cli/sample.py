@@ -526,7 +526,7 @@ class SamplingRun:
         return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
 
 
-def kept(path: Path, make: Callable[[], Rows], team: Team) -> Rows:
+def kept(path: Path, make: Callable[[], Rows], team: Team = ALONE) -> Rows:
     """Return the rows in a file, made by a team and written by its first process where it is not there."""
     if team.gathered(path.is_file())[0]:
         return cast(Rows, parse_json(path.read_text()))
