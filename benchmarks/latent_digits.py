@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from results import store
+from ud2m.bars import NetworkEvaluations
 from ud2m.data.mnist import NUMBERS, Digits, read_mnist
 from ud2m.evaluation.calibration import bootstrap_interval
 from ud2m.evaluation.metrics import psnr
-from ud2m.bars import NetworkEvaluations
 from ud2m.files import write_json
 from ud2m.physics import GaussianBlur, OperatorFamily, Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior

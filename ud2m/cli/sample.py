@@ -498,7 +498,7 @@ class SamplingRun:
     def sample(self, case: Case, bar: tqdm) -> Tensor:
         """Draw samples [1, S, C, H, W] for one observation; the bar counts its network evaluations."""
         observation = case.observation
-        bar.total += self.config.num_samples * self.sampler.evaluations(observation)
+        bar.total += self.config.num_samples * (self.sampler.evaluations_of(observation) or self.sampler.nfe())
         bar.refresh()
         generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
         try:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -77,20 +76,10 @@ class LatentRun(SamplingRun):
         names = [*METRICS, *self.lpips, "r"] if known else []
         return [*fitting_scores(names, num_samples, shape), build_score("residual")]
 
-    def sample(self, case: Case) -> Tensor:
-        """Draw samples for one observation, with a bar of the network evaluations."""
+    def sample(self, case: Case, bar: tqdm) -> Tensor:
+        """Draw samples for one observation, and note what became of the prompt."""
         self.found.clear()
-        total = self.sampler.nfe() * self.config.num_samples
-        with tqdm(total=total, desc=case.name, unit="evaluation", leave=False) as bar:
-
-            def advance(network: Any, given: tuple[Any, ...], output: Any) -> None:
-                bar.update(len(given[0]))
-
-            hook = self.prior.network.register_forward_hook(advance)
-            try:
-                return super().sample(case)
-            finally:
-                hook.remove()
+        return super().sample(case, bar)
 
     @torch.no_grad()
     def keep(self, case: Case, place: Path, entry: Entry) -> None:

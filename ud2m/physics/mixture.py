@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ud2m.physics.blur import Blur
-from ud2m.physics.data_term import Prox, prepared_prox
+from ud2m.physics.data_term import DataTerm, Prox, prepared_prox
 from ud2m.physics.family import OperatorFamily
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.measurement import image_shape, measured
@@ -148,7 +148,7 @@ class Mixed(Immutable, LinearPhysics):
         """Return ``prepared_prox`` for y in float32 or float64."""
         self._check(y)
         parts = [
-            prepared_prox(part, corner(self._picked(y, rows), shape))
+            prepared_prox(cast(DataTerm, part), corner(self._picked(y, rows), shape))
             for part, rows, shape in zip(self.parts, self.rows, self.y_shapes, strict=True)
         ]
 

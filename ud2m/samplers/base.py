@@ -80,7 +80,7 @@ class Sampler(ABC):
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         size = self.images_at_once(observation)
-        told, samples, each = observation.independent(), [], self.evaluations(observation)
+        told, samples, each = observation.independent(), [], self.evaluations_of(observation)
         with (
             shown(progress, None if each is None else each * len(rows)) as advance,
             NetworkEvaluations(self.networks, advance),
@@ -109,7 +109,7 @@ class Sampler(ABC):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one image [C, H, W] for each row of the observation, from that row's stream: [rows, C, H, W]."""
 
-    def evaluations(self, observation: Observation) -> int | None:
+    def evaluations_of(self, observation: Observation) -> int | None:
         """Return the network evaluations that one sample takes, those of tiles one by one; None: not known before."""
         return None
 

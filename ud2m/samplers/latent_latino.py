@@ -171,8 +171,7 @@ class LatentSampler(Sampler):
     def back_to_data(self, u: Tensor, t: int, observation: Observation) -> Tensor:
         """Return the data step of clipped estimates u at time t, clipped too, as in the authors' code."""
         delta = self.steps.variance(self.prior, t, u, observation)
-        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
-        return joint_prox(physics, y, u, u, float("inf"), delta, 1.0, sigma_y).clamp(0, 1)
+        return joint_prox(observation, u, float("inf"), delta, 1.0)(u).clamp(0, 1)
 
 
 class LatentLatino(LatentSampler):

@@ -96,7 +96,7 @@ class PosteriorSampler(Sampler):
         dtype = next(self.network.blocks.parameters()).dtype  # of psi: frozen weights may be stored in less
         return sampler.sample(Observation.of(y, physics, sigma_y).to(dtype), num_samples, generator, progress)
 
-    def evaluations(self, observation: Observation) -> int:
+    def evaluations_of(self, observation: Observation) -> int:
         """Return the network evaluations that one sample takes, those of tiles one by one."""
         tiles = tile_count(observation.image_shape[1:], self.config.tile)
         return self.config.num_steps * (self.network.num_blocks * tiles + self.network.warm_start.evaluations)
