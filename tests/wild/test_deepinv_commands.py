@@ -58,6 +58,7 @@ def test_documented_keys_of_an_evaluation():
     assert as_override("physics.sigma_y=1") == "physics.sigma_y=1"
 
 
+@pytest.mark.slow
 def test_a_sinogram_is_scored_shown_and_taken_back(tmp_path):
     write_image(images(3), tmp_path / "x.png")
     given = model(tmp_path, 3)
@@ -80,6 +81,7 @@ def test_a_sinogram_is_scored_shown_and_taken_back(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_complex_images_are_written_as_modulus_and_numbers(tmp_path):
     x0 = images(2)
     np.save(tmp_path / "x.npy", (x0[0] + 1j * x0[1]).numpy())
@@ -101,6 +103,7 @@ def test_complex_images_are_written_as_modulus_and_numbers(tmp_path):
     assert np.load(tmp_path / "again" / "observation.npy") == pytest.approx(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Pansharpen", "SinglePixelCamera"])
 def test_observations_in_parts_and_vectors(name, tmp_path):
     write_image(images(3), tmp_path / "x.png")

@@ -86,7 +86,10 @@ def observed(physics, x0, sigma_y):
     return TensorList(noisy) if isinstance(noiseless, TensorList) else noisy[0]
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+QUICK = ("blur per sample", "float64 psf", "Inpainting per sample", "Decolorize", "MRI", "Pansharpen")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPERATORS])
 def test_prox_and_samples(name):
     physics, shape = OPERATORS[name](), shape_of(name)
     x0 = uniform(BATCH, *shape, seed=1).to(float_of(name))
@@ -112,6 +115,7 @@ def test_prox_and_samples(name):
     assert residual(adopted, x0, observation.y, observation.sigma_y).tolist() == pytest.approx([1, 1], abs=0.2)
 
 
+@pytest.mark.slow
 def test_closed_forms_are_kept_where_they_are_right():
     kept = {name for name in OPERATORS if is_exact(name)}
     closed = ("BlurFFT", "Inpainting", "Demosaicing", "MRI", "SinglePixelCamera", "Decolorize")
