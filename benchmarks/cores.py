@@ -12,6 +12,7 @@ those of the clock stand beside them where waiting is what is measured.
 import argparse
 import importlib
 import json
+import math
 import os
 import resource
 import statistics
@@ -27,9 +28,13 @@ from typing import Any
 from ud2m.cli.process import keep_memory, prepare_process
 
 MODEL = "photos_gaussian_blur"
-PICTURES = ((128, 128, 8), (512, 768, 2), (1024, 1536, 1))
-"""Height, width and number of samples."""
-SMALL = (128, 128, 2)
+SMALL = (128, 128, 8)
+CASES = (
+    *(("prepared", *size, "float32") for size in (SMALL, (512, 768, 2), (1024, 1536, 1))),
+    *(("prepared", *size, "bfloat16") for size in (SMALL, (512, 768, 2))),
+    ("bare", 512, 768, 2, "float32"),
+)
+"""Settings of the process, height, width, number of samples, precision."""
 SHARED, SIDE, SAMPLES = 6, 256, 2
 """Pictures that processes share, their side, and samples of each."""
 
@@ -76,7 +81,7 @@ def on_one_core(threads: int) -> dict[str, float]:
     os.sched_setaffinity(0, range(threads))
     importlib.import_module("torch")
     os.sched_setaffinity(0, {core})
-    return draw(*SMALL)
+    return draw(128, 128, 2)
 
 
 def share(devices: int, folder: str) -> dict[str, float] | None:
@@ -134,28 +139,23 @@ def medians(cases: dict[str, Callable[[], dict[str, float]]], repeats: int) -> d
 
 
 def pictures(repeats: int) -> list[dict[str, Any]]:
-    """Return a row for each size, as the commands are set and as the system is."""
-    rows = []
-    for setting, precision in (("prepared", "float32"), ("prepared", "bfloat16"), ("bare", "float32")):
-        sizes = PICTURES[:2] if setting == "bare" else PICTURES
-        cases = {size: partial(child, "draw", *size, precision, setting=setting) for size in sizes}
-        found = medians(cases, repeats)
-        per_pixel = {
-            size: numbers["processor"] / (size[0] * size[1] * size[2] / 1e6) for size, numbers in found.items()
+    """Return a row for each case."""
+    cases = {case: partial(child, "draw", *case[1:], setting=case[0]) for case in CASES}
+    found = medians(cases, repeats)
+    per_pixel = {case: numbers["processor"] * 1e6 / math.prod(case[1:4]) for case, numbers in found.items()}
+    return [
+        {
+            "method": f"{height}x{width}, {precision}" + (", memory as the system has it" if setting == "bare" else ""),
+            "samples": samples,
+            "processor seconds per megapixel, sample and step": f"{cost:.1f}",
+            "/ 128x128": f"{cost / per_pixel['prepared', *SMALL, precision]:.2f}",
+            "in the kernel": f"{100 * numbers['kernel'] / numbers['processor']:.1f} %",
+            "peak memory [GB]": f"{numbers['peak']:.1f}",
         }
-        for (height, width, samples), numbers in found.items():
-            size = (height, width, samples)
-            rows.append(
-                {
-                    "method": f"{height}x{width}, {precision}" + (", as the system is" if setting == "bare" else ""),
-                    "samples": samples,
-                    "processor seconds per megapixel, sample and step": f"{per_pixel[size]:.1f}",
-                    "/ 128x128": f"{per_pixel[size] / per_pixel[PICTURES[0]]:.2f}",
-                    "in the kernel": f"{100 * numbers['kernel'] / numbers['processor']:.1f} %",
-                    "peak memory [GB]": f"{numbers['peak']:.1f}",
-                }
-            )
-    return rows
+        for ((setting, height, width, samples, precision), numbers), cost in zip(
+            found.items(), per_pixel.values(), strict=True
+        )
+    ]
 
 
 def threads(repeats: int) -> list[dict[str, Any]]:

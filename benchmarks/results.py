@@ -281,7 +281,7 @@ SECTIONS = (
         "What a pixel costs in small and large pictures",
         "The shipped deblurring model on one thread: seconds of the processor for a megapixel of one sample and one of "
         "its N steps (K = 3 network evaluations), share of the kernel in them, and peak memory of the whole process, "
-        "where PyTorch and the libraries take 1 GB. Last rows: without the settings of memory that the commands make.",
+        "where PyTorch and the libraries take 1 GB. Last row: without the settings of memory that the commands make.",
     ),
     Section(
         "threads",
