@@ -10,15 +10,17 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY
-from processes import FORK, start
+from processes import start
 from tiny import save_tiny_prior
 from tiny_training import Break, assert_equal, command_line, everything, tiny_overrides, write_images
+from torch import multiprocessing
 
 from ud2m.data.crops import RandomCrops
 from ud2m.files import locked
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
 make_shards = importlib.import_module("make_shards")
+FORK = multiprocessing.get_context("fork")
 
 
 def hold(folder, ready, child):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class PriorDenoiser(Denoiser):
     """``denoiser(x, sigma) -> x0_hat`` for images in [0, 1] with noise, sigma a number or a tensor of [B].
 
-    Differs from deepinv's ``DiffusersDenoiserWrapper`` between the levels of the noise table: there the time is rounded
-    to the nearest entry, here it is interpolated. And nothing is clipped.
+    At the levels of the noise table it equals deepinv's ``DiffusersDenoiserWrapper``. Between them that one rounds the
+    time to the nearest entry; here it is interpolated, and nothing is clipped.
 
     Args:
         prior: ``prior(x_sigma, sigma [B]) -> x0_hat``.
