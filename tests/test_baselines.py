@@ -4,6 +4,7 @@ from dense_prox import dense_prox
 from measuring import evaluate
 from operators import CASES, dense, generator
 from tiny import SIZE, tiny_prior
+from torch import nn
 
 from ud2m.evaluation import scores
 from ud2m.evaluation.comparison import best_settings
@@ -65,6 +66,17 @@ def test_levels_fall_geometrically():
     assert LatinoSetting(num_levels=1, tau_first=0.3).levels() == pytest.approx([0.3])
 
 
+class Denoiser(nn.Module):
+    """A function as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x_sigma, sigma):
+        return self.function(x_sigma, sigma)
+
+
 def squash(x_sigma, sigma):
     return torch.sigmoid(3 * x_sigma - 1) / (1 + sigma.view(-1, 1, 1, 1))
 
@@ -76,7 +88,7 @@ def test_latino_is_the_loop_of_its_algorithm(case):
     x0 = torch.rand(2, *shape, generator=generator(0), dtype=torch.float64)
     y = observe(physics, x0, sigma_y, generator(5))
     setting = LatinoSetting(num_levels=3, tau_first=0.5, tau_last=0.02, width=1.5)
-    samples = Latino(squash, setting, PinvStart())(y, physics, sigma_y, num_samples=2, generator=generator(6))
+    samples = Latino(Denoiser(squash), setting, PinvStart())(y, physics, sigma_y, num_samples=2, generator=generator(6))
 
     A = dense(physics.A, shape)
     streams = [generator(seed) for seed in seeds_from(generator(6), 4)]  # of both samples of either observation
@@ -108,7 +120,9 @@ def test_latino_with_the_exact_denoiser_of_a_gaussian_beats_its_start():
     x0 = (0.5 + white @ root.T).view(count, *shape)
     physics = Inpainting(0.5).draw(count, shape, generator(2))
     y = observe(physics, x0, 0.02, generator(3))
-    samples = Latino(denoiser, LatinoSetting(8, 0.3, 0.02))(y, physics, 0.02, num_samples=8, generator=generator(4))
+    samples = Latino(Denoiser(denoiser), LatinoSetting(8, 0.3, 0.02))(
+        y, physics, 0.02, num_samples=8, generator=generator(4)
+    )
     start = WarmStart(SmoothingStart())(y, physics, 0.02)[:, 0]
     error, error_of_start = ((x - x0).square().mean() for x in (samples.mean(1), start))
     assert error < 0.75 * error_of_start
