@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import write_images
 
-from ud2m.cli import evaluate
+from ud2m.cli.commands import TASKS
 from ud2m.cli.methods import combinations
 from ud2m.evaluation import comparison
 from ud2m.evaluation.cells import images_digest
@@ -55,7 +55,7 @@ def overrides(material: Path, results: Path, **changes: str) -> list[str]:
 
 def run(material: Path, results: Path, **changes: str) -> list[dict]:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        evaluate.main(compose("evaluate", overrides(material, results, **changes)))
+        TASKS["evaluate"](compose("evaluate", overrides(material, results, **changes)))
     return json.loads((results / "tiny" / "metrics.json").read_text())
 
 
@@ -247,20 +247,20 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
         ({"metrics": "[psnr,fid]"}, "unknown metric 'fid'"),
         ({"metrics": "[psnr,coverage]"}, "the metric coverage: .* at least 13 samples"),
         ({"metrics": "[sbc]"}, "the metric sbc: .* at least 15 images"),
-        ({"methods": "[]"}, "methods must name at least one"),
+        ({"methods": "[]"}, "methods must be a list of texts"),
         ({"methods": "[pinv,pinv]"}, "none twice"),
         (
             {"methods": '["ddrm target.steps=3"]'},
-            "Could not override 'method.target.steps'.*; settings of method ddrm are label, target._target_",
+            "unknown setting of method ddrm 'target.steps'.*; known: label, target._target_",
         ),
         ({"methods": '["ud2m target.model=nowhere"]'}, "unknown model 'nowhere'; known: photos_gaussian_blur, "),
         (
             {"methods": "[latino]", "datasets": f'["folder root={{root}} channels=1 crop_size={SIZE}"]'},
             "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",
         ),
-        ({"unsupported": "maybe"}, "unsupported must be error or skip"),
+        ({"unsupported": "maybe"}, "unsupported must be error, skip"),
         ({"tune_by": "fid"}, "tune_by: .* is no number to choose by; take one of psnr_mean"),
-        ({"num_samples": "0"}, "num_samples must be an integer of at least 1"),
+        ({"num_samples": "0"}, "num_samples must be a whole number of at least 1"),
         ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be a positive noise level"),
         ({"operators": '["super_resolution operator.factor=5"]'}, "super_resolution operator.factor=5 on folder"),
     ],

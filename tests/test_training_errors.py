@@ -84,7 +84,7 @@ def test_a_prior_that_diverges_says_so(tmp_path):
         ({"optimizer": {"accumulate": 0}}, "accumulate must be at least 1"),
         ({"optimizer": {"clip": 0.0}}, "clip, the largest gradient norm, must be positive"),
         ({"optimizer": {"lr": 0.0}}, "learning rates must be positive"),
-        ({"optimizer": {"learning_rate": 0.1}}, "the optimizer is described by .*lr_psi.*learning_rate"),
+        ({"optimizer": {"learning_rate": 0.1}}, "unknown argument of OptimizerSettings 'learning_rate'"),
     ],
 )
 def test_numbers_out_of_range_are_refused_at_once(overrides, message, prior):

@@ -89,7 +89,7 @@ def test_texts_of_a_stored_configuration_are_not_read_twice():
 
 
 def test_what_classes_cannot_take_is_one_line():
-    with pytest.raises(ValueError, match=r"ud2m\.physics\.GaussianBlur cannot be made: TypeError: .*colour"):
+    with pytest.raises(ValueError, match=r"unknown argument of GaussianBlur 'colour'"):
         build({"_target_": "ud2m.physics.GaussianBlur", "colour": 1})
     with pytest.raises(ValueError, match=r"WandbLogger is not built with settings; allowed are .*project"):
         build({"_target_": "lightning.pytorch.loggers.WandbLogger", "settings": {"base_url": "http://stranger"}})

@@ -15,7 +15,8 @@ from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 from tiny_training import command_line, write_images
 
 import ud2m.priors.shipped
-from ud2m.cli import evaluate, sample
+from ud2m.cli import sample
+from ud2m.cli.commands import TASKS
 from ud2m.files import inside, plain_name
 from ud2m.images import write_image
 from ud2m.priors.prior import Prior
@@ -65,7 +66,7 @@ def model(tmp_path_factory) -> str:
 
 def sampled(*overrides: str) -> None:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        sample.main(compose("sample", ["lpips=null", "num_samples=2", *overrides]))
+        TASKS["sample"](compose("sample", ["lpips=null", "num_samples=2", *overrides]))
 
 
 def only_line(capsys):
@@ -125,10 +126,10 @@ def test_names_are_looked_at_before_the_first_image_is_sampled(model, tmp_path, 
     assert "the name of an image is a relative path without '..', got '..'" in only_line(capsys)
 
 
-@pytest.mark.parametrize("name", ["../..", "/tmp/ud2m-stranger", "''", "a/../../b"])
+@pytest.mark.parametrize("name", ["../..", "/tmp/ud2m-stranger", "a/../../b"])
 def test_an_evaluation_stays_in_its_folder(name, tmp_path, capsys):
     with pytest.raises(SystemExit), initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        evaluate.main(compose("evaluate", [f"name={name}", f"results={tmp_path / 'results'}"]))
+        TASKS["evaluate"](compose("evaluate", [f"name={name}", f"results={tmp_path / 'results'}"]))
     assert "the name of an evaluation is a relative path without '..'" in only_line(capsys)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,19 +7,20 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ud2m.cli import PLACES, as_override
+from ud2m.cli import as_override
 from ud2m.cli.errors import user_facing
 from ud2m.cli.pages import check_evaluation, check_sampling, check_training
 from ud2m.cli.process import prepare_process
 from ud2m.cli.sweep import survives_sweep
+from ud2m.cli.words import explained, readable
 
 USAGE = """ud2m COMMAND [KEY=VALUE ...]
 
@@ -73,23 +74,26 @@ def repeated() -> list[str]:
 def run_command(name: str) -> None:
     """Compose the settings of a command from the arguments of the program and run it; or explain it, for ``--help``."""
     if {"-h", "--help"} & set(sys.argv):
-        print(explained(name))
+        print(help_of(name))
     elif "--version" in sys.argv:
         print(f"ud2m {version('ud2m')}")
     else:
         prepare_process()
-        sys.argv[1:] = with_places(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)(TASKS[name])()
+        _start(name)
 
 
-def with_places(arguments: Sequence[str]) -> list[str]:
-    """Return the words for Hydra: keys that are ``OPEN`` may be new, and so, for ``resume=true``, those of the data."""
-    goes_on = any(word.lower() == "resume=true" for word in arguments)
-    words = [f"++{word}" if goes_on and word.partition("=")[0] in PLACES else word for word in arguments]
-    return [as_override(word) for word in words]
+@user_facing
+def _start(name: str) -> None:
+    conf, given = conf_folder(), sys.argv[1:]
+    sys.argv[1:] = [as_override(word) for word in readable(name, given, conf)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines of its own and exits
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(TASKS[name])()
+    except HydraException as error:
+        raise ValueError(explained(error, name, given, conf)) from error
 
 
-def explained(name: str) -> str:
+def help_of(name: str) -> str:
     """Return what a command does: the comments of its page, with the names that its groups of pages offer."""
     page = (conf_folder() / f"{name}.yaml").read_text()
     lines = page.partition("\nhydra:")[0].splitlines()

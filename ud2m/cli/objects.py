@@ -4,6 +4,7 @@ A configuration may have come with somebody else's run folder. So it names class
 to be run counts only where the user has written it on the command line of this very call.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS
 from ud2m.data.remote import COMMAND
+from ud2m.names import check_names, check_types
 
 TARGET, PARTIAL, CONVERT = "_target_", "_partial_", "_convert_"
 OWN = "ud2m"
@@ -70,11 +72,14 @@ def build(node: Any, at: str = "", kind: type = object, only: type = object, **e
     for key, value in leaves(values, at):
         if key.rpartition(".")[2] == TARGET:
             _check_kind(value, only)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{key} is no number, got nan")
         elif isinstance(value, str) and value.startswith(COMMAND) and value not in commands_given():
             raise ValueError(
                 f"{key} is a command, {value!r}, and commands are run only when they stand on the command line of this "
                 f"very call: repeat it there, {key}=..."
             )
+    _check_arguments(values, at)
     made = _built(values, extra)
     if not isinstance(made, kind):
         raise ValueError(f"{at or 'it'} describes no {kind.__name__}, got a {type(made).__name__}")
@@ -141,6 +146,25 @@ def _check_kind(target: Any, only: type) -> None:
     found = find(target)
     if only is not object and not (isinstance(found, type) and issubclass(found, only)):
         raise ValueError(f"{target} is no {only.__name__}; only these are made here")
+
+
+def _check_arguments(values: Any, at: str) -> None:
+    """Compare all plain values with the type hints of what they are arguments of."""
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, Mapping):
+        return
+    arguments = {key: value for key, value in values.items() if key not in (TARGET, PARTIAL, CONVERT)}
+    for key, value in arguments.items():
+        _check_arguments(value, f"{at}.{key}")
+    if TARGET in values:
+        plain = {key: value for key, value in arguments.items() if not _holds_target(value)}
+        check_names(find(values[TARGET]), arguments, at)
+        check_types(find(values[TARGET]), plain, at)
+
+
+def _holds_target(value: Any) -> bool:
+    return any(key.rpartition(".")[2] == TARGET for key, _ in leaves(value))
 
 
 def _inside(name: Any, packages: list[str]) -> bool:

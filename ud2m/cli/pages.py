@@ -1,14 +1,18 @@
 """Names of pages and models that a command is given, checked before PyTorch is imported."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli import as_override, plain
+from ud2m.cli.settings import EvaluateSettings, SampleSettings, TrainSettings, check
+from ud2m.cli.words import check_added, entry_words, is_text, quoted
 from ud2m.names import flattened, unknown
 from ud2m.priors.shipped import check_reference
 
@@ -17,7 +21,10 @@ PLACE = "{physics}"
 
 
 def check_training(config: DictConfig) -> None:
-    """Refuse a prior or a model to start from that cannot be there."""
+    """Refuse settings that are none, and a prior or a model to start from that cannot be there."""
+    check(config, TrainSettings)
+    check_added(given_words())
+    follow_steps(config)
     if config.architecture is None:
         check_reference("prior", str(config.prior))
     start = OmegaConf.select(config, "training.start_from")
@@ -26,7 +33,9 @@ def check_training(config: DictConfig) -> None:
 
 
 def check_sampling(config: DictConfig) -> None:
-    """Refuse a model, a prior or a pipeline that cannot be there."""
+    """Refuse settings that are none, and a model, a prior or a pipeline that cannot be there."""
+    check(config, SampleSettings)
+    check_added(given_words())
     if config.get("sampler") is not None:
         check_reference("pipeline", str(config.pipeline))
         return
@@ -39,21 +48,42 @@ def check_sampling(config: DictConfig) -> None:
 
 
 def check_evaluation(config: DictConfig) -> None:
-    """Refuse entries without a page, settings that a page does not have, and models that cannot be there."""
+    """Refuse settings that are none, entries that no page explains, and models that are not there."""
+    check(config, EvaluateSettings)
+    for name in ("methods", "operators", "datasets", "metrics"):
+        if len(set(config[name])) < len(config[name]):
+            raise ValueError(f"{name} must name none twice, got {list(config[name])}")
     check_reference("prior", str(config.prior))
-    for data in config.datasets or []:
+    for data in config.datasets:
         part("data", data)
-    for operator in config.operators or []:
+    for operator in config.operators:
         part("physics", operator)
-        for entry in config.methods or []:
-            model = method_page(entry, operator)["target"].get("model")
+        pages = {entry: method_page(entry, operator) for entry in config.methods}
+        labels = [label(entry, page["label"]) for entry, page in pages.items()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"methods need labels of their own, got {', '.join(labels)}; add {LABEL}... to an entry")
+        for model in (page["target"].get("model") for page in pages.values()):
             if model is not None:
                 check_reference("model", str(model))
 
 
+def given_words() -> list[str]:
+    """Return the settings on the command line of this call."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def follow_steps(config: DictConfig) -> None:
+    """Let ``steps=...``, given alone, bring the ``validate_every`` that divides it and is nearest to the page's."""
+    given = {word.partition("=")[0].lstrip("+") for word in given_words()}
+    if "steps" in given and "validate_every" not in given and config.steps % config.validate_every:
+        divisors = [d for d in range(1, config.steps + 1) if config.steps % d == 0]
+        config.validate_every = min(divisors, key=lambda d: abs(math.log(d / config.validate_every)))
+        print(f"validate_every={config.validate_every} follows steps={config.steps}")
+
+
 def method_page(entry: str, operator: str) -> dict[str, Any]:
     """Return the page of a method, with the name of the operator's page in its place."""
-    kind = operator.split()[0]
+    kind = entry_words(operator)[0]
     # filled before too: in an override of Hydra a brace begins a dictionary
     return filled(part("method", filled(entry, kind)), kind)
 
@@ -64,19 +94,20 @@ def part(group: str, entry: str) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name or key.
     """
-    name, *overrides = [word for word in entry.split() if not word.startswith(LABEL)] or [""]
+    name, *overrides = [word for word in entry_words(entry) if not word.startswith(LABEL)] or [""]
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
         raise ValueError(unknown(group, name, known))
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
     try:
-        composed = compose(
-            overrides=[f"+{group}={name}", *fixed, *(as_override(f"{group}.{text}") for text in overrides)]
-        )
+        words = [quoted(text) if is_text(text.partition("=")[0]) else text for text in overrides]
+        composed = compose(overrides=[f"+{group}={name}", *fixed, *(as_override(f"{group}.{text}") for text in words)])
     except HydraException as error:
         keys = flattened(part(group, name))
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{entry!r}: {first}; settings of {group} {name} are {', '.join(keys)}") from error
+        for key in (text.partition("=")[0] for text in overrides):
+            if key not in keys:
+                raise ValueError(f"{entry!r}: {unknown(f'setting of {group} {name}', key, keys)}") from error
+        raise ValueError(f"{entry!r}: {str(error).splitlines()[0]}") from error
     return plain(composed[group])
 
 
@@ -89,7 +120,7 @@ def filled(value: Any, physics: str) -> Any:
 
 def label(entry: str, default: str) -> str:
     """Return how a method is called: ``label=...`` of its entry, with blanks for ``_``, or its name and settings."""
-    words = entry.split()[1:]
+    words = entry_words(entry)[1:]
     given = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
     if given:
         return given[0].replace("_", " ")

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +41,7 @@ from ud2m.images import (
 )
 from ud2m.listing import listed, none_left
 from ud2m.losses import FeatureDistance
+from ud2m.names import unknown
 from ud2m.physics import Observation, OperatorFamily, Problem, estimate_sigma_y, measured, misfit
 from ud2m.priors.prior import Prior
 from ud2m.reports.page import write_page
@@ -178,19 +179,22 @@ class SamplingRun:
         self.config, self.device = config, device
         options = {key: config[key] for key in OPTIONS}
         self.sampler = PosteriorSampler.from_pretrained(config.model, config.prior, self.device, **options)
-        trained = self.sampler.config.info.get("physics", {})
-        chosen = given_operator(config)
+        trained, chosen = self.sampler.config.info.get("physics", {}), given_operator(config)
+        changed: Numbers = {}
+        if chosen is not None and TARGET not in (chosen.get("operator") or {}):
+            trained, chosen = changed_operator(trained, chosen), None
+            changed["physics"] = trained
         self.operator: OperatorFamily = (
             build(chosen.operator, "physics.operator", OperatorFamily)
             if chosen
             else trained_operator(trained.get("operator", {}), bool(config.degraded))
         )
-        default = chosen.sigma_y if chosen else self.sampler.config.sigma_y
+        default = chosen.sigma_y if chosen else trained.get("sigma_y", self.sampler.config.sigma_y)
         noise = chosen.get("noise") if chosen else trained.get("noise")
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
-        self.plan({"trained": vars(self.sampler.config), "model": self.sampler.fingerprint})
+        self.plan({**changed, "trained": vars(self.sampler.config), "model": self.sampler.fingerprint})
 
     def plan(self, about: Numbers) -> None:
         """Say what is to be sampled, and keep the settings, with what is known about the weights."""
@@ -568,6 +572,21 @@ def given_operator(config: DictConfig) -> DictConfig | None:
     if config.get("physics") is None:
         return None
     return resolve(config.physics)
+
+
+def changed_operator(trained: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    """Return the page of the model's own operator with ``physics.KEY=...`` that was given without ``physics=NAME``.
+
+    Raises:
+        ValueError: for a key that such a page does not have.
+    """
+    known = ("operator", "sigma_y", "noise")
+    for key in changes:
+        if key not in known:
+            raise ValueError(
+                f"{unknown('key in physics', key, known)}; choose the operator that has it with physics=NAME"
+            )
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(trained, changes)))
 
 
 def trained_operator(description: Mapping[str, Any], brought: bool = False) -> OperatorFamily:

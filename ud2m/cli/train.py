@@ -31,7 +31,6 @@ from ud2m.training.progress import StepProgress
 from ud2m.training.pruning import MedianPruning
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
-COUNTS = ("steps", "validate_every", "accumulate")
 RESUMABLE = ("trainer", "data.num_workers", "checkpoint_every", *PLACES)
 """What may change when a run goes on: where it runs and where its images lie, not what it computes."""
 AUTO = "auto"
@@ -77,8 +76,6 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
     Raises:
         ValueError: when there is nothing to resume, a run is there already, or numbers do not fit together.
     """
-    if config.resume not in (True, False, AUTO):
-        raise ValueError(f"resume must be true, false or {AUTO}, got {config.resume}")
     there = (folder / CHECKPOINTS / LAST).exists()
     if config.resume == AUTO and there:
         return same_config(config, folder)
@@ -86,9 +83,6 @@ def prepare(config: DictConfig, folder: Path) -> DictConfig:
         return stored_config(config, folder, HydraConfig.get().overrides.task)
     if there:
         raise ValueError(f"{folder} holds a run already; add resume=true to go on with it, or choose another run_dir")
-    for name in COUNTS:
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]}")
     if config.steps % config.validate_every:
         raise ValueError(
             f"steps must be a multiple of validate_every (each run ends in a validation), got {config.steps} and "

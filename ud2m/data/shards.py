@@ -414,12 +414,14 @@ def listed_numbers(index: ShardIndex, file: Path) -> list[int]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no list of images {file} (looked in {Path.cwd()})")
-    names = [key_name(line.split()[0]) for line in file.read_text().splitlines() if line.strip()]
     reader = ShardReader(index, 3)
     keys = (reader.name(shard, n) for shard, entry in enumerate(index.shards) for n in range(entry.images))
     numbers: dict[str, list[int]] = {}
     for number, key in enumerate(keys):
         numbers.setdefault(key.partition("-")[2], []).append(number)
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    # a name may have blanks; lists of ImageNet have a class behind theirs
+    names = [whole if (whole := key_name(line)) in numbers else key_name(line.split()[0]) for line in lines]
     odd = [name for name in names if len(numbers.get(name, ())) != 1]
     if not names or odd or len(set(names)) < len(names):
         what = f"{len(odd)} of its {len(names)} names stand for no image or several: {', '.join(odd[:4])}"

@@ -1,7 +1,7 @@
 """Lightning module: unfold a frozen prior and distil it into a few-step posterior sampler."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,6 @@ class OptimizerSettings(StepSettings):
                 f"discriminator_warmup must be at least 0 and below the {self.steps} steps of the run, after which the "
                 f"generator would never feel D, got {self.discriminator_warmup}"
             )
-
-    @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> "OptimizerSettings":
-        """Return the settings of a configuration; raises ValueError for unknown or missing ones."""
-        try:
-            return cls(**options)
-        except TypeError as error:
-            names = ", ".join(field.name for field in fields(cls))
-            raise ValueError(f"the optimizer is described by {names}; got {dict(options)} ({error})") from error
 
 
 class DistillationModule(SteppedModule):

@@ -7,6 +7,7 @@ from torch import nn
 
 from ud2m.losses.adversarial import DiscriminatorLoss
 from ud2m.losses.generator import GeneratorLoss
+from ud2m.names import check_names, check_types, made
 from ud2m.physics import OperatorFamily, Problem
 from ud2m.priors.prior import LoraSpec, Prior
 from ud2m.samplers import export
@@ -62,10 +63,12 @@ def build_distillation(
     Raises:
         ValueError: for numbers out of range; errors of the parts.
     """
-    settings = OptimizerSettings.from_mapping(optimizer)
+    settings = made(OptimizerSettings, optimizer, "optimizer")
     bounds = None if sigma_y_range is None else (float(sigma_y_range[0]), float(sigma_y_range[1]))
     problem = Problem(operator, sigma_y, seed, noise, bounds)
-    config = SamplerConfig(**sampling, sigma_y=float(sigma_y), info=dict(info or {}))
+    config = made(SamplerConfig, {**sampling, "sigma_y": float(sigma_y), "info": dict(info or {})}, "sampling")
+    check_names(Validation, validation, "validation")
+    check_types(Validation, validation, "validation")
     unfolded = build_trained_network(**network)
     prior = cast(Prior, unfolded.denoiser)
     terms = loss(features=prior.features, discriminator=lambda: discriminator(channels=prior.channels))
@@ -108,7 +111,7 @@ def build_trained_network(
     """
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
-    adapted = Prior.from_pretrained(prior).add_lora(LoraSpec(**lora))
+    adapted = Prior.from_pretrained(prior).add_lora(made(LoraSpec, lora, "lora"))
     unfolded = build_network(adapted, network, None if checkpointing == "none" else kept_modules)
     if start_from is not None:
         export.start_from(unfolded, start_from)
