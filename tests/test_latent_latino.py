@@ -79,8 +79,7 @@ def test_with_an_identity_autoencoder_it_is_the_pixel_sampler():
         tau = schedule.sigma(torch.tensor(float(t)))
         level = tau.expand(len(x))
         x = denoise(network, schedule, x + tau * randn_like(x, noise), level).clamp(0, 1)
-        y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
-        x = joint_prox(physics, y, x, x, math.inf, float(tau) ** 2, 1.0, sigma_y).clamp(0, 1)
+        x = joint_prox(observation, x, math.inf, float(tau) ** 2, 1.0)(x).clamp(0, 1)
     sampler = LatentLatino(prior, "a cat", times, LevelSteps())
     torch.testing.assert_close(sampler.draw(observation, streams()), x, rtol=1e-3, atol=1e-4)
     assert x.std() > 0.01
