@@ -14,7 +14,8 @@ class Team:
         size: how many there are.
     """
 
-    rank, size = 0, 1
+    rank: int = 0
+    size: int = 1
 
     def gathered(self, own: Any) -> list[Any]:
         """Return what each process has handed in, by rank; waits for all."""

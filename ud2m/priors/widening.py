@@ -19,7 +19,8 @@ def widen(network: UNet2DModel, trained: UNet2DModel, seed: int = 0) -> None:
 
     Args:
         network: of the architecture of ``trained``, with f times its ``block_out_channels``, f a whole number.
-        trained: the weights to begin with. seed: of the shares.
+        trained: the weights to begin with.
+        seed: of the shares.
 
     Raises:
         ValueError: when the architectures differ in more than this, or the copy does not compute the same.
