@@ -133,11 +133,11 @@ def lost(monkeypatch):
     """Rank 1 is killed at its second picture."""
     draw, seen = sample.SamplingRun.sample, []
 
-    def until_killed(self, case):
+    def until_killed(self, case, *rest):
         seen.append(case)
         if os.environ.get("RANK") == "1" and len(seen) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, case)
+        return draw(self, case, *rest)
 
     monkeypatch.setattr(sample.SamplingRun, "sample", until_killed)
     return seen
