@@ -97,7 +97,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     found: dict[str, Any] = {}
     for call in calls:
         parameters = inspect.signature(call).parameters.values()
-        hints = get_type_hints(call, include_extras=True)
+        try:
+            hints = get_type_hints(call, include_extras=True)
+        except NameError:  # names that only type checkers see: nothing is known of the values
+            hints = {}
         named = [p.name for p in parameters if p.name != "self" and p.kind not in _REST]
         found = {name: hints.get(name, Any) for name in named} | found
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):

@@ -79,7 +79,8 @@ def build(node: Any, at: str = "", kind: type = object, only: type = object, **e
                 f"{key} is a command, {value!r}, and commands are run only when they stand on the command line of this "
                 f"very call: repeat it there, {key}=..."
             )
-    _check_arguments(values, at)
+    given = values if not isinstance(values, Mapping) else {k: v for k, v in values.items() if k not in extra}
+    _check_arguments(given, at)
     made = _built(values, extra)
     if not isinstance(made, kind):
         raise ValueError(f"{at or 'it'} describes no {kind.__name__}, got a {type(made).__name__}")
