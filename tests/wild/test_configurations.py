@@ -17,6 +17,7 @@ from ud2m.cli.methods import build_sampler, shares_prior
 from ud2m.cli.objects import ALLOW, build, commands_given
 from ud2m.cli.sample import trained_operator
 from ud2m.physics import GaussianBlur
+from ud2m.training.checkpoints import RESUMED
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
 make_shards = importlib.import_module("make_shards")
@@ -133,7 +134,8 @@ def run_folder(tmp_path):
         folder.mkdir()
         stored = prepare(config, folder)
     (folder / "checkpoints").mkdir()
-    torch.save({"state_dict": {}}, folder / "checkpoints" / "last.ckpt")
+    parts: dict = {"state_dict": {}} | {part: {"a": 1} for part in RESUMED}
+    torch.save(parts, folder / "checkpoints" / "last.ckpt")
 
     def plant(key, value):
         OmegaConf.update(stored, key, value, merge=False, force_add=True)
