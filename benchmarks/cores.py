@@ -196,13 +196,18 @@ def compared(found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 PARTS = {"pictures": pictures, "threads": threads, "shared": shared}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure one part and store it."""
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", default="", help="what else ran on the machine")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure one part and store it."""
+    options = parser().parse_args(arguments)
     rows = PARTS[options.part](options.repeats)
     for row in rows:
         print(row)

@@ -30,7 +30,7 @@ def linear(count, seed):
 def test_draws_of_the_law_have_the_conditional_moments_that_it_was_fitted_to():
     law = study.GaussianLaw(*linear(20000, 0))
     x, y = linear(20000, 10)
-    observation = Observation.of(y, Denoising().draw(1, (1, 1, 2)), 0.01)
+    observation = Observation.of(y, Denoising().draw(1, (1, 1, 2)), 1.0)
     drawn = torch.stack([law.draw(observation, [generator(5 + 2 * i + s) for i in range(20000)]) for s in (0, 1)], 1)
     assert drawn.shape == (20000, 2, 1, 2, 2)
     for sample in drawn.unbind(1):

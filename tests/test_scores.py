@@ -132,6 +132,7 @@ def test_diversity_and_energy_have_their_closed_forms():
     draws = draws_of(x0, x0, mask, 1.0, 1.0, samples)
     assert numbers("energy", draws, 3000)["energy"] == pytest.approx(1 / math.sqrt(math.pi), abs=0.04)
     assert numbers("diversity", draws, 3000)["diversity"] == pytest.approx(samples.std(1).mean().item(), rel=1e-5)
+    mask = Inpainting().draw(1, (1, 4, 4))
     wide = draws_of(*(x.repeat(1, 1, 4, 4) for x in (x0, x0)), mask, 1.0, 1.0, samples.repeat(1, 1, 1, 4, 4))
     # per pixel: the same image sixteen times has the same score
     assert numbers("energy", wide, 3000)["energy"] == pytest.approx(energy_score(samples, x0).mean().item(), rel=1e-5)

@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from tiny import SIZE, adapted, save_tiny_prior, tiny_network
 
 from ud2m.cli import as_override, plain
-from ud2m.cli.commands import with_places
 from ud2m.cli.pages import part
 from ud2m.cli.sample import main
 from ud2m.evaluation.scores import build_score, fitting_scores
@@ -25,7 +24,7 @@ TOMOGRAPHY += ("physics.parameters.normalize=false",)
 
 def sample(*overrides):
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        main(compose("sample", with_places(["lpips=null", "num_samples=2", *overrides])))
+        main(compose("sample", [*map(as_override, ("lpips=null", "num_samples=2", *overrides))]))
 
 
 def model(folder, channels):
@@ -45,7 +44,7 @@ def images(channels, seed=0):
 @pytest.mark.parametrize("command", ["sample", "train"])
 def test_documented_keys_compose(command):
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        page = plain(compose(command, with_places(TOMOGRAPHY)).physics)
+        page = plain(compose(command, [*map(as_override, TOMOGRAPHY)]).physics)
     assert page["operator"]["parameters"] == {"angles": 12, "normalize": False}
     assert page["operator"]["name"] == "Tomography"
 

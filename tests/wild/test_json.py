@@ -19,6 +19,7 @@ READERS = {
 
 @pytest.mark.parametrize("file", READERS)
 def test_deep_nesting_is_one_line(file, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_text(DEEP)
     with pytest.raises(ValueError, match=rf"{file} .*nested too deeply") as error:
         READERS[file](tmp_path)

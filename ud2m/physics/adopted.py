@@ -43,8 +43,8 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
     """
 
     inner: LinearPhysics
-    recipe: tuple[Any, ...] | None = None
-    """What to call, and with what, to make it again, where that is known: deepinv's Tomography cannot be pickled."""
+    recipe: Callable[[], DataTerm] | None = None
+    """What makes it again, where that is known: deepinv's Tomography cannot be pickled."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Adopted(ConjugateGradients, Immutable, LinearPhysics):
         return Adopted(inner, self.img_size, self.parts, self.dtype, self.rows, self.exact)
 
     def __reduce__(self) -> Any:
-        return super().__reduce__() if self.recipe is None else (self.recipe[0], self.recipe[1:])
+        return super().__reduce__() if self.recipe is None else (self.recipe, ())
 
     def _parted(self, y: Tensor) -> Measured:
         if not isinstance(self.parts, list):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class DeepinvOperator(FixedOperator):
         if key not in self.made:
             made = self._adopted(image_shape, device)
             if isinstance(made, Adopted):
-                made.recipe = (self.operator, *key)
+                made.recipe = partial(self.operator, image_shape, str(device))
             self.made = {key: made}  # the last one alone: training asks for it again
         return self.made[key]
 

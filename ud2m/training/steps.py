@@ -109,6 +109,8 @@ class SteppedModule(L.LightningModule, ABC):
             ValueError: when steps do not fit into epochs, a checkpoint's counts do not fit its parameters, or for a
                 precision that this module cannot train in.
         """
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {self.trainer.precision}")
         batches, accumulate = int(self.trainer.num_training_batches), self.settings.accumulate
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if done != self.steps_done * accumulate:
@@ -121,8 +123,6 @@ class SteppedModule(L.LightningModule, ABC):
                 f"an epoch of {batches} batches is no multiple of accumulate={accumulate}: a step would lie in two "
                 "epochs; leave data.samples_per_epoch to follow from validate_every and accumulate"
             )
-        if self.trainer.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {self.trainer.precision}")
         self.total_steps = batches // accumulate * (self.trainer.max_epochs or 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
