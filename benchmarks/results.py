@@ -105,6 +105,12 @@ SECTIONS = (
     ),
     *_operator_sections(),
     Section(
+        "bad_input",
+        "Bad input",
+        "Every setting of the commands and many of Python's options with values that are wrong for most of them, and "
+        "misspelt names. Clear: refused in one line that names key or value. Accepted: with the reasons below.",
+    ),
+    Section(
         "precision",
         "Networks in bfloat16",
         "The shipped models with networks in bfloat16 and all else in float32, on the test photographs in pieces of "

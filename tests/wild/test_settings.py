@@ -123,6 +123,7 @@ def test_what_is_quoted_already_or_swept_stays():
     ("arguments", "message"),
     [
         (["sample", "sead=3"], "unknown key 'sead' (did you mean seed?); known: "),
+        (["train", "run_dir=null"], "While dereferencing interpolation '${run_dir}': Incompatible value 'None'"),
         (["train", "+sead=3"], "unknown key 'sead' (did you mean seed?); known: "),
         (["train", "width=2"], "unknown key 'width' (did you mean physics.operator.width?)"),
         (["train", "physics.operator.widht=2"],

@@ -92,6 +92,8 @@ def message(error: BaseException) -> str:
         return f"{' '.join(str(error).split())}: {advice}"
     if is_out_of_memory(error):
         return f"{_asked_for(str(error))}; {LESS_MEMORY}"
+    if isinstance(error, OmegaConfBaseException):
+        return str(error).partition("\n")[0]  # what follows are OmegaConf's names of its own types
     text = _worker_message(str(error)) or type(error).__name__
     return text if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {text}"
 
