@@ -112,6 +112,8 @@ def outcome(place: str, key: str, value: Any, call: Callable[[], object]) -> tup
 def why_right(place: str, key: str, value: Any) -> str:
     """Return why it is right to accept a value, or nothing."""
     if place not in COMMANDS:
+        if key == "info" and isinstance(value, dict):
+            return "a mapping of anything is kept beside a model"
         return "null is a value of this option" if value is None else ""
     fields = COMMANDS[place].model_fields
     words = allowed(fields[key]) if key in fields else ""

@@ -47,9 +47,15 @@ def test_levels_are_drawn_per_sample(prior):
     assert len(prediction.sigma.unique()) == 6
 
 
-@pytest.mark.parametrize("options", [{"num_steps": 0}, {"spread": 1.5}, {"sigma_low": 0.0}, {"sigma_high": 0.01}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"num_steps": 0}, {"spread": 1.5}, {"sigma_low": 0.0}, {"sigma_high": 0.01}),
+        *({"grid_power": -1.0}, {"grid_power": float("inf")}),
+    ],
+)
 def test_impossible_levels_are_refused(options):
-    with pytest.raises(ValueError, match=r"must be at least 1|levels need"):
+    with pytest.raises(ValueError, match=r"must be at least 1|levels need|grid_power must be a positive number"):
         Levels(**options)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ud2m.priors.schedule import VPSchedule
+from ud2m.samplers.base import check_positive
 
 
 class Levels:
@@ -33,6 +34,7 @@ class Levels:
             raise ValueError(
                 f"levels need 0 <= spread <= 1 and 0 < sigma_low < sigma_high, got {spread}, {sigma_low}, {sigma_high}"
             )
+        check_positive("grid_power", grid_power)
         self.num_steps, self.grid_power, self.spread = num_steps, grid_power, spread
         self.log_low, self.log_high = math.log(sigma_low), math.log(sigma_high)
 
