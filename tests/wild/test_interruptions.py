@@ -21,6 +21,14 @@ def tiny(tmp_path_factory):
     return tiny_overrides(save_tiny_prior(place / "prior"), write_images(place / "images"))
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts background jobs with Ctrl-C ignored, these tests among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def steps_of(run):
     return {int(v) for k, v in everything(run / "checkpoints" / "last.ckpt").items() if "num_updates" in k}
 
