@@ -72,6 +72,7 @@ def test_wasserstein_is_the_best_of_all_matchings():
     assert wasserstein2(one, one + 3) == pytest.approx(3 * 2)  # a shift of 3 in 4 dimensions
 
 
+@pytest.mark.slow
 def test_wasserstein_of_gaussians_is_that_of_many_draws():
     root = gaussian(2, 2, seed=2)
     covariance, other = root @ root.T + 0.1 * torch.eye(2), torch.diag(torch.tensor([0.2, 1.0])).double()

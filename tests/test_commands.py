@@ -69,6 +69,7 @@ def test_help_and_misspelt_keys_are_answered_before_heavy_imports(program, witho
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_misspelt_names_are_answered_before_heavy_imports(without_heavy_modules, tmp_path):
     page = without_heavy_modules("-m", "ud2m", "train", "experiment=phtos", place=tmp_path)
     assert page.returncode == 1

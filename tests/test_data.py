@@ -82,6 +82,7 @@ def unbroken(tmp_path_factory):
     return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_resumed_run_sees_the_batches_of_the_unbroken_one(tmp_path, unbroken, interruption, num_workers):

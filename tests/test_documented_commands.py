@@ -146,6 +146,7 @@ def informative(commands: Iterable[Command]) -> Iterator[Command]:
             yield command
 
 
+@pytest.mark.slow
 def test_every_command_of_the_documents_composes(tmp_path):
     found = {command: name for name, command in itertools.chain(fenced_commands(), inline_commands())}
     commands = [command for command in found if is_hydra(command)]
@@ -157,6 +158,7 @@ def test_every_command_of_the_documents_composes(tmp_path):
             pytest.fail(f"{found[command]}: {shlex.join(command)}: {error}")
 
 
+@pytest.mark.slow
 def test_every_command_of_the_results_composes(tmp_path):
     commands = [command for command in scripted_commands(tmp_path) if is_hydra(command)]
     assert len(commands) > 60

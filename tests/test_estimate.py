@@ -97,6 +97,7 @@ def real(folder, *overrides):
     return module, flops, (three - one) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "excess"), [("none", 0.05), ("all", 0.4)])
 def test_operations_and_memory_are_those_of_a_real_step(checkpointing, excess, prior, tmp_path):
     """The fewer activations are kept, the more do the gradients weigh, which the estimate sums up in new memory."""
@@ -158,6 +159,7 @@ def test_a_step_holds_all_batches_and_all_outputs(prior, tmp_path):
     assert two.memory > one.memory
 
 
+@pytest.mark.slow
 def test_computing_again_costs_a_forward_pass_and_keeps_one_evaluation(prior, tmp_path):
     common = [*TINY, f"prior={prior}"]
     kept, again = (

@@ -119,6 +119,7 @@ def test_every_method_is_measured_on_every_operator_and_everything_is_written(ma
     assert "report:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_differences_from_a_reference_are_those_of_each_image(material, tmp_path, capsys, measured):
     once = run(material, tmp_path)
     rows = run(material, tmp_path, reference="'A^dagger y'")
@@ -140,6 +141,7 @@ def test_a_reference_that_cannot_take_an_operator_is_refused_before_anything_is_
     assert "the reference DDRM cannot take jpeg; leave this operator out, or take another reference" in error
 
 
+@pytest.mark.slow
 def test_bridges_are_methods_whose_steps_are_tuned(material, tmp_path):
     bridge = Bridge(
         Prior.from_pretrained(save_tiny_prior(material / "prior")).unet, BridgeSchedule(), SmoothingStart([4])
@@ -151,6 +153,7 @@ def test_bridges_are_methods_whose_steps_are_tuned(material, tmp_path):
     assert rows[1]["residual"] < 0.9 * rows[0]["residual"]
 
 
+@pytest.mark.slow
 def test_a_finished_cell_is_not_measured_again_and_others_are_never_taken_for_it(material, tmp_path, measured):
     one = {"operators": "[inpainting]"}
     first = run(material, tmp_path, **one)

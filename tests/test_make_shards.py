@@ -269,6 +269,7 @@ make_shards.main([sys.argv[2], sys.argv[3], "--size", "16", "--shard-mb", "0.01"
 """
 
 
+@pytest.mark.slow
 def test_killed_program_goes_on(source, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(REPOSITORY / "data_prep"), str(source), str(out)]
@@ -457,6 +458,7 @@ def test_other_settings_or_images_are_refused(source, tmp_path, monkeypatch):
         make_shards(source, out, SMALL, workers=1)
 
 
+@pytest.mark.slow
 def test_command_line(source, tmp_path, capsys):
     options = ["--size", "16", "--format", "jpg", "--quality", "80", "--crop", "none", "--workers", "1"]
     make_shards_module.main([str(source), str(tmp_path / "out"), *options])

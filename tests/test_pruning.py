@@ -42,6 +42,7 @@ def test_no_run_ends_before_its_time_or_beside_a_few(after, others, tmp_path):
     assert not MedianPruning(tmp_path / "mine", after).should_prune(10, 0.0)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_the_run_that_falls_behind_and_says_where(tmp_path):
     tiny = tiny_overrides(save_tiny_prior(tmp_path / "prior"), write_images(tmp_path / "images"))
     folder, rates = tmp_path / "sweep", ["1e-05", "2e-05", "3e-05", "4e-05", "8.0"]  # the last one throws psi far off

@@ -240,6 +240,7 @@ def test_a_grey_photograph_gets_colours(model, tmp_path):
 # --- the noise level of one's own observation -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_noise_level_is_estimated_when_asked(model, tmp_path):
     scene = torch.nn.functional.interpolate(
         torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), 4 * SIZE

@@ -73,6 +73,7 @@ def test_an_estimated_prompt_is_written_shown_and_taken_again(pipe, picture, tmp
     assert "Weights of the prompts: a " in (tmp_path / "simplex" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_estimate_of_sdxl_has_the_published_sizes(capsys):
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         config = compose("sample", ["sampler=latino", "pipeline=sdxl_dmd2", "precision=bfloat16", "estimate=true"])

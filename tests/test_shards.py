@@ -368,6 +368,7 @@ def test_configuration(folders, tmp_path):
 # -------------------------------------------------------------------------------------- under a real trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("interruption", ["within an epoch", "at a validation in the middle", "after an epoch"])
 def test_resumed_run_sees_the_batches_of_the_unbroken_one(folders, tmp_path, interruption, num_workers):

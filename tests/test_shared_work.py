@@ -86,6 +86,7 @@ def test_two_processes_write_the_files_of_one(material, alone, tmp_path):
     assert [name for name in expected if made[name] != expected[name]] == []
 
 
+@pytest.mark.slow
 def test_scores_of_test_images_and_tuned_rivals_are_those_of_one_process(material, tmp_path):
     data = ["data=folder", f"data.root={material}/pictures", f"data.crop_size={SIZE}", "data.batch_size=2"]
     rival = ["compare=true", "~method@methods.latino", "show=1", "tune_samples=1"]
@@ -99,6 +100,7 @@ def test_scores_of_test_images_and_tuned_rivals_are_those_of_one_process(materia
     assert "psnr_mean" in rows[1][-1]
 
 
+@pytest.mark.slow
 def test_cells_of_an_evaluation_are_those_of_one_process(material, tmp_path):
     settings = {
         "name": "shared",

@@ -336,6 +336,7 @@ def test_a_run_of_another_version_is_refused(wrote, named, resume, tiny, finishe
     assert f"config.yaml was written by ud2m {named}, and this is ud2m {version('ud2m')}" in line
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_series_goes_on(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

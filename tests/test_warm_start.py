@@ -57,6 +57,7 @@ def test_the_small_network_starts_as_the_smoothing_start_and_then_learns():
     assert loss < 0.5 * before
 
 
+@pytest.mark.slow
 def test_ram_is_deepinvs_ram_told_the_noise_of_each_sample(ram_file):
     _, y, physics = problem()
     start, sigma_y = RamStart(str(ram_file), trainable=False), torch.tensor([0.05, 0.2])

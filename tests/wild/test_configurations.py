@@ -189,6 +189,7 @@ def test_parts_of_other_kinds_are_one_line(run_folder, key, value, capsys):
     assert any(words in line for words in ("describes no", "holds loggers by their names", "cannot be made"))
 
 
+@pytest.mark.slow
 def test_few_words_do_not_stand_for_many(run_folder, capsys):
     """Each line holds the one before it ten times."""
     folder = run_folder("seed", 0)
@@ -236,6 +237,7 @@ def test_the_command_line_is_read_as_hydra_reads_it(tmp_path):
     assert commands_given() == set()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::lightning")
 def test_a_run_goes_on_when_its_command_is_repeated(tmp_path, capsys):
     rng = np.random.default_rng(0)

@@ -54,6 +54,7 @@ def test_a_second_ctrl_c_does_not_wait(tiny, tmp_path, monkeypatch, capsys):
     assert "there is no checkpoint yet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: Break(0, 0, KeyboardInterrupt()))
     words = [f"hydra.sweep.dir={tmp_path}", "loss.l2=0.5,1"]

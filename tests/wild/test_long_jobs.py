@@ -130,6 +130,7 @@ OTHER_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), *OTHER_ERRORS], ids=repr)
 def test_an_interrupted_run_goes_on_with_the_next_picture(error, model, pictures, tmp_path, capsys):
     run(model, pictures, tmp_path / "whole")

@@ -98,6 +98,7 @@ def undecoded(monkeypatch):
         monkeypatch.setattr(place, name, lambda *arguments, **options: pytest.fail("decoded"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", BOMBS)
 def test_too_many_pixels_are_refused_before_one_is_decoded(name, reader, tmp_path, undecoded, recwarn):

@@ -23,6 +23,7 @@ def looks_unfinished(folder):
     return not any((folder / name).exists() for name in ("export", "metrics.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit",
     ["+trainer.max_steps=1", "trainer.max_epochs=1", "+trainer.max_time=00:00:00:00", "+trainer.limit_train_batches=1"],
