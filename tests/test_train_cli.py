@@ -290,7 +290,7 @@ def test_resume_auto_starts_goes_on_and_refuses_another_run(tiny, finished, tmp_
     for name in ("last.ckpt", "best.ckpt"):
         assert_equal(everything(tmp_path / "checkpoints" / name), everything(finished / "checkpoints" / name))
     assert command_line(*tiny, f"run_dir={tmp_path / 'other'}", "resume=perhaps") == 1
-    assert "resume must be true, false or auto, got perhaps" in only_line(capsys)
+    assert "resume must be true or false or auto, got 'perhaps'" in only_line(capsys)
 
 
 def test_a_finished_run_can_be_exported_again(finished, capsys):
