@@ -128,11 +128,16 @@ def why_right(place: str, key: str, value: Any) -> str:
     return ""
 
 
-def main() -> None:
-    """Run all cases, print the counts and what is not clear, and store the counts."""
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", action="store_true", help="write docs/results/bad_input.json")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run all cases, print the counts and what is not clear, and store the counts."""
+    options = parser().parse_args()
     torch.set_num_threads(1)
     counts: dict[str, Counter[str]] = {}
     reasons: Counter[str] = Counter()

@@ -65,6 +65,7 @@ def long_unbroken(prior, tmp_path_factory):
 
 
 # Within step 2 of the first epoch; and within its last one, where the validation comes first.
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch", "step"), [(signal.SIGTERM, 2, 2), (signal.SIGUSR1, 5, 3)])
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
     number, batch, step, prior, long_unbroken, tmp_path

@@ -174,6 +174,7 @@ def test_computing_again_costs_a_forward_pass_and_keeps_one_evaluation(prior, tm
     assert again[3].activations < 1.4 * again[1].activations
 
 
+@pytest.mark.slow
 def test_the_discriminator_and_a_network_as_start_are_counted(prior, tmp_path):
     plain = estimated(*TINY, f"prior={prior}", "data.crop_size=32", folder=tmp_path)
     judged = estimated(*TINY, f"prior={prior}", "data.crop_size=32", "loss.adversarial=1", folder=tmp_path)

@@ -180,6 +180,7 @@ def test_another_model_under_the_same_name_is_another_cell(material, tmp_path, m
     assert len(rows) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(material, tmp_path, monkeypatch, measured):
     spied = comparison.measure
 

@@ -100,6 +100,7 @@ def test_a_correction_starts_at_the_exact_denoiser_and_is_all_that_is_trained(mi
     assert {name.split(".")[0] for name, _ in adapted.named_parameters()} == {"correction"}
 
 
+@pytest.mark.slow
 def test_long_langevin_runs_reach_the_posterior(mixture):
     physics = Inpainting(0.5).draw(1, SHAPE, generator(2))
     y = physics.A(mixture.sample(1, generator(3)).float())

@@ -32,6 +32,7 @@ def test_a_program_that_ends_in_time_keeps_its_status():
     assert deadline.run_for([sys.executable, "-c", "raise SystemExit(7)"], 30) == 7
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_is_asked_to_end_and_then_killed(tmp_path):
     listening = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"

@@ -102,6 +102,7 @@ def both(prior, tmp_path_factory):
     return load(one / "rank0.pt"), [load(two / f"rank{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_parameters_of_one(both, prior):
     one, two = both
     start = module_of(prior).state_dict()

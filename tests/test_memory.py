@@ -60,6 +60,7 @@ def test_checkpointing_gives_the_same_gradients_from_more_evaluations(checkpoint
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_modules(prior):
     x0 = torch.rand(1, 3, SIZE, SIZE)
 

@@ -53,6 +53,7 @@ def test_latino_samples_a_file(pipe, picture, tmp_path):
         assert (first - again).abs().max() <= 1 / 255
 
 
+@pytest.mark.slow
 def test_an_estimated_prompt_is_written_shown_and_taken_again(pipe, picture, tmp_path):
     out, common = tmp_path / "out", [f"pipeline={pipe}", f"input={picture}", "num_samples=2"]
     sample(*common, "sampler=latino_pro", "prompt=a b", "sampler.num_chains=2", f"output={out}")

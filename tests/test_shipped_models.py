@@ -75,6 +75,7 @@ def test_the_prior_is_measured_beside_classical_methods(shipped):
     assert rows[-1]["method"] == "prior"
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_row_per_operator(shipped, tmp_path, monkeypatch):
     overview = importlib.import_module("overview_picture")
     monkeypatch.setattr(overview, "SIDE", 32)

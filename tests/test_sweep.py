@@ -141,6 +141,7 @@ def test_a_sweep_does_not_ignore_run_dir(tmp_path, capsys):
     assert "the runs of a sweep go to hydra.sweep.dir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_defect_of_the_program_is_a_failed_run_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ud2m.cli.train.run", lambda config, folder: {}["defect"])
     assert command_line("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}") == 1

@@ -100,6 +100,7 @@ def test_samples_in_tiles_are_as_good_as_whole_ones(samples):
     assert (made[64] - made[None]).square().mean().sqrt() < 0.3 * error[None]
 
 
+@pytest.mark.slow
 def test_there_is_no_seam(samples):
     """Differences of neighbouring pixels across tile edges are no larger than elsewhere in the error image."""
     x0, made = samples

@@ -102,6 +102,7 @@ def test_the_scores_are_those_of_the_export(finished, place):
         assert scores[name] == pytest.approx(row[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_any_checkpoint_is_exported_by_command(finished, capsys):
     for name in ("best", "last"):
         assert command_line(f"run_dir={finished}", f"export={name}.ckpt") == 0
@@ -240,6 +241,7 @@ def test_wandb_works_offline(tiny, tmp_path, monkeypatch):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_run_is_resumed_from_its_folder_alone(tiny, finished, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: Break(1, 1, OSError("power cut")))

@@ -122,6 +122,7 @@ def test_only_passed_over_is_said_where_nothing_is_left(tmp_path):
         list_images(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_training_reads_a_folder_with_a_pipe_in_it(folder, tmp_path, capsys):
     words = [word for word in tiny_overrides("photos_prior", tmp_path) if not word.startswith("data")]
     options = [
