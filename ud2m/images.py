@@ -22,7 +22,8 @@ from ud2m.raster import SUFFIXES, is_array, read_header, read_numbers, read_pict
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
 
-_NPY_RANGE = (-0.5, 1.5)  # noise takes a measurement out of [0, 1], but not this far
+MEASURED_RANGE = (-0.5, 1.5)
+"""Noise takes a measurement out of [0, 1], but not this far."""
 _PROFILES = {1: b"GRAY", 3: b"RGB "}
 """What bytes 16 to 19 of a colour profile say, by the channels of the pixels that it is of [ICC.1:2022, table 19]."""
 
@@ -163,7 +164,7 @@ def viewable(values: Tensor) -> tuple[Tensor, str]:
     """
     planes = _folded(values.detach().float().cpu())
     low, high = float(planes.min()), float(planes.max())
-    if values.ndim == 3 and len(planes) in (1, 3) and low >= _NPY_RANGE[0] and high <= _NPY_RANGE[1]:
+    if values.ndim == 3 and len(planes) in (1, 3) and low >= MEASURED_RANGE[0] and high <= MEASURED_RANGE[1]:
         return planes.clamp(0, 1), ""
     size = planes.norm(dim=0, keepdim=True) if len(planes) > 1 else planes
     low, high = float(size.min()), float(size.max())
@@ -280,7 +281,7 @@ def _read_npy(path: Path, channels: int | None) -> Tensor:
     if not np.isfinite(values).all():
         raise ValueError(f"{path} holds NaN or infinite values; replace them (a mask says what is missing)")
     low, high = float(values.min()), float(values.max())
-    if low < _NPY_RANGE[0] or high > _NPY_RANGE[1]:
+    if low < MEASURED_RANGE[0] or high > MEASURED_RANGE[1]:
         raise ValueError(
             f"{path} holds values from {low:g} to {high:g}; expected about [0, 1]: "
             "divide 8-bit values by 255, map [-1, 1] to [0, 1]"

@@ -281,15 +281,20 @@ class SamplingRun:
         """Return what the report shows after the pictures."""
         return []
 
+    @property
+    def measurement(self) -> str:
+        """Operator and noise level in words."""
+        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.problem.sigma_y:g}"
+        return f"operator {type(self.operator).__name__}, sigma_y {noise} for images in [0, 1]"
+
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
-        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.problem.sigma_y:g}"
         return (
             f"UD2M posterior samples: {self.config.model}",
             f"{self.config.num_samples} samples per observation, {self.sampler.nfe()} network evaluations each "
-            f"(K = {self.sampler.network.num_blocks} modules, N = {self.sampler.config.num_steps} steps); operator "
-            f"{type(self.operator).__name__}, sigma_y {noise} for images in [0, 1]. Bright places of the "
-            "standard deviation are those that the observation does not determine.",
+            f"(K = {self.sampler.network.num_blocks} modules, N = {self.sampler.config.num_steps} steps); "
+            f"{self.measurement}. Bright places of the standard deviation are those that the observation does not "
+            "determine.",
         )
 
     def scores(self, num_samples: int, shape: Sequence[int], known: bool = True) -> list[Score]:

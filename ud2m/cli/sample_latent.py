@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.cli.objects import build
-from ud2m.cli.sample import AUTO, ENTRY, METRICS, Case, SamplingRun, given_noise_level, given_operator
+from ud2m.cli.sample import ENTRY, METRICS, Case, SamplingRun, given_noise_level, given_operator
 from ud2m.evaluation.scores import Score, build_score, fitting_scores, lpips_metric
 from ud2m.files import read_tensors
 from ud2m.physics import OperatorFamily, Problem
@@ -63,12 +63,11 @@ class LatentRun(SamplingRun):
 
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
-        noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.problem.sigma_y:g}"
         return (
             f"{self.name}: {self.config.prompt}",
             f"{self.config.num_samples} samples per observation, {self.sampler.nfe()} network evaluations each; "
-            f"pipeline {self.prior.reference}, operator {type(self.operator).__name__}, sigma_y {noise} for images in "
-            "[0, 1]. Bright places of the standard deviation are those that neither observation nor prompt determine.",
+            f"pipeline {self.prior.reference}, {self.measurement}. Bright places of the standard deviation are "
+            "those that neither observation nor prompt determine.",
         )
 
     def scores(self, num_samples: int, shape: Sequence[int], known: bool = True) -> list[Score]:

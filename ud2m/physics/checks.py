@@ -6,12 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ud2m.images import MEASURED_RANGE
 from ud2m.physics.data_term import DataTerm
 from ud2m.physics.measurement import image_shape
 from ud2m.physics.rows import at_least_float32
-
-_RANGE = (-0.5, 1.5)
-"""Noise takes an observation of images in [0, 1] out of this range, but not this far."""
 
 
 class NoiseLevelWarning(UserWarning):
@@ -62,7 +60,7 @@ def check_range(physics: DataTerm, y: Tensor, sigma_y: Tensor) -> None:
     top = physics.A(white).max()
     if not physics.A(some).min() > -top / 4:
         return
-    low, high = (edge * top + sign * 6 * sigma_y.max() for edge, sign in zip(_RANGE, (-1, 1), strict=True))
+    low, high = (edge * top + sign * 6 * sigma_y.max() for edge, sign in zip(MEASURED_RANGE, (-1, 1), strict=True))
     if y.min() < low or y.max() > high:
         raise ValueError(
             f"y holds values from {y.min().item():.3g} to {y.max().item():.3g}, but this operator makes values from 0 "
