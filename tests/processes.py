@@ -5,8 +5,10 @@ process that has used it.
 """
 
 import contextlib
+import logging
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,7 @@ def start(function: Callable[..., Any], *arguments: Any) -> multiprocessing.Proc
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    _reopen_logs()
     try:
         function(*arguments)
     except SystemExit:
@@ -33,6 +36,19 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _reopen_logs() -> None:
+    """Let loggers write to this process' standard error.
+
+    A library that is imported within a test gives its logger the file into which pytest catches the output of that
+    test. It is closed when the test ends, and logging would print a traceback.
+    """
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for logger in [logging.root, *loggers]:
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+                handler.setStream(sys.stderr)
 
 
 def ranks(
