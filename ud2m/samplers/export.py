@@ -1,6 +1,7 @@
 """The export folder of a trained sampler."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -94,22 +95,23 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
     Args:
         network: the one to be trained.
         reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
-            a learned warm start goes on from the model's where that has the same weights, and else begins anew.
+            a learned warm start goes on from the model's where that has the same weights, and else begins anew. So may
+            be the prior's weights, as after its own training went on: a warning says so.
 
     Raises:
         FileNotFoundError: when nothing is there.
-        ValueError: when it has another prior, adapter or kind of psi.
+        ValueError: when it has another architecture of the prior, adapter or kind of psi.
     """
     folder = _export_folder(str(reference))
     content = _read_config(folder)
     prior = cast(Prior, network.denoiser)
     here = {
-        "prior": prior.fingerprint,
         "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),
         **{part: network.spec.get(part) for part in PSI_MEANS},
     }
     try:
-        there = {"prior": content["prior"]["fingerprint"], "lora": LoraSpec(**content["lora"]).to_dict()}
+        theirs = content["prior"]["fingerprint"]
+        there = {"lora": LoraSpec(**content["lora"]).to_dict()}
         there |= {part: content["network"].get(part) for part in PSI_MEANS}
         other = [part for part in here if here[part] != there[part]]
         if other:
@@ -118,6 +120,12 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
         network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
     except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
+    if theirs != prior.fingerprint:
+        warnings.warn(
+            f"the model {reference} was trained on a prior with other weights (fingerprint {theirs[:12]}; "
+            f"{prior.reference} has {prior.fingerprint[:12]}); its adapter is a good start where one is the other trained on",
+            stacklevel=2,
+        )
 
 
 def _export_folder(reference: str) -> Path:
