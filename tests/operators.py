@@ -22,12 +22,14 @@ from ud2m.physics import (
     MotionBlur,
     OperatorFamily,
     PixelMask,
+    SpaceTime,
     SuperResolution,
     UniformBlur,
+    VideoOperator,
 )
 
 BATCH = 2
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -77,6 +79,17 @@ CASES: dict[str, Callable[[], tuple[LinearPhysics, Shape]]] = {
     "blur mixture": lambda: drawn(BlurMixture([UniformBlur(2), GaussianBlur(0.6)]), (1, 8, 9)),
     "mixture": lambda: drawn(Mixture([SuperResolution(2), Inpainting(0.5)]), (1, 8, 10)),
     "inpainting": lambda: drawn(Inpainting(0.7), (3, 6, 7)),
+    "mean of frames and sr": lambda: drawn(VideoOperator(SuperResolution(2, "box"), 2, 2), (1, 5, 4, 6)),
+    "blur in time": lambda: drawn(VideoOperator(GaussianBlur(0.6), 3), (1, 3, 7, 8)),
+    "dropped frames and a mask per sample": lambda: drawn(VideoOperator(Inpainting(0.5), 1, 2), (2, 4, 3, 3)),
+    "frames of lower rank": lambda: (
+        SpaceTime(
+            torch.tensor([[1.0, 2, 0], [2, 4, 0], [0, 1, 1]]),
+            CircularBlur(kernel(BATCH, 1, 3, 3), (1, 4, 5)),
+            (1, 3, 4, 5),
+        ),
+        (1, 3, 4, 5),
+    ),
     "inpainting per channel": lambda: (PixelMask(1 - torch.eye(6).expand(1, 2, 6, 6), (2, 6, 6)), (2, 6, 6)),
 }
 

@@ -84,8 +84,9 @@ def test_every_operator_instantiates(choice, priors, tmp_path):
     with composed(f"physics={choice}", *path, f"prior={priors[3]}", folder=tmp_path) as config:
         operator = instantiate(config.physics.operator, _convert_="all")
     assert isinstance(operator, OperatorFamily)
-    physics = operator.draw(2, (3, IMAGE, IMAGE), torch.Generator().manual_seed(0))
-    assert physics.A(torch.rand(2, 3, IMAGE, IMAGE)).isfinite().all()
+    shape = (3, 9, 2 * IMAGE, 2 * IMAGE) if choice.startswith("video") else (3, IMAGE, IMAGE)
+    physics = operator.draw(2, shape, torch.Generator().manual_seed(0))
+    assert physics.A(torch.rand(2, *shape)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -486,10 +486,10 @@ def test_good_sizes(family, shape):
 
 @each_operator
 def test_images_of_another_size_are_refused(case):
-    physics, (channels, height, width) = CASES[case]()
+    physics, (*first, height, width) = CASES[case]()
     for method in (physics.A, physics.A_adjoint):
         with pytest.raises(ValueError, match="got"):
-            method(torch.ones(BATCH, channels, height + 12, width))
+            method(torch.ones(BATCH, *first, height + 12, width))
 
 
 def test_bad_noise_levels():

@@ -71,7 +71,7 @@ def test_gradients(case):
     weights = torch.randn(BATCH, *shape, 3, generator=generator(4), dtype=torch.float64)
 
     def projected(*arguments: Tensor) -> Tensor:
-        return torch.einsum("bchw,bchwk->bk", joint_prox(physics, *arguments), weights)
+        return torch.einsum("b...,b...k->bk", joint_prox(physics, *arguments), weights)
 
     def of_parameters(*values: Tensor) -> Tensor:
         return projected(*(t.detach() for t in pixels), *values)
@@ -122,7 +122,7 @@ def test_hard_projection(case, sigma_y):
     y = physics.A(physics.A_dagger(y))
     sigma, delta = SIGMA.float(), DELTA.float()
     u = joint_prox(physics, y, x_sigma, x, sigma, delta, 1.0, sigma_y)
-    weight = (delta / (delta + sigma**2)).view(-1, 1, 1, 1)
+    weight = (delta / (delta + sigma**2)).view(-1, *(1,) * len(shape))
     c = weight * x_sigma + (1 - weight) * x
     torch.testing.assert_close(u, c + physics.A_dagger(y - physics.A(c)), rtol=0, atol=1e-4)
     torch.testing.assert_close(physics.A(u), y, rtol=0, atol=1e-5)
@@ -150,7 +150,7 @@ def test_hard_projection_stays_finite(case):
 def assert_float32_agrees_with_float64(physics, shape):
     x0, x = (torch.rand(BATCH, *shape, generator=generator(i)) for i in range(2))
     sigma, delta = torch.tensor([0.1, 14.0]), torch.tensor([0.01, 0.09])
-    x_sigma = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator(2))
+    x_sigma = x0 + sigma.view(-1, *(1,) * len(shape)) * torch.randn(x0.shape, generator=generator(2))
     y = observe(physics, x0, 1e-4, generator(3))
     single = joint_prox(physics, y, x_sigma, x, sigma, delta, 1.0, 1e-4)
     double = joint_prox(physics, y.double(), x_sigma.double(), x.double(), sigma, delta, 1.0, 1e-4)

@@ -348,13 +348,15 @@ class SamplingRun:
         return read_image(path, channels=channels).unsqueeze(0).to(self.device)
 
     def known_operator(self, y: Tensor) -> Any:
-        """Return the operator of an observation y [1, C, h, w] that was made elsewhere."""
+        """Return the operator of an observation y [1, ...] that was made elsewhere."""
         if self.operator.random:
             raise ValueError(
                 f"{type(self.operator).__name__} draws another operator each time and cannot explain an input that is "
                 "degraded already; give the one it was made with, e.g. physics=mask physics.mask=mask.png"
             )
-        return self.operator.draw(1, self.operator.image_shape((y.shape[1], y.shape[2], y.shape[3])), device=y.device)
+        y_shape: Any = tuple(y.shape[1:])
+        shape: Any = self.operator.image_shape(y_shape)
+        return self.operator.draw(1, shape, device=y.device)
 
     # --- test images ---------------------------------------------------------------------------------------------
 

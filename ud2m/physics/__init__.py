@@ -27,6 +27,7 @@ from ud2m.physics.problem import Observation, Problem
 from ud2m.physics.rows import at_least_float32, per_sample, select_samples
 from ud2m.physics.separable import Separable
 from ud2m.physics.super_resolution import SuperResolution
+from ud2m.physics.video import SpaceTime, VideoOperator
 
 __all__ = [
     "Adopted",
@@ -59,8 +60,10 @@ __all__ = [
     "Problem",
     "RandomGaussianBlur",
     "Separable",
+    "SpaceTime",
     "SuperResolution",
     "UniformBlur",
+    "VideoOperator",
     "adopt",
     "at_least_float32",
     "estimate_sigma_y",

@@ -49,7 +49,7 @@ class OperatorFamily(ABC):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (C, H, W) with positive entries, got {tuple(image_shape)}")
 
-    def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Return (C, H, W) of the images whose observations have the shape ``y_shape``; by default the same."""
         return y_shape
 

@@ -34,10 +34,9 @@ def _(physics: deepinv.physics.Inpainting, y: Tensor) -> Tensor:
 
 
 @singledispatch
-def image_shape(physics: DataTerm, y: Tensor) -> tuple[int, int, int]:
+def image_shape(physics: DataTerm, y: Tensor) -> tuple[int, ...]:
     """Return (C, H, W) of the images whose observations y [B, ...] are; by default that of A^T y."""
-    channels, height, width = cast(LinearPhysics, physics).A_adjoint(y[:1]).shape[1:]
-    return channels, height, width
+    return tuple(cast(LinearPhysics, physics).A_adjoint(y[:1]).shape[1:])
 
 
 @singledispatch

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class Observation:
         return len(self.y)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of x0."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of x0, or (C, T, H, W) of a video."""
         return image_shape(self.physics, self.y)
 
     @property
@@ -156,7 +157,8 @@ class Problem:
 
     def draw(self, x0: Tensor, sigma_y: Tensor, streams: list[torch.Generator]) -> Observation:
         """Draw an operator and noise for each image x0 [B, C, H, W], whose sampler is told sigma_y [B]."""
-        physics = self.operator.draw(len(x0), (x0.shape[1], x0.shape[2], x0.shape[3]), streams, x0.device)
+        shape: Any = tuple(x0.shape[1:])  # (C, T, H, W) for an operator on videos
+        physics = self.operator.draw(len(x0), shape, streams, x0.device)
         y = observe(physics, x0, sigma_y if self.noise is None else self.noise, streams)
         return Observation(y, adopt(physics, y), sigma_y)
 
