@@ -82,7 +82,7 @@ def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
     network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
     with pytest.raises(ValueError, match="it has another num_blocks"):
         distillation(prior, network=network, **start)
-    with pytest.raises(ValueError, match="cannot start from the model .*does not fit"):
+    with pytest.raises(ValueError, match=r"cannot start from the model .*does not fit"):
         distillation(save_tiny_prior(tmp_path / "wider", block_out_channels=(16, 32)), **start)
     (tmp_path / "export" / "psi.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot start from the model"):

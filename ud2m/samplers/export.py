@@ -123,7 +123,8 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
     if theirs != prior.fingerprint:
         warnings.warn(
             f"the model {reference} was trained on a prior with other weights (fingerprint {theirs[:12]}; "
-            f"{prior.reference} has {prior.fingerprint[:12]}); its adapter is a good start where one is the other trained on",
+            f"{prior.reference} has {prior.fingerprint[:12]}); its adapter is a good start where one is "
+            "the other trained on",
             stacklevel=2,
         )
 
