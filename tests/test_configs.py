@@ -22,6 +22,7 @@ CONF = REPOSITORY / "conf"
 OTHERS = {*DATA_SETS, "mnist_sr4"}
 # those that begin with the export of another one: test_latent_training.py
 OTHERS |= {"digits_latent", "digits_consistency", "latent_consistency"}
+OTHERS |= {"moving_digits_latent", "moving_digits_consistency"}
 EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - OTHERS)
 IMAGE = 32
 

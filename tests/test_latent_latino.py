@@ -5,6 +5,7 @@ import math
 import pytest
 import tiny_latent
 import torch
+from diffusers.configuration_utils import FrozenDict
 from latent_priors import SIDE, WIDTH, GaussianLatentPrior
 from torch import nn
 
@@ -29,7 +30,7 @@ class IdentityVae(nn.Module):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(1))
         self.config = tiny_latent.vae().config | {"in_channels": 3, "latent_channels": 3, "scaling_factor": 1.0}
-        self.config = type("Config", (), dict(self.config))
+        self.config = FrozenDict(self.config)
 
     def encode(self, x):
         return type("Encoded", (), {"latents": x})

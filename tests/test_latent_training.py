@@ -50,7 +50,7 @@ def latent_module(vae_folder: Path, **options) -> LatentModule:
     unet |= {"cross_attention_dim": 16, "attention_head_dim": 4}
     scheduler = tiny_latent.TABLE | {"prediction_type": "v_prediction"}
     text = TEXT | {"max_position_embeddings": 10}
-    module = LatentModule(str(vae_folder), unet, text, scheduler, **options)
+    module = LatentModule(str(vae_folder), unet, text, scheduler, prompt_length=10, **options)
     module.tokenizer = learn_tokenizer(CAPTIONS, 520, 10)
     return module
 
@@ -131,8 +131,9 @@ def test_the_models_loss_is_zero_for_the_true_velocity(vae_folder):
             assert torch.equal(time, t)
             return type("Output", (), {"sample": a * noise - b * z})
 
-    module.unet = TrueVelocity()
-    errors = module.errors(x0, t, module.embedded(["a", "b"]), streams(2))
+    embeds = module.embedded(["a", "b"])
+    module.network = TrueVelocity()
+    errors = module.errors(x0, t, embeds, streams(2))
     torch.testing.assert_close(errors, torch.zeros(2), atol=1e-6, rtol=0)
 
 
@@ -145,7 +146,7 @@ def test_a_checkpoint_holds_the_tokenizer_and_the_export_needs_diffusers_alone(v
     other.tokenizer = None
     other.restore(tmp_path / "last.ckpt")
     other.export(tmp_path / "pipe")
-    assert {v.dtype for v in other.unet.state_dict().values()} == {torch.float32}
+    assert {v.dtype for v in other.network.state_dict().values()} == {torch.float32}
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     ids = pipe.tokenizer("a red disc", padding="max_length", return_tensors="pt").input_ids

@@ -1,18 +1,22 @@
-"""Tiny text-to-image pipelines of every kind, made of random weights."""
+"""Tiny text-to-image and text-to-video pipelines, made of random weights."""
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UMT5Config, UMT5EncoderModel
 
 from ud2m.priors.latent_parts import tokenizer_of
 
@@ -87,4 +91,42 @@ def pipeline(kind: str, channels: int = 3, seed: int = 0) -> DiffusionPipeline:
     scheduler = LCMScheduler if kind == "distilled" else DDIMScheduler
     return StableDiffusionPipeline(
         **parts, **rest, unet=unet(), scheduler=scheduler(**TABLE, prediction_type=prediction)
+    )
+
+
+def wan(channels: int = 3, seed: int = 0, shift: float = 1.0) -> WanPipeline:
+    """Return a video pipeline: 5 frames of 16 x 16 have latents of 2 x 4 x 4."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=channels,
+        out_channels=channels,
+        scale_factor_spatial=4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    text = UMT5Config(
+        vocab_size=514, d_model=WIDTH, d_kv=8, d_ff=WIDTH, num_layers=1, num_heads=2, eos_token_id=1, pad_token_id=1
+    )
+    return WanPipeline(
+        vae=vae,
+        text_encoder=UMT5EncoderModel(text).eval(),
+        tokenizer=tokenizer_of([], LENGTH),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ud2m.precision import DTYPES, check_precision
 from ud2m.priors.latent import LatentPrior, Prompt
-from ud2m.training.cost import FLOAT, Counter, gigabytes
+from ud2m.priors.latent_parts import longest_prompt
+from ud2m.training.cost import FLOAT, Autocast, Counter, gigabytes
 
 HALF = 2
 """Bytes of a number in bfloat16 and float16."""
@@ -17,9 +18,10 @@ HALF = 2
 
 @torch.no_grad()
 def latent_estimate(config: DictConfig) -> str:
-    """Return parameters, operations and memory of one image of the size that the pipeline was trained on, as a table.
+    """Return parameters, operations and memory of one image or video, as a table.
 
-    Memory: the weights, and the largest sum of tensors that are alive at once in one evaluation of network, encoder or
+    Its sides are ``sampler.size``, [H, W] or [T, H, W], or else those that the pipeline was trained on. Memory: the
+    weights, and the largest sum of tensors that are alive at once in one evaluation of network, encoder or
     decoder, without gradients. The autoencoder is in float32 unless ``sampler.vae_dtype`` says otherwise.
 
     Raises:
@@ -27,32 +29,35 @@ def latent_estimate(config: DictConfig) -> str:
         ValueError: for an unknown precision.
     """
     prior = LatentPrior.on_meta(str(config.pipeline))
-    side, precision, vae_precision = prior.default_size, str(config.precision), str(config.sampler.vae_dtype)
+    precision, vae_precision = str(config.precision), str(config.sampler.vae_dtype)
+    size = tuple(config.sampler.get("size") or prior.default_size)
+    prior.check_size(*size)
     sizes = {}
     for name in (precision, vae_precision):
         check_precision(name)
         sizes[name] = FLOAT if DTYPES.get(name) is None else HALF
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in prior.parts.items()}
     weights = sum(sizes[vae_precision if name == "vae" else precision] * count for name, count in counts.items())
-    x = torch.empty(1, prior.channels, side, side, device="meta")
-    z = torch.empty(1, prior.latent_channels, side // prior.factor, side // prior.factor, device="meta")
+    x = torch.empty(1, prior.channels, *size, device="meta")
+    z = torch.empty(1, *prior.latent_shape(size), device="meta")
     calls: dict[str, tuple[Callable[[], Tensor], str]] = {
         "network": (lambda: prior.estimate(z, prior.table.num_times - 1, blank_prompt(prior)), precision),
         "encoder": (lambda: prior.encode(x), vae_precision),
         "decoder": (lambda: prior.decode(z), vae_precision),
     }
     rows = [(f"parameters, {name}", f"{count:,}") for name, count in counts.items()]
-    rows += [("image", f"{side}x{side}, {prior.channels} channels"), ("weights", gigabytes(weights))]
+    what = "video" if prior.video else "image"
+    rows += [(what, f"{'x'.join(map(str, size))}, {prior.channels} channels"), ("weights", gigabytes(weights))]
     most = 0.0
     for name, (call, dtype) in calls.items():
         counter = Counter()
         counter.known |= {tensor.untyped_storage()._cdata for tensor in prior.parts.state_dict().values()}
-        with counter:
+        with counter, Autocast(None):
             call()
         peak = counter.peak * sizes[dtype] / FLOAT
         most = max(most, peak)
         rows.append((f"{name}, one evaluation", f"{counter.flops / 1e12:.4g} TFLOPs, {gigabytes(peak)} in {dtype}"))
-    rows.append(("memory of one image", gigabytes(weights + most)))
+    rows.append((f"memory of one {what}", gigabytes(weights + most)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -61,7 +66,7 @@ def blank_prompt(prior: LatentPrior) -> Prompt:
     """Return a prompt without values, of the shapes that the prior's text models give."""
     texts = [prior.parts[name] for name in sorted(prior.parts) if name.startswith("text_encoder")]
     configs: list[Any] = [text.config for text in texts]
-    length = configs[0].max_position_embeddings
+    length = longest_prompt(prior.pipeline) or configs[0].max_position_embeddings
     embeds = torch.empty(1, length, sum(config.hidden_size for config in configs), device="meta")
     pooled = torch.empty(1, configs[-1].projection_dim, device="meta") if len(configs) > 1 else None
     return Prompt(embeds, pooled)

@@ -3,7 +3,8 @@
 from ud2m.data.folder import FolderData
 from ud2m.data.mnist import MnistData
 from ud2m.data.module import ImageDataModule
+from ud2m.data.moving_digits import MovingDigitsData
 from ud2m.data.photos import PhotoData
 from ud2m.data.shards import ShardData
 
-__all__ = ["FolderData", "ImageDataModule", "MnistData", "PhotoData", "ShardData"]
+__all__ = ["FolderData", "ImageDataModule", "MnistData", "MovingDigitsData", "PhotoData", "ShardData"]

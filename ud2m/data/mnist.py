@@ -61,14 +61,14 @@ class MnistData(ImageDataModule):
         """Return what the captions of the training digits say."""
         return super().all_captions() if not self.captions else [captions_of(label) for label in range(len(NUMBERS))]
 
-    def _digits(self, mnist: MNIST, part: slice, split: Split) -> "Digits":
+    def _digits(self, mnist: MNIST, part: slice, split: Split) -> Any:
         captions = [captions_of(label) for label in mnist.targets[part].tolist()] if self.captions else None
         return Digits(mnist.data[part], self.crop_size, split, captions)
 
 
-def captions_of(label: int) -> str:
+def captions_of(label: int, medium: str = "photo") -> str:
     """Return the captions of a digit, one a line; three in four say which it is."""
-    return "\n".join([f"a photo of the digit {NUMBERS[label]}"] * 3 + ["a photo of a digit"])
+    return "\n".join([f"a {medium} of the digit {NUMBERS[label]}"] * 3 + [f"a {medium} of a digit"])
 
 
 class Digits(Dataset[Any]):

@@ -10,10 +10,13 @@ SSIM_WINDOW = 11
 def psnr(x: Tensor, reference: Tensor) -> Tensor:
     """Return -10 log10(mean square error) in dB per image [B], for a data range of 1; inf for equal images.
 
+    Of videos [B, C, T, H, W] over all frames.
+
     Raises:
         ValueError: when the shapes differ.
     """
-    check_shapes(x, reference)
+    if x.ndim != 5 or x.shape != reference.shape:
+        check_shapes(x, reference)
     return -10 * (x - reference).square().flatten(1).mean(1).log10()
 
 

@@ -1,4 +1,4 @@
-"""A latent text-to-image model of diffusers as encoder E, decoder D and one-step estimate G(z_t, t, c)."""
+"""A latent model of images or videos of diffusers as encoder E, decoder D and one-step estimate G(z_t, t, c)."""
 
 import copy
 import hashlib
@@ -12,7 +12,8 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+from diffusers import AutoModel, DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -20,15 +21,15 @@ from torch import Tensor, nn
 
 from ud2m.files import read_tensors
 from ud2m.precision import DTYPES, check_precision, chosen_precision
-from ud2m.priors.latent_parts import assemble_on_meta
+from ud2m.priors.latent_parts import CLASS, assemble_on_meta, encode_texts, latent_channels, latent_scale
 from ud2m.priors.prior import LoraSpec
 from ud2m.priors.schedule import VPSchedule
 from ud2m.priors.shipped import ARCHITECTURES, PIPELINES, shipped_folder, subfolder
 
 MADE_BY = "latent_prior"
 """Key of the metadata of a saved prompt: the fingerprint of the model that made it."""
-CELL = 8
-"""Sides that diffusers' pipelines take are multiples of it."""
+CELL, VIDEO_CELL = 8, 16
+"""Sides that diffusers' pipelines of images and of videos take are multiples of it."""
 FINGERPRINTED = 64
 """Values of each tensor that enter the fingerprint: all of a large model would take minutes."""
 SENTINEL = 1000
@@ -86,9 +87,9 @@ class OneStep:
     def __init__(self, table: "NoiseTable", t: Tensor, doubled: bool):
         self.table, self.t = table, t
         self.config = table.config
-        # one "time" of as many numbers as the network gets images, twice where it is asked without the prompt too
+        # one "time" of as many numbers as the network gets images, twice where it gets them without the prompt too
         self.timesteps = (torch.cat([t, t]) if doubled else t).unsqueeze(0)
-        self.sigmas = self.timesteps
+        self.sigmas = [1.0]  # pipelines of videos tell it to caches of networks, of which there are none here
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None, original_inference_steps: Any = None) -> None:
         """Keep the time that it was made with."""
@@ -104,7 +105,9 @@ class OneStep:
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return z0 in float32, twice: some pipelines ask for the sample, others for the estimate."""
-        z0 = self.table.z0(model_output.to(torch.promote_types(sample.dtype, torch.float32)), sample, self.t)
+        # pipelines of videos round the latents to float32, whatever the network is in
+        widest = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
+        z0 = self.table.z0(model_output.to(widest), sample, self.t)
         return z0, z0
 
 
@@ -113,20 +116,22 @@ class NoiseTable:
 
     Args:
         config: of the pipeline's own scheduler.
-        consistency: whether it has the boundary scalings of a consistency model (``LCMScheduler``).
+        kind: name of the scheduler's class, unless the configuration has it (as those of files). ``LCMScheduler`` has
+            the boundary scalings of a consistency model; those whose name begins with ``FlowMatch`` belong to flows.
 
     Raises:
         ValueError: for a kind of prediction that is not known.
     """
 
-    def __init__(self, config: Mapping[str, Any], consistency: bool = False):
+    def __init__(self, config: Mapping[str, Any], kind: str | None = None):
         self.config = config
-        flow = str(config.get("_class_name", "")).startswith("FlowMatch")
+        kind = kind or str(config.get(CLASS, ""))
+        flow = kind.startswith("FlowMatch")
         self.prediction = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
         if self.prediction not in ESTIMATES:
             raise ValueError(f"the model predicts {self.prediction!r}; known are {', '.join(ESTIMATES)}")
         self.num_times = int(config.get("num_train_timesteps", 1000))
-        self.scaling = float(config.get("timestep_scaling", 10.0)) if consistency else None
+        self.scaling = float(config.get("timestep_scaling", 10.0)) if kind == "LCMScheduler" else None
         with torch.device("cpu"):
             self.schedule = None if self.prediction == "flow_prediction" else VPSchedule.from_config(config)
 
@@ -139,6 +144,26 @@ class NoiseTable:
         ratio = 2 * self.schedule.sigma(t)  # sigma is in image units
         a = (1 + ratio**2).rsqrt()
         return a, ratio * a
+
+    @property
+    def last_time(self) -> int:
+        """The largest time: that of a flow is pure noise, T; a table has T entries."""
+        return self.num_times if self.schedule is None else self.num_times - 1
+
+    def shifted_times(self, count: int, shift: float) -> tuple[float, ...]:
+        """Return ``count`` falling times T shift u / (1 + (shift - 1) u), u = 1, 1 - 1/count, ..., 1/count, of a flow.
+
+        Large shifts stay longer near the noise; that of Wan distilled by CausVid is 8.
+
+        Raises:
+            ValueError: where the model is no flow, or for numbers out of range.
+        """
+        if self.schedule is not None or count < 1 or not shift > 0:
+            raise ValueError(
+                f"shifted times need a flow, a count >= 1 and a shift > 0, got {self.prediction}, {count} and {shift}"
+            )
+        shares = [1 - k / count for k in range(count)]
+        return tuple(self.num_times * shift * u / (1 + (shift - 1) * u) for u in shares)
 
     def columns(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b as [B, 1, ...] in the type of latents."""
@@ -178,14 +203,15 @@ SIGMA_DATA = 0.5
 
 
 class LatentPrior(nn.Module):
-    """A frozen text-to-image pipeline of diffusers: the only place that knows latents and times.
+    """A frozen text-to-image or text-to-video pipeline of diffusers: the only place that knows latents and times.
 
-    E and D map images in [0, 1] to scaled latents and back; E is the posterior *mean*. G(z_t, t, c) is the estimate of
-    z that one evaluation of the pipeline makes: its own ``__call__`` does it, with time ids, guidance and all, so that
-    any pipeline is served alike. Gradients reach the prompt and the latents.
+    E and D map images [B, C, H, W] or videos [B, C, T, H, W] in [0, 1] to scaled latents and back; E is the posterior
+    *mean*. G(z_t, t, c) is the estimate of z that one evaluation of the pipeline makes: its own ``__call__`` does it,
+    with time ids, guidance and all, so that any pipeline is served alike. Gradients reach the prompt and the latents.
 
     Args:
-        pipeline: of diffusers, with ``vae``, a text encoder, ``unet`` or ``transformer``, and a scheduler.
+        pipeline: of diffusers, with ``vae``, a text encoder, ``unet`` or ``transformer``, and a scheduler; one of
+            videos with one network for all times, as Wan 2.1.
         reference: where it comes from.
         guidance: of classifier-free guidance, 1: none. For a network that takes the guidance as an input (LCM) that
             input. None: 8 for those, else 1.
@@ -209,24 +235,28 @@ class LatentPrior(nn.Module):
         ]
         if missing:
             raise ValueError(f"{reference or name} is a {name} without {', '.join(missing)}; a latent prior needs them")
+        if "transformer_2" in parts or pipeline.config.get("expand_timesteps"):
+            raise ValueError(
+                f"{reference or name} has a second network, or a time for each pixel, as Wan 2.2; a latent prior needs "
+                "one network and one time, as Wan 2.1"
+            )
         self.parts = nn.ModuleDict(parts).requires_grad_(False).eval()
         self.pipeline, self.reference = pipeline, reference
         pipeline.set_progress_bar_config(disable=True)
-        self.network: Any = parts["unet" if "unet" in parts else "transformer"]
+        self.network: Any = parts[_network_name(pipeline)]
         self.vae: Any = parts["vae"]
-        config = pipeline.scheduler.config
-        scaled = isinstance(pipeline.scheduler, LCMScheduler)
-        self.table = NoiseTable(config, consistency=scaled)
+        self.table = NoiseTable(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
         self.takes_guidance = getattr(self.network.config, "time_cond_proj_dim", None) is not None
         self.guidance = float(guidance if guidance is not None else 8.0 if self.takes_guidance else 1.0)
         if not self.guidance >= 1:
             raise ValueError(f"guidance must be at least 1 (none), got {guidance}")
         if self.distilled and not self.takes_guidance and self.guidance > 1:
             raise ValueError(
-                f"guidance={guidance} on a model that has its guidance distilled into it ({name} with LCMScheduler); "
-                "leave it out"
+                f"guidance={guidance} on a model that has its guidance distilled into it ({name} with "
+                f"{type(pipeline.scheduler).__name__}); leave it out"
             )
-        self.channels = int(pipeline.vae.config.in_channels)
+        self.stride = getattr(pipeline, "vae_scale_factor_temporal", None)
+        self.channels = int(pipeline.vae.config.in_channels) // (pipeline.vae.config.get("patch_size") or 1) ** 2
         self._call = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
 
     @classmethod
@@ -250,7 +280,8 @@ class LatentPrior(nn.Module):
             dtype: of network and text encoders: float32, bfloat16 or float16.
             vae_dtype: of the autoencoder.
             vae: another autoencoder: folder or hub id.
-            unet_weights: a file with other weights of the network, or OWNER/NAME/FILE of the hub, as those of DMD2.
+            unet_weights: a file with other weights of the network, or OWNER/NAME/FILE of the hub, as those of DMD2, or
+                of CausVid, which are renamed as diffusers has them.
             lora: a LoRA in the format of diffusers (LCM-LoRA): folder or hub id.
             scheduler: ``lcm`` for models whose distillation needs that one, as DMD2 and LCM-LoRA. None: the pipeline's.
             guidance: see the class.
@@ -268,14 +299,14 @@ class LatentPrior(nn.Module):
         where = str(shipped_folder(str(reference)) or reference)
         parts: dict[str, Any] = {}
         if vae is not None:
-            parts["vae"] = _reached(AutoencoderKL.from_pretrained, vae, torch_dtype=decoder_dtype)
+            parts["vae"] = _reached(AutoModel.from_pretrained, vae, torch_dtype=decoder_dtype)
         pipeline = _reached(DiffusionPipeline.from_pretrained, where, torch_dtype=network_dtype, **parts)
         if unet_weights is not None:
             _take_weights(pipeline, unet_weights)
         if lora is not None:
             _reached(pipeline.load_lora_weights, lora)
         if scheduler is not None:
-            pipeline.scheduler = _scheduler(scheduler).from_config(pipeline.scheduler.config)
+            pipeline.scheduler = _few_steps(pipeline.scheduler, scheduler)
         prior = cls(pipeline, str(reference), guidance).to(device)
         # nn.Module's own cast: that of diffusers warns about modules to keep in float32, of which this class has none
         nn.Module.to(prior.vae, decoder_dtype)
@@ -296,16 +327,15 @@ class LatentPrior(nn.Module):
 
     @property
     def distilled(self) -> bool:
-        """Whether the model needs few steps and no guidance: it has ``LCMScheduler``, or takes guidance as an input."""
-        return self.table.scaling is not None or self.takes_guidance
+        """Whether few steps and no guidance are needed: the scheduler says so, or guidance is an input."""
+        return isinstance(self.pipeline.scheduler, FEW_STEPS) or self.takes_guidance
 
     def as_consistency_model(self, shared: bool) -> "LatentPrior":
-        """Return the prior with ``LCMScheduler``; the network is the same one if ``shared``, else a copy."""
+        """Return the prior with a scheduler of ``FEW_STEPS``; the network is the same if ``shared``, else a copy."""
         pipeline = copy.copy(self.pipeline)
         if not shared:
-            name = "unet" if "unet" in self.parts else "transformer"
-            setattr(pipeline, name, copy.deepcopy(self.network))
-        pipeline.scheduler = LCMScheduler.from_config(self.pipeline.scheduler.config)
+            setattr(pipeline, _network_name(pipeline), copy.deepcopy(self.network))
+        pipeline.scheduler = _few_steps(self.pipeline.scheduler)
         return LatentPrior(pipeline, self.reference)
 
     # --- LoRA ----------------------------------------------------------------------------------------------------
@@ -337,30 +367,52 @@ class LatentPrior(nn.Module):
     def save_lora(self, folder: Path) -> None:
         """Write a LoRA in the format of diffusers, for ``from_pretrained(..., lora=folder)``."""
         layers = {name: value.half() for name, value in peft.get_peft_model_state_dict(self.network).items()}
-        self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, safe_serialization=True)
+        named = {f"{_network_name(self.pipeline)}_lora_layers": layers}
+        self.pipeline.save_lora_weights(str(folder), **named, safe_serialization=True)
 
     # --- images and latents --------------------------------------------------------------------------------------
 
     @property
+    def video(self) -> bool:
+        """Whether it is a prior of videos [B, C, T, H, W]."""
+        return self.stride is not None
+
+    @property
     def factor(self) -> int:
-        """Factor by which latents are smaller than images."""
-        return int(getattr(self.pipeline, "vae_scale_factor", 2 ** (len(self.vae.config.block_out_channels) - 1)))
+        """Factor by which the sides of latents are smaller than those of images."""
+        names = ("vae_scale_factor_spatial", "vae_scale_factor")
+        found = [getattr(self.pipeline, name) for name in names if hasattr(self.pipeline, name)]
+        return int(found[0] if found else 2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def multiple(self) -> int:
         """Sides of images must be multiples of it."""
-        return math.lcm(CELL, self.factor)
+        if not self.video:
+            return math.lcm(CELL, self.factor)
+        return math.lcm(VIDEO_CELL, self.factor * self.network.config.patch_size[-1])
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return int(self.vae.config.latent_channels)
+        return latent_channels(self.vae)
+
+    def latent_shape(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape [c, h, w] or [c, t, h, w] of the latents of one image (H, W) or video (T, H, W)."""
+        frames = [(count - 1) // self.stride + 1 for count in sides[:-2]] if self.stride else []
+        return (self.latent_channels, *frames, *(side // self.factor for side in sides[-2:]))
 
     @property
-    def default_size(self) -> int:
-        """Side of the images that the model was trained on, in pixels."""
-        side = self.network.config.sample_size
-        return int(side if isinstance(side, int) else side[0]) * self.factor
+    def default_size(self) -> tuple[int, int]:
+        """Sides (H, W) of the images that the model was trained on, in pixels.
+
+        Raises:
+            ValueError: for a network that does not tell it, as those of videos.
+        """
+        side = getattr(self.network.config, "sample_size", None)
+        if side is None:
+            raise ValueError(f"{self.reference} does not say for which size it was made; give one")
+        height, width = (side, side) if isinstance(side, int) else side
+        return int(height) * self.factor, int(width) * self.factor
 
     @property
     def device(self) -> torch.device:
@@ -369,50 +421,56 @@ class LatentPrior(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the network's values."""
-        return next(self.network.parameters()).dtype
+        """Type of the network's values; some that need it stay in float32 (diffusers' ``_keep_in_fp32_modules``)."""
+        return self.network.dtype
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError when the model cannot take images of this size."""
+    def check_size(self, *sides: int) -> None:
+        """Raise ValueError when the model cannot take images of sides (H, W), or videos of sides (T, H, W)."""
+        what, expected = ("videos (T, H, W)", 3) if self.video else ("images (H, W)", 2)
+        text = "x".join(str(side) for side in sides)
+        if len(sides) != expected:
+            raise ValueError(f"the latent prior {self.reference or ''} takes {what}, got sides {text}")
+        height, width = sides[-2:]
         if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
             raise ValueError(
-                f"the latent prior takes images whose sides are multiples of {self.multiple}, got {height}x{width}; "
-                "crop or resize the image"
+                f"the latent prior takes {what.split()[0]} whose sides are multiples of {self.multiple}, got "
+                f"{height}x{width}; crop or resize"
+            )
+        if self.stride and (sides[0] < 1 or (sides[0] - 1) % self.stride):
+            before = max(sides[0] - 1, 0) // self.stride * self.stride + 1
+            raise ValueError(
+                f"the latent prior takes videos of 1 + {self.stride} n frames, got {sides[0]}; take {before} or "
+                f"{before + self.stride}"
             )
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the latents E(x), float32 at least, of images x [B, C, H, W] in [0, 1].
+        """Return the latents E(x), float32 at least, of images x [B, C, H, W] or videos [B, C, T, H, W] in [0, 1].
 
         Raises:
             ValueError: for a size or number of channels that the autoencoder cannot take.
             FloatingPointError: when the autoencoder returns values that are not finite.
         """
-        self.check_size(*x.shape[-2:])
+        self.check_size(*x.shape[2:])
         if x.shape[1] != self.channels:
             raise ValueError(f"the latent prior's images have {self.channels} channels, got {x.shape[1]}")
         output = self.vae.encode(2 * x.to(self._vae_dtype) - 1)
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
         latents = latents.to(torch.promote_types(x.dtype, torch.float32))
-        shift, scale = self._latent_scale(latents)
+        shift, scale = latent_scale(self.vae, latents)
         return self._finite((latents - shift) * scale, "encoder")
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the images D(z), float32 at least and not clipped, of latents z; errors as ``encode``."""
-        shift, scale = self._latent_scale(z)
+        """Return the images or videos D(z), float32 at least, of latents z; errors as ``encode``.
+
+        Not clipped here; the autoencoders of videos clip their frames themselves.
+        """
+        shift, scale = latent_scale(self.vae, z)
         x = self.vae.decode((z / scale + shift).to(self._vae_dtype)).sample
         return self._finite((x.to(torch.promote_types(z.dtype, torch.float32)) + 1) / 2, "decoder")
 
     @property
     def _vae_dtype(self) -> torch.dtype:
         return next(self.vae.parameters()).dtype
-
-    def _latent_scale(self, like: Tensor) -> tuple[Any, Any]:
-        config = self.vae.config
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            shape = (1, -1, *[1] * (like.ndim - 2))
-            mean, std = (like.new_tensor(config[key]).view(shape) for key in ("latents_mean", "latents_std"))
-            return mean, getattr(config, "scaling_factor", None) or 1 / std
-        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     def _finite(self, values: Tensor, which: str) -> Tensor:
         if not torch.isfinite(values).all():
@@ -428,12 +486,12 @@ class LatentPrior(nn.Module):
 
     # --- the network ---------------------------------------------------------------------------------------------
 
-    def estimate(self, z_t: Tensor, t: Tensor | int, prompt: Prompt, guidance: float | None = None) -> Tensor:
-        """Return G(z_t, t, c), float32 at least: the estimate of z [B, c, h, w] from z_t = a z + b eps.
+    def estimate(self, z_t: Tensor, t: Tensor | float, prompt: Prompt, guidance: float | None = None) -> Tensor:
+        """Return G(z_t, t, c), float32 at least: the estimate of z from z_t = a z + b eps.
 
         Args:
-            z_t: noisy latents.
-            t: times, whole numbers in [0, T), one or [B].
+            z_t: noisy latents [B, c, h, w], or [B, c, t, h, w] of videos.
+            t: times, one or [B]: whole numbers in [0, T), or numbers in [0, T] of a flow.
             prompt: one, or one for each.
             guidance: instead of that of the prior.
 
@@ -442,8 +500,8 @@ class LatentPrior(nn.Module):
             FloatingPointError: when the network returns values that are not finite.
         """
         times = torch.as_tensor(t, device=z_t.device).expand(len(z_t))
-        if not ((times >= 0) & (times < self.table.num_times)).all():
-            raise ValueError(f"times lie in [0, {self.table.num_times - 1}], got {times.tolist()}")
+        if not ((times >= 0) & (times <= self.table.last_time)).all():
+            raise ValueError(f"times lie in [0, {self.table.last_time}], got {times.tolist()}")
         prompt = prompt.expand(len(z_t))
         weight = self.guidance if guidance is None else guidance
         doubled = weight > 1 and not self.takes_guidance
@@ -453,9 +511,11 @@ class LatentPrior(nn.Module):
             arguments["negative_prompt_embeds"] = empty.embeds.to(self.dtype)
             if empty.pooled is not None:
                 arguments["negative_pooled_prompt_embeds"] = empty.pooled.to(self.dtype)
+        if self.stride:
+            arguments["num_frames"] = (z_t.shape[2] - 1) * self.stride + 1
         if prompt.pooled is not None:
             arguments["pooled_prompt_embeds"] = prompt.pooled.to(self.dtype)
-        own, self.pipeline.scheduler = self.pipeline.scheduler, OneStep(self.table, times, doubled)
+        own, self.pipeline.scheduler = self.pipeline.scheduler, OneStep(self.table, times, doubled and not self.video)
         try:
             z0 = self._call(
                 self.pipeline,
@@ -477,7 +537,7 @@ class LatentPrior(nn.Module):
             )
         return z0
 
-    def noised(self, z: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
+    def noised(self, z: Tensor, t: Tensor | float, eps: Tensor) -> Tensor:
         """Return z_t = a z + b eps."""
         return self.table.noised(z, torch.as_tensor(t).expand(len(z)), eps)
 
@@ -490,9 +550,7 @@ class LatentPrior(nn.Module):
         texts = (texts,) if isinstance(texts, str) else tuple(texts)
         for text in texts:
             self._check_length(text)
-        found = self.pipeline.encode_prompt(
-            list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        found = encode_texts(self.pipeline, texts, self.device)
         return Prompt(found[0], found[2] if len(found) > 2 else None, texts)
 
     def _check_length(self, text: str) -> None:
@@ -558,9 +616,13 @@ class LatentPrior(nn.Module):
     # --- memory --------------------------------------------------------------------------------------------------
 
     def checkpoint_layers(self) -> "LatentPrior":
-        """Keep the inputs of blocks alone for a backward pass, of network and autoencoder, and evaluate them again."""
-        self.network.enable_gradient_checkpointing()
-        self.vae.enable_gradient_checkpointing()
+        """Keep the inputs of blocks alone for a backward pass, of network and autoencoder, and evaluate them again.
+
+        Of those parts that diffusers can evaluate so: the autoencoder of Wan is none of them.
+        """
+        for part in (self.network, self.vae):
+            if part._supports_gradient_checkpointing:
+                part.enable_gradient_checkpointing()
         return self
 
     def train(self, mode: bool = True) -> "LatentPrior":
@@ -596,14 +658,40 @@ def _take_weights(pipeline: DiffusionPipeline, place: str) -> None:
         path = Path(_reached(lambda repository: hf_hub_download(repository, "/".join(file)), f"{owner}/{name}"))
     state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     try:
-        pipeline.unet.load_state_dict(state)
+        getattr(pipeline, _network_name(pipeline)).load_state_dict(_renamed(state))
     except RuntimeError as error:
         raise ValueError(
-            f"{place} holds no weights of the pipeline's network: {str(error).splitlines()[1:2]}"
+            f"{place} holds no weights of the pipeline's network: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
-def _scheduler(name: str) -> Any:
+def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weights under the names of diffusers.
+
+    Those of CausVid lie in a dictionary under ``generator``, below the name of the wrapper that they were trained in,
+    with the names of Wan's own code; diffusers knows how to rename these.
+    """
+    state = dict(state.get("generator", state))
+    if not any(name.endswith("self_attn.q.weight") for name in state):
+        return state
+    for wrapper in ("_fsdp_wrapped_module.", "model."):
+        state = {name.replace(wrapper, ""): value for name, value in state.items()}
+    return convert_wan_transformer_to_diffusers(state)
+
+
+def _network_name(pipeline: DiffusionPipeline) -> str:
+    return "unet" if pipeline.components.get("unet") is not None else "transformer"
+
+
+FEW_STEPS = (LCMScheduler, FlowMatchLCMScheduler)
+"""Schedulers of models for few steps, whose guidance is distilled into them: of a table, and of a flow."""
+
+
+def _few_steps(scheduler: Any, name: str = "lcm") -> Any:
     if name != "lcm":
         raise ValueError(f"scheduler must be lcm, or left out for the pipeline's own, got {name!r}")
-    return LCMScheduler
+    table = NoiseTable(scheduler.config, type(scheduler).__name__)
+    if table.schedule is not None:
+        return LCMScheduler.from_config(scheduler.config)
+    shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+    return FlowMatchLCMScheduler(num_train_timesteps=table.num_times, shift=shift)

@@ -1,4 +1,4 @@
-"""The parts of a small latent text-to-image model: built from plain options, and written as a diffusers folder."""
+"""The parts of a small latent model of images or videos: built from plain options, and written as diffusers has it."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,12 +9,23 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    AutoModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 from ud2m.files import parse_json, write_json
 from ud2m.priors.shipped import shipped_folder
@@ -26,40 +37,50 @@ BYTES = 512
 """Tokens of all bytes, within a word and at its end: no text is unknown to the tokenizer."""
 
 
-def build_vae(options: Mapping[str, Any]) -> AutoencoderKL:
-    """Return an untrained autoencoder from the arguments of diffusers' ``AutoencoderKL``.
+CLASS = "_class_name"
+"""The key of options that names the class, as in the configurations of diffusers."""
+
+
+def build_vae(options: Mapping[str, Any]) -> Any:
+    """Return an untrained autoencoder from the arguments of its class, the first of ``VAES`` unless named.
 
     Raises:
-        ValueError: for arguments that it cannot take.
+        ValueError: for another class, and for arguments that it cannot take.
     """
-    return _built(AutoencoderKL, options)
+    return _built(VAES, options)
 
 
-def build_conditional_unet(options: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Return an untrained network from the arguments of diffusers' ``UNet2DConditionModel``; errors as above."""
-    return _built(UNet2DConditionModel, options)
+def build_latent_network(options: Mapping[str, Any]) -> Any:
+    """Return an untrained network, of a class of ``NETWORKS``; otherwise as ``build_vae``."""
+    return _built(NETWORKS, options)
 
 
-def build_text_encoder(options: Mapping[str, Any]) -> CLIPTextModel:
-    """Return an untrained text model from the arguments of transformers' ``CLIPTextConfig``; errors as ``build_vae``.
+def build_text_encoder(options: Mapping[str, Any]) -> Any:
+    """Return an untrained text model, of a class of ``TEXT_MODELS``; otherwise as ``build_vae``.
 
     Its vocabulary holds ``BYTES`` tokens and start and end, and more for words.
     """
     if options.get("vocab_size", BYTES) < BYTES + 2:
         raise ValueError(f"vocab_size must be at least {BYTES + 2}, for all bytes, start and end, got {options}")
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    return _built(lambda **given: CLIPTextModel(CLIPTextConfig(**given)), {**options, **special}, "CLIPTextModel")
+    return _built(TEXT_MODELS, {**options, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
 
 
-def _built(make: Any, options: Mapping[str, Any], name: str = "") -> Any:
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderKLWan": AutoencoderKLWan}
+NETWORKS = {"UNet2DConditionModel": UNet2DConditionModel, "WanTransformer3DModel": WanTransformer3DModel}
+TEXT_MODELS = {
+    "CLIPTextModel": lambda **options: CLIPTextModel(CLIPTextConfig(**options)),
+    "UMT5EncoderModel": lambda **options: UMT5EncoderModel(UMT5Config(**options)),
+}
+
+
+def _built(kinds: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    name = options.get(CLASS, next(iter(kinds)))
+    if name not in kinds:
+        raise ValueError(f"{CLASS} must be one of {', '.join(kinds)}, got {name!r}")
     try:
-        return make(**_lists_as_tuples(options))
+        return kinds[name](**{key: value for key, value in options.items() if key != CLASS})
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise ValueError(f"{name or make.__name__} cannot be built from {dict(options)}: {error}") from error
-
-
-def _lists_as_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        raise ValueError(f"{name} cannot be built from {dict(options)}: {error}") from error
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, length: int) -> CLIPTokenizer:
@@ -111,26 +132,24 @@ def merges_of(tokenizer: CLIPTokenizer) -> list[list[str]]:
 
 
 def assemble(
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    unet: UNet2DConditionModel,
-    scheduler: Mapping[str, Any],
-) -> StableDiffusionPipeline:
-    """Return the pipeline of these parts, with ``DDIMScheduler`` for the noise table ``scheduler``."""
+    vae: Any, text_encoder: Any, tokenizer: CLIPTokenizer, network: Any, scheduler: Mapping[str, Any]
+) -> DiffusionPipeline:
+    """Return the pipeline for a network of ``NETWORKS``, and the other parts; ``scheduler``: its noise table."""
+    table = {key: value for key, value in scheduler.items() if key != CLASS}
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    if isinstance(network, WanTransformer3DModel):
+        return WanPipeline(**parts, transformer=network, scheduler=FlowMatchEulerDiscreteScheduler(**table))
     return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        **parts,
+        unet=network,
+        scheduler=DDIMScheduler(**table, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def load_vae(reference: str) -> AutoencoderKL:
+def load_vae(reference: str) -> Any:
     """Return the autoencoder of its own folder, of a pipeline's, or of a hub id, in float32.
 
     Raises:
@@ -139,7 +158,7 @@ def load_vae(reference: str) -> AutoencoderKL:
     where = str(shipped_folder(reference) or reference)
     part = {"subfolder": "vae"} if (Path(where) / "vae").is_dir() or not Path(where).is_dir() else {}
     try:
-        return AutoencoderKL.from_pretrained(where, torch_dtype=torch.float32, **part)
+        return AutoModel.from_pretrained(where, torch_dtype=torch.float32, **part)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no autoencoder at {reference!r}: it is neither the folder of one, nor that of a pipeline, nor a hub "
@@ -147,14 +166,65 @@ def load_vae(reference: str) -> AutoencoderKL:
         ) from error
 
 
-def to_latents(vae: AutoencoderKL, x0: Tensor) -> Tensor:
-    """Return the scaled posterior means of images x0 in [0, 1]."""
-    return (vae.encode(2 * x0 - 1).latent_dist.mode() - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+def latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """Return m and s of the scaled latents (z - m) s, from the autoencoder's configuration."""
+    config = vae.config
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shape = (1, -1, *[1] * (like.ndim - 2))
+        mean, std = (like.new_tensor(config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+        return mean, config.get("scaling_factor") or 1 / std
+    return config.get("shift_factor") or 0.0, config.scaling_factor
 
 
-def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Return the tokens [B, length] of texts, padded and cut to the tokenizer's length."""
-    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+def latent_channels(vae: Any) -> int:
+    """Return the channels of the latents."""
+    return int(vae.config.get("z_dim") or vae.config.latent_channels)
+
+
+def measured_scale(vae: Any, mean: Tensor, power: Tensor) -> dict[str, Any]:
+    """Return what to write into the configuration, so that scaled latents have variance 1.
+
+    Args:
+        vae: an autoencoder with one factor, or with mean and standard deviation of each channel.
+        mean: of the channels of its latents [c].
+        power: their mean squares [c].
+    """
+    if "scaling_factor" in vae.config:
+        return {"scaling_factor": power.mean().rsqrt().item()}
+    return {"latents_mean": mean.tolist(), "latents_std": (power - mean.square()).sqrt().tolist()}
+
+
+def to_latents(vae: Any, x0: Tensor) -> Tensor:
+    """Return the scaled posterior means of images or videos x0 in [0, 1]."""
+    mode = vae.encode(2 * x0 - 1).latent_dist.mode()
+    mean, scale = latent_scale(vae, mode)
+    return (mode - mean) * scale
+
+
+def encode_texts(pipeline: DiffusionPipeline, texts: Sequence[str], device: torch.device) -> tuple[Any, ...]:
+    """Return what the pipeline's own ``encode_prompt`` returns for texts, without guidance."""
+    taken = inspect.signature(pipeline.encode_prompt).parameters
+    given = {
+        "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
+        "max_sequence_length": longest_prompt(pipeline),
+        "do_classifier_free_guidance": False,
+    }
+    arguments = {key: value for key, value in given.items() if key in taken}
+    return pipeline.encode_prompt(list(texts), device=device, **arguments)
+
+
+def longest_prompt(pipeline: DiffusionPipeline) -> int | None:
+    """Return the tokens that a pipeline pads texts to: its default, or fewer where its tokenizers take fewer.
+
+    None for those that leave it to their tokenizer.
+    """
+    parameter = inspect.signature(pipeline.encode_prompt).parameters.get("max_sequence_length")
+    if parameter is None:
+        return None
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+    lengths = [tokenizer.model_max_length for tokenizer in tokenizers if tokenizer is not None]
+    return min(parameter.default, max(lengths, default=parameter.default))
 
 
 def assemble_on_meta(folder: Path) -> DiffusionPipeline:

@@ -23,6 +23,11 @@ PIPELINES: dict[str, dict[str, str]] = {
         "scheduler": "lcm",
     },
     "lcm_sd15": {"reference": "SimianLuo/LCM_Dreamshaper_v7"},
+    "wan_causvid": {
+        "reference": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "unet_weights": "tianweiy/CausVid/bidirectional_checkpoint2/model.pt",
+        "scheduler": "lcm",
+    },
 }
 """Published pipelines by name: arguments of ``LatentPrior.from_pretrained``. They are fetched from the hub."""
 MARKS = {"prior": SCHEDULER_FILE, "model": PSI_FILE, "pipeline": "model_index.json"}

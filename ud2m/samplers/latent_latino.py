@@ -152,8 +152,7 @@ class LatentSampler(Sampler):
     def from_prior(self, prompt: Prompt, size: tuple[int, int], streams: list[torch.Generator]) -> Tensor:
         """Return images of a size (H, W) drawn from the prior alone, one for each prompt, at the times ``DRAWING``."""
         prior = self.prior
-        height, width = (side // prior.factor for side in size)
-        z0 = torch.zeros(len(prompt), prior.latent_channels, height, width, device=prompt.embeds.device)
+        z0 = torch.zeros(len(prompt), *prior.latent_shape(size), device=prompt.embeds.device)
         for t in DRAWING:
             z0 = prior.estimate(prior.noised(z0, t, randn_like(z0, streams)), t, prompt)
         return prior.decode(z0).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Lightning module that distils a latent text-to-image model to one that needs few steps."""
+"""Lightning module that distils a latent text-to-image or text-to-video model to one that needs few steps."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,12 +30,14 @@ class ConsistencyModule(ScoredModule):
 
     From z_t, t uniform, the teacher makes one DDIM step with guidance w to s = max(t - skip, 0):
     z0 = G_teacher(z_t, t, c), z_s = a_s z0 + b_s eps(z0). The student f(z, t) = c_skip z + c_out G(z, t, c), with the
-    boundary scalings of ``LCMScheduler``, is to agree: sqrt(d^2 + c^2) - c of d = f(z_t, t) - f^-(z_s, s), averaged.
+    boundary scalings of ``LCMScheduler``, or G itself of a flow, which needs none, is to agree: sqrt(d^2 + c^2) - c of
+    d = f(z_t, t) - f^-(z_s, s), averaged.
     f^- is the average of the student; with a LoRA it is the student itself, and the teacher the network without it.
     Differs from the paper: t is any time of the table, where the paper has 50, so that a sampler may choose its times.
 
     The score is minus the energy distance of latents (Szekely and Rizzo, 2013), 4 steps after noise with the captions
-    of the validation images, from those of the images. The export is the folder of the pipeline with ``LCMScheduler``;
+    of the validation images, from those of the images. The export is the folder of the pipeline with ``LCMScheduler``
+    or ``FlowMatchLCMScheduler``;
     with a LoRA, that of its weights in the format of diffusers, for ``LatentPrior.from_pretrained(..., lora=...)``.
 
     Args:
@@ -108,7 +110,7 @@ class ConsistencyModule(ScoredModule):
     def losses(
         self, batch: Any, streams: list[torch.Generator], logged: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of images [B, C, H, W] with their captions, one a line."""
+        """Return the loss of images [B, C, H, W] or videos [B, C, T, H, W] with their captions, one a line."""
         x0, captions = batch
         table = self.teacher.table
         uniform = rand((len(x0), 3), streams, self.device)
@@ -121,7 +123,7 @@ class ConsistencyModule(ScoredModule):
                 z0 = self.teacher.estimate(z_t, t, prompt, self.guidance)
             z_s = table.noised(z0, s, table.eps(z0, z_t, t))
             with self.as_target():
-                # at s = 0 the boundary scalings return z_s itself
+                # at s = 0 the boundary scalings, and the estimate of a flow, are z_s itself
                 target = self.prior.estimate(z_s, s, prompt)
         d = self.prior.estimate(z_t, t, prompt) - target
         loss = ((d.square() + HUBER**2).sqrt() - HUBER).mean()
@@ -136,9 +138,8 @@ class ConsistencyModule(ScoredModule):
         return self.teacher.encode_prompt(kept)
 
     def latents_like(self, x0: Tensor) -> Tensor:
-        """Return latents of the shape that images x0 have; their values are of no interest."""
-        prior = self.teacher
-        return x0.new_empty(len(x0), prior.latent_channels, *(side // prior.factor for side in x0.shape[-2:]))
+        """Return latents of the shape that those of x0 have; their values are of no interest."""
+        return x0.new_empty(len(x0), *self.teacher.latent_shape(x0.shape[2:]))
 
     def as_teacher(self) -> AbstractContextManager:
         """Switch a LoRA off inside the context."""
@@ -149,7 +150,7 @@ class ConsistencyModule(ScoredModule):
         return self.ema.applied() if self.lora is None else nullcontext()
 
     def sample(self, prompt: Prompt, noise: Tensor, streams: Any) -> Tensor:
-        """Return latents by ``STEPS`` steps of multistep consistency sampling from noise [B, c, h, w]."""
+        """Return latents by ``STEPS`` steps of multistep consistency sampling from noise of their shape."""
         last = self.prior.table.num_times - 1
         z_t, z0 = noise, noise
         for step in range(STEPS):

@@ -196,7 +196,8 @@ class Autocast(TorchFunctionMode):
             args = [cast(value, dtype) for value in args]
             kwargs = {key: cast(value, dtype) for key, value in kwargs.items()}
         if name == "scaled_dot_product_attention":
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], scale=kwargs.get("scale"))[0]
+            inputs = [*args[:3], *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)]
+            return torch.ops.aten._scaled_dot_product_flash_attention(*inputs, scale=kwargs.get("scale"))[0]
         return func(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Lightning modules of a small latent text-to-image model: its autoencoder, then its network and text model."""
+"""Lightning modules of a small latent model of images or videos: its autoencoder, then network and text model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,21 +12,23 @@ from tqdm import tqdm
 from ud2m.evaluation.metrics import psnr
 from ud2m.files import atomic_folder
 from ud2m.losses.terms import NonFiniteLossError
+from ud2m.priors.latent import NoiseTable
 from ud2m.priors.latent_parts import (
     assemble,
-    build_conditional_unet,
+    build_latent_network,
     build_text_encoder,
     build_vae,
+    encode_texts,
+    latent_channels,
     learn_tokenizer,
     load_vae,
+    measured_scale,
     merges_of,
     save_half,
     save_pipeline,
     to_latents,
-    token_ids,
     tokenizer_of,
 )
-from ud2m.priors.schedule import VPSchedule
 from ud2m.random import rand, randn_like
 from ud2m.training.ema import Ema
 from ud2m.training.random_streams import stream
@@ -89,14 +91,14 @@ class ScoredModule(SteppedModule):
 
 
 class AutoencoderModule(ScoredModule):
-    """Train a KL autoencoder (Kingma and Welling, 2014; Rombach et al., 2022) for images in [-1, 1].
+    """Train a KL autoencoder (Kingma and Welling, 2014; Rombach et al., 2022) for images or videos in [-1, 1].
 
     Loss: mean |x - D(z)|^2 + kl KL, z = mu + s eps, KL the mean of (mu^2 + s^2 - 1 - log s^2) / 2 over all latents. The
-    score is the PSNR in dB of D(mu), for images in [0, 1]. The export is the folder of an ``AutoencoderKL`` whose
-    ``scaling_factor`` makes the latents of the validation images have standard deviation 1.
+    score is the PSNR in dB of D(mu), for images in [0, 1]. The export is the diffusers folder of the autoencoder, whose
+    configuration makes the scaled latents of the validation images have variance 1: each channel that of a video one.
 
     Args:
-        vae: arguments of diffusers' ``AutoencoderKL``.
+        vae: arguments of a class of ``VAES``, and its name as ``_class_name`` unless it is ``AutoencoderKL``.
         kl: weight of KL.
         lr: peak learning rate of AdamW.
         warmup: steps of linear warm-up, then cosine to zero at the last step.
@@ -111,7 +113,7 @@ class AutoencoderModule(ScoredModule):
 
     stream_name, method = "autoencoder", "autoencoder"
     optimized = ("autoencoder",)
-    latent_power: Tensor
+    latent_moments: Tensor
 
     def __init__(
         self,
@@ -129,12 +131,12 @@ class AutoencoderModule(ScoredModule):
             raise ValueError(f"kl, the weight of the divergence, must not be negative, got {kl}")
         self.vae, self.kl = build_vae(vae), kl
         self.ema = Ema(self.vae.parameters(), ema_decay)
-        self.register_buffer("latent_power", torch.ones(()))
+        self.register_buffer("latent_moments", torch.tensor([[0.0], [1.0]]).repeat(1, latent_channels(self.vae)))
 
     def losses(
         self, batch: Any, streams: list[torch.Generator], logged: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of clean images [B, C, H, W]; captions are not used."""
+        """Return the loss of clean images [B, C, H, W] or videos [B, C, T, H, W]; captions are not used."""
         x = 2 * images_of(batch) - 1
         posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * randn_like(posterior.mean, streams)
@@ -148,42 +150,43 @@ class AutoencoderModule(ScoredModule):
     def on_validation_epoch_start(self) -> None:
         """Start a score."""
         super().on_validation_epoch_start()
-        self.powers: list[Tensor] = []
+        self.moments: list[Tensor] = []
 
     def image_scores(self, batch: Any, key: int) -> Tensor:
         """Return the PSNR [B] of the autoencoded images, in dB."""
         x0 = images_of(batch)
         z = self.vae.encode(2 * x0 - 1).latent_dist.mode()
         if self.trainer.validating or self.trainer.training:
-            self.powers.append(z.square().mean((1, 2, 3)))
+            self.moments.append(torch.stack([z, z.square()], 1).flatten(3).mean(3))
         return psnr(((self.vae.decode(z).sample + 1) / 2).clamp(0, 1), x0)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the score, and keep the mean square of the latents."""
-        self.latent_power.copy_(torch.cat(self.powers).mean())
+        """Log the score, and keep mean and mean square of each channel of the latents."""
+        self.latent_moments.copy_(torch.cat(self.moments).mean(0))
         super().on_validation_epoch_end()
 
     def export(self, folder: Path) -> None:
         """Write the averaged autoencoder as a diffusers folder (float16 safetensors)."""
-        self.vae.register_to_config(scaling_factor=self.latent_power.rsqrt().item())
+        self.vae.register_to_config(**measured_scale(self.vae, *self.latent_moments))
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
             save_half(self.vae, partial)
 
 
 class LatentModule(ScoredModule):
-    """Train a latent text-to-image model: the network and a CLIP text model together, on a frozen autoencoder.
+    """Train a latent text-to-image or text-to-video model: network and text model together, on a frozen autoencoder.
 
-    Loss: |o - v|^2 at a uniform time t, with z_t = sqrt(abar) z + sqrt(1 - abar) eps and the target v of the table's
-    ``prediction_type``: eps, or sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho, 2022). Of an image's captions one
-    is drawn, and no caption at all with probability ``drop_caption``, for classifier-free guidance (Ho and Salimans,
-    2022). The score is minus the loss at five times. The export is the folder of a ``StableDiffusionPipeline``.
+    Loss: |o - v|^2 at a uniform time t, with z_t = a z + b eps of the table and the target v of what it predicts: eps,
+    a eps - b z (Salimans and Ho, 2022), or the flow eps - z (Lipman et al., 2023). Of an image's captions one is drawn,
+    and no caption at all with probability ``drop_caption``, for classifier-free guidance (Ho and Salimans, 2022). The
+    score is minus the loss at five times. The export is the folder of a pipeline: of Stable Diffusion, or of Wan.
 
     Args:
         vae: folder of an autoencoder, as ``AutoencoderModule`` exports it, or of a pipeline; or a hub id of one.
-        unet: arguments of diffusers' ``UNet2DConditionModel``.
-        text_encoder: arguments of transformers' ``CLIPTextConfig``. The tokenizer is learnt from the captions, with
-            ``vocab_size`` tokens at most, for prompts of ``max_position_embeddings`` tokens.
+        network: arguments of a class of ``NETWORKS``, and its name as ``_class_name`` unless the first.
+        text_encoder: likewise of ``TEXT_MODELS``. The tokenizer is learnt from the captions, with ``vocab_size`` tokens
+            at most.
         scheduler: the noise table, in the keys of a diffusers ``scheduler_config.json``.
+        prompt_length: tokens of a prompt at most, start and end among them.
         drop_caption: probability in [0, 1).
         lr: peak learning rate of AdamW.
         warmup: steps of linear warm-up, then cosine to zero at the last step.
@@ -203,9 +206,10 @@ class LatentModule(ScoredModule):
     def __init__(
         self,
         vae: str,
-        unet: Mapping[str, Any],
+        network: Mapping[str, Any],
         text_encoder: Mapping[str, Any],
         scheduler: Mapping[str, Any],
+        prompt_length: int = 12,
         drop_caption: float = 0.1,
         lr: float = 1e-3,
         warmup: int = 200,
@@ -217,24 +221,22 @@ class LatentModule(ScoredModule):
         super().__init__(StepSettings(warmup=warmup, accumulate=accumulate, clip=clip, ema_decay=ema_decay), seed, lr)
         if not 0 <= drop_caption < 1:
             raise ValueError(f"drop_caption must be a probability in [0, 1), got {drop_caption}")
-        if scheduler.get("prediction_type") not in TARGETS:
+        self.table = NoiseTable(scheduler)
+        if self.table.prediction not in TARGETS:
             raise ValueError(
-                f"the table's prediction_type must be one of {', '.join(TARGETS)}, got "
-                f"{scheduler.get('prediction_type')!r}"
+                f"the table's prediction_type must be one of {', '.join(TARGETS)}, got {self.table.prediction!r}"
             )
         self.vae = load_vae(vae).requires_grad_(False).eval()
-        self.unet, self.text_encoder = build_conditional_unet(unet), build_text_encoder(text_encoder)
-        self.scheduler, self.drop_caption = dict(scheduler), drop_caption
-        self.schedule = VPSchedule.from_config(scheduler)
+        self.network, self.text_encoder = build_latent_network(network), build_text_encoder(text_encoder)
+        self.scheduler, self.prompt_length, self.drop_caption = dict(scheduler), prompt_length, drop_caption
         self.tokenizer: Any = None
-        self.ema = Ema([*self.unet.parameters(), *self.text_encoder.parameters()], ema_decay)
+        self.ema = Ema([*self.network.parameters(), *self.text_encoder.parameters()], ema_decay)
 
     def on_fit_start(self) -> None:
         """Learn the tokenizer from the captions, unless a checkpoint holds it."""
         if self.tokenizer is None:
             texts = [line for text in cast(Any, self.trainer).datamodule.all_captions() for line in text.split("\n")]
-            config = self.text_encoder.config
-            self.tokenizer = learn_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
+            self.tokenizer = learn_tokenizer(texts, self.text_encoder.config.vocab_size, self.prompt_length)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the tokenizer too."""
@@ -244,19 +246,23 @@ class LatentModule(ScoredModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the tokenizer too."""
         super().on_load_checkpoint(checkpoint)
-        self.tokenizer = tokenizer_of(checkpoint[MERGES], self.text_encoder.config.max_position_embeddings)
+        self.tokenizer = tokenizer_of(checkpoint[MERGES], self.prompt_length)
+
+    def pipeline(self) -> Any:
+        """Return the parts as they are now, as a pipeline."""
+        return assemble(self.vae, self.text_encoder, self.tokenizer, self.network, self.scheduler)
 
     def embedded(self, captions: Sequence[str]) -> Tensor:
-        """Return the text model's states [B, length, width] of captions."""
-        return self.text_encoder(token_ids(self.tokenizer, captions).to(self.device))[0]
+        """Return the text model's states [B, length, width] of captions, as the pipeline makes them."""
+        return encode_texts(self.pipeline(), captions, self.device)[0]
 
     def losses(
         self, batch: Any, streams: list[torch.Generator], logged: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of images [B, C, H, W] with their captions, one a line."""
+        """Return the loss of images [B, C, H, W] or videos [B, C, T, H, W] with their captions, one a line."""
         x0, captions = batch
         uniform = rand((len(x0), 3), streams, self.device)
-        t = (uniform[:, 0] * self.schedule.num_times).long()
+        t = (uniform[:, 0] * self.table.num_times).long()
         drawn = draw_captions(captions, uniform[:, 1].tolist())
         kept = [text if u >= self.drop_caption else "" for text, u in zip(drawn, uniform[:, 2].tolist(), strict=True)]
         loss = self.errors(x0, t, self.embedded(kept), streams).mean()
@@ -265,14 +271,13 @@ class LatentModule(ScoredModule):
         return loss, {"total": loss.detach()}
 
     def errors(self, x0: Tensor, t: Tensor, embedding: Tensor, streams: Any) -> Tensor:
-        """Return the mean square errors [B] of the prediction for images x0 at times t [B]."""
+        """Return the mean square errors [B] of the prediction for images or videos x0 at times t [B]."""
         with torch.no_grad():
             z = to_latents(self.vae, x0)
         eps = randn_like(z, streams)
-        a, b = (root.view(-1, 1, 1, 1).to(z.dtype) for root in vp_roots(self.schedule, t))
-        output = self.unet(a * z + b * eps, t, encoder_hidden_states=embedding).sample
-        target = TARGETS[self.scheduler["prediction_type"]](z, eps, a, b)
-        return (output - target).square().mean((1, 2, 3))
+        a, b = self.table.columns(t, z)
+        output = self.network(a * z + b * eps, t, encoder_hidden_states=embedding).sample
+        return (output - TARGETS[self.table.prediction](z, eps, a, b)).square().flatten(1).mean(1)
 
     def image_scores(self, batch: Any, key: int) -> Tensor:
         """Return minus the mean loss [B] over five times, each image with the first of its captions."""
@@ -280,29 +285,22 @@ class LatentModule(ScoredModule):
         embedding = self.embedded(draw_captions(captions, [0.0] * len(x0)))
         errors = []
         for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-            t = torch.full((len(x0),), int(share * self.schedule.num_times), device=self.device)
+            t = torch.full((len(x0),), int(share * self.table.num_times), device=self.device)
             errors.append(self.errors(x0, t, embedding, stream(self.device, "latent", f"{share:g}", key)))
         return -torch.stack(errors).mean(0)
 
     def export(self, folder: Path) -> None:
         """Write the averaged model as the folder of a pipeline (float16 safetensors)."""
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
-            save_pipeline(assemble(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler), partial)
+            save_pipeline(self.pipeline(), partial)
 
 
 TARGETS = {
     "epsilon": lambda z, eps, a, b: eps,
     "v_prediction": lambda z, eps, a, b: a * eps - b * z,
+    "flow_prediction": lambda z, eps, a, b: eps - z,
 }
 """What a network is trained to return, from latents, noise and the two roots of the table."""
-
-
-def vp_roots(schedule: VPSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(abar_t) and sqrt(1 - abar_t) of times t [B], in float32."""
-    # sigma = sqrt((1 - abar) / abar) / 2, in image units
-    ratio = 2 * schedule.sigma(t)
-    signal = (1 + ratio**2).rsqrt()
-    return signal, ratio * signal
 
 
 def draw_captions(captions: Sequence[str], uniform: Sequence[float]) -> list[str]:
