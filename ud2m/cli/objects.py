@@ -30,6 +30,7 @@ LATENT = (
     "latent_rivals.Psld",
     "latent_rivals.Treg",
     "latino_pro.LatinoPro",
+    "lvtino.Lvtino",
 )
 FUNCTIONS = {
     "ud2m.losses.build_generator_loss",

@@ -81,11 +81,11 @@ class SmoothingStart(Start):
 
 
 def smooth(x: Tensor, scale: int) -> Tensor:
-    """Average x [B, C, H, W] over about scale x scale pixels and interpolate back to its size."""
+    """Average images, or each frame of videos, over about scale x scale pixels and interpolate back to their size."""
     size = x.shape[-2:]
     coarse = [max(1, math.ceil(length / scale)) for length in size]
-    low = F.interpolate(x, size=coarse, mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(low, size=size, mode="bilinear", align_corners=False)
+    low = F.interpolate(x.flatten(1, -3), size=coarse, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(low, size=size, mode="bilinear", align_corners=False).view_as(x)
 
 
 def start_from_y(start: Start, observation: Observation) -> Tensor:
