@@ -81,6 +81,7 @@ class Lvtino(LatentSampler):
         if not prior.video:
             raise ValueError(f"{prior.reference} is a pipeline of images; LVTINO needs one of videos")
         check_times(times, prior)
+        self.stride = prior.stride or 1
         self.times, self.image_times = tuple(times), tuple(image_times) if eta < 1 else ()
         if eta < 1:
             if image_prior is None or image_prior.video:
@@ -96,13 +97,13 @@ class Lvtino(LatentSampler):
                 self.image_prompt = image_prior.prompt(image_prompt)
         self.image_prior, self.eta, self.space, self.time = image_prior, eta, space, time
         self.window, self.overlap = window, overlap
-        if window is not None and (not is_whole(window) or window < 1 or (window - 1) % prior.stride):
+        if window is not None and (not is_whole(window) or window < 1 or (window - 1) % self.stride):
             raise ValueError(
-                f"window must be 1 + {prior.stride} n frames, as the video prior takes them, got {window!r}"
+                f"window must be 1 + {self.stride} n frames, as the video prior takes them, got {window!r}"
             )
-        if not is_whole(overlap) or overlap < 0 or (window is not None and overlap > max(window - prior.stride, 0)):
+        if not is_whole(overlap) or overlap < 0 or (window is not None and overlap > max(window - self.stride, 0)):
             raise ValueError(
-                f"overlap must be a number of frames from 0 to window - {prior.stride}, got {overlap!r} at "
+                f"overlap must be a number of frames from 0 to window - {self.stride}, got {overlap!r} at "
                 f"window={window}"
             )
 
@@ -168,18 +169,18 @@ class Lvtino(LatentSampler):
 
     def starts(self, frames: int) -> list[int]:
         """Return the first frames of the windows of a clip: multiples of the autoencoder's stride."""
-        stride, whole = self.prior.stride, self.whole(frames)
+        stride, whole = self.stride, self.whole(frames)
         window = min(self.window or whole, whole)
         step = max(stride, (window - self.overlap) // stride * stride)
         return [*range(0, whole - window, step), whole - window]
 
     def whole(self, frames: int) -> int:
         """Return the frames of a clip that is continued to what the autoencoder takes, 1 + stride n."""
-        return 1 + -(-(frames - 1) // self.prior.stride) * self.prior.stride
+        return 1 + -(-(frames - 1) // self.stride) * self.stride
 
     def of_videos(self, x: Tensor, t: int, streams: list[torch.Generator]) -> Tensor:
         """Return the video prior's clipped estimate of x [B, C, T, H, W] after noise of time t, in windows."""
-        prior, frames, stride = self.prior, x.shape[2], self.prior.stride
+        prior, frames = self.prior, x.shape[2]
         starts, whole = self.starts(frames), self.whole(frames)
         window = whole - starts[-1]
         clip = torch.cat([x, x[:, :, -1:].expand(-1, -1, whole - frames, -1, -1)], 2)
@@ -187,7 +188,7 @@ class Lvtino(LatentSampler):
         prompt, total, weights = self.prompt.expand(len(x)), torch.zeros_like(clip), x.new_zeros(whole)
         ramp = fade(window, window - starts[1] if starts[1:] else 0).to(x)
         for first in starts:
-            seen, latents = slice(first, first + window), first // stride
+            seen, latents = slice(first, first + window), first // self.stride
             z = prior.encode(clip[:, :, seen])
             eps = noise[:, :, latents : latents + z.shape[2]]
             u = prior.decode(prior.estimate(prior.noised(z, t, eps), t, prompt)).clamp(0, 1)
