@@ -6,6 +6,7 @@ from operators import CASES, dense, generator
 from tiny import SIZE, tiny_prior
 from torch import nn
 
+from ud2m.bars import Forecast, progress_bar
 from ud2m.evaluation import scores
 from ud2m.evaluation.comparison import best_settings
 from ud2m.evaluation.scores import distance_score
@@ -175,8 +176,9 @@ def nine(monkeypatch):
 def test_the_search_returns_the_best_of_all_settings(nine):
     levels, done = (0.1, 0.3, 0.6, 0.8, 0.95), []
     validation = [torch.full((2, *SHAPE), 0.55), torch.full((1, *SHAPE), 0.7)]
-    problem = Problem(GaussianBlur(), 0.05)
-    best = best_settings(levels, Grey, problem, validation, ["psnr_mean", "dists"], 2, done.append)
+    problem, forecast = Problem(GaussianBlur(), 0.05), Forecast(progress_bar(disable=True), 0)
+    forecast.drawn = done.append
+    best = best_settings(levels, Grey, problem, validation, ["psnr_mean", "dists"], 2, forecast)
     assert best == {"psnr_mean": 0.6, "dists": 0.95}
     assert sum(done) == 5 * 3 * 2
     with pytest.raises(ValueError, match="'residual' is no number to choose by; take one of psnr_mean, psnr_limit"):

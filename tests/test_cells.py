@@ -2,19 +2,21 @@
 
 import json
 import time
+from io import StringIO
 
 import pytest
 import torch
 from tiny import adapted, tiny_network, tiny_prior
 from torch import nn
 
-from ud2m.bars import NetworkEvaluations
+from ud2m.bars import Forecast, NetworkEvaluations, progress_bar
 from ud2m.evaluation.cells import CellStore, Result, digest, images_digest
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
 from ud2m.evaluation.usage import Stopwatch, peak_memory, reset_peak_memory
-from ud2m.physics import GaussianBlur, Inpainting
+from ud2m.physics import Denoising, GaussianBlur, Inpainting
 from ud2m.physics.problem import Problem
+from ud2m.samplers.base import Sampler
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
@@ -78,6 +80,37 @@ def test_a_stopwatch_adds_up_and_waits_for_the_device(monkeypatch):
     assert waited == 4 * [torch.device("cuda")]  # before and after each
 
 
+def told(done):
+    """A forecast that notes the samples that are drawn."""
+    forecast = Forecast(progress_bar(disable=True), 0)
+    forecast.drawn = done.append
+    return forecast
+
+
+class Counting(Sampler):
+    """As many evaluations of a network as an image has been asked for."""
+
+    def __init__(self, evaluations):
+        super().__init__([nn.Identity()])
+        self.asked = evaluations
+
+    def draw(self, observation, streams):
+        for _ in range(self.asked):
+            self.networks[0](observation.y)
+        return observation.y
+
+
+def test_the_bar_of_a_measurement_counts_network_evaluations():
+    with progress_bar(file=StringIO()) as bar:
+        forecast, seen = Forecast(bar, 5 * 2 + 5 * 2), []
+        for evaluations in (4, 6):
+            batches = (seen.append((bar.n, bar.total)) or x0 for x0 in images().split([3, 2]))
+            measure(Counting(evaluations), Problem(Denoising(), 0.05), batches, [], 2, forecast=forecast)
+    # after 6 samples of 4 evaluations: 20 would take 80; after 10 of 4 and 6 of 6: (40 + 36) / 16 * 20
+    assert seen == [(0, None), (24, 80), (40, 80), (76, 95)]
+    assert (bar.n, bar.total) == (100, 100)
+
+
 def test_every_method_sees_the_same_observations_and_the_shown_pictures_are_kept():
     seen = []
 
@@ -89,7 +122,7 @@ def test_every_method_sees_the_same_observations_and_the_shown_pictures_are_kept
     problem, x0 = Problem(Inpainting(), 0.05), images()
     done = []
     for sizes in ([5], [2, 3]):
-        result = measure(Spy(), problem, x0.split(sizes), [build_score("psnr")], 1, {0, 3}, done.append)
+        result = measure(Spy(), problem, x0.split(sizes), [build_score("psnr")], 1, {0, 3}, told(done))
     assert done == [5, 2, 3]
     torch.testing.assert_close(torch.cat([y for y, _ in seen[1:]]), seen[0][0], rtol=0, atol=1e-6)
     assert torch.equal(torch.cat([mask for _, mask in seen[1:]]), seen[0][1])

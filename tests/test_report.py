@@ -55,7 +55,8 @@ def test_the_page_is_balanced_and_loads_nothing():
     assert text.startswith("<!DOCTYPE html>")
     assert not re.search(r"https?://|[\"'(]//|url\(|@import", text)
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "object", "a")
+        assert tag not in ("link", "iframe", "object", "a")
+        assert tag != "script" or not attributes
         assert not {"href", "srcset", "onload", "onerror", "background"} & set(attributes)
         assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
     assert any(a.get("name") == "viewport" for tag, a in page.tags if tag == "meta")
@@ -149,7 +150,7 @@ def test_hostile_texts_are_escaped():
     )
     text = samples_page(report)
     page = Page(text)
-    assert "<script" not in text
+    assert text.count("<script") == 1
     assert not any("onerror" in attributes for _, attributes in page.tags)
     assert page.text.count('<script>alert("x")') >= 9
     assert any(HOSTILE in attributes["alt"] for attributes, _ in page.images())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from html_pages import Page
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -131,6 +132,17 @@ def test_comparison_has_all_rows_on_test_images(model, tmp_path):
     assert sum(name.startswith("LATINO") for name in names) == 1  # too small for LPIPS
     assert all(row["psnr"] > 0 and row["residual"] > 0 and row["seconds_per_image"] >= 0 for row in rows)
     assert (out / "chelsea-r0-c0-32" / "mean.png").is_file()
+    page = Page((out / "report.html").read_text())
+    assert "operator SuperResolution(factor=2), sigma_y = 0.05" in page.text
+    (shown,) = [folder.name for folder in out.iterdir() if folder.is_dir() and not folder.name.endswith("-32")]
+    labels = {attributes["alt"].removeprefix(f"{shown}: ") for attributes, _ in page.images()}
+    assert set(names[:-1]) <= labels
+    _, array = page.picture(f"{shown}: A^dagger y")
+    inverted = torch.from_numpy(array / 255).permute(2, 0, 1)[None].float()
+    physics = SuperResolution(2).draw(1, tuple(inverted.shape[1:]))
+    # A A^dagger y = y, up to 8 bits and what is clamped
+    assert (physics.A(inverted) - read_image(out / shown / "observation.png")).abs().mean() < 0.005
+    assert not list(out.glob(".rows"))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,24 @@ def shown(progress: bool | Advance, total: int | None) -> Iterator[Advance]:
         yield progress or (lambda count: None)
 
 
+class Forecast:
+    """A bar of network evaluations whose number is foretold from those of the samples that are drawn already.
+
+    Args:
+        bar: that counts them.
+        samples: to be drawn in all.
+    """
+
+    def __init__(self, bar: tqdm, samples: int):
+        self.bar, self.samples, self.done = bar, samples, 0
+
+    def drawn(self, samples: int) -> None:
+        """Take note of further samples that are drawn."""
+        self.done += samples
+        self.bar.total = round(self.bar.n * self.samples / self.done)
+        self.bar.refresh()
+
+
 class NetworkEvaluations:
     """Count the images that pass through networks while the context is open.
 

@@ -138,21 +138,38 @@ def to_png_bytes(image: Tensor, pixels: PixelFormat | None = None) -> bytes:
     Raises:
         ValueError: when the shape is no image or a value is not finite.
     """
+    pixels = pixels or PixelFormat()
+    levels = _levels(image, pixels.bits)
+    profile = pixels.profile if pixels.profile and pixels.profile[16:20] == _PROFILES[image.shape[0]] else None
+    if pixels.bits == 16:
+        return _deep_png(levels.astype(">u2"), profile)
+    buffer = io.BytesIO()
+    _eight_bits(levels).save(buffer, format="PNG", icc_profile=profile)
+    return buffer.getvalue()
+
+
+def eight_bits(image: Tensor) -> Image.Image:
+    """Return [C, H, W] (C = 1 or 3) as a picture of Pillow; values are clamped to [0, 1] and rounded to k / 255.
+
+    Raises:
+        ValueError: as ``to_png_bytes``.
+    """
+    return _eight_bits(_levels(image, 8))
+
+
+def _eight_bits(levels: np.ndarray) -> Image.Image:
+    array = levels.astype(np.uint8)
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _levels(image: Tensor, bits: int) -> np.ndarray:
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"an image to be written has shape [1 or 3, H, W], got {list(image.shape)}")
     values = image.detach().float().cpu()
     if not values.isfinite().all():
         raise ValueError("an image to be written holds NaN or infinite values; see what made it")
-    pixels = pixels or PixelFormat()
-    top = 2**pixels.bits - 1
-    levels = (values.double().clamp(0, 1) * top).round().permute(1, 2, 0).numpy()
-    profile = pixels.profile if pixels.profile and pixels.profile[16:20] == _PROFILES[image.shape[0]] else None
-    if pixels.bits == 16:
-        return _deep_png(levels.astype(">u2"), profile)
-    array = levels.astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG", icc_profile=profile)
-    return buffer.getvalue()
+    levels: np.ndarray = (values.double().clamp(0, 1) * (2**bits - 1)).round().permute(1, 2, 0).numpy()
+    return levels
 
 
 def viewable(values: Tensor) -> tuple[Tensor, str]:
@@ -196,9 +213,11 @@ def _folded(values: Tensor) -> Tensor:
     return F.pad(values.flatten(), (0, rows * side - values.numel())).view(1, rows, side)
 
 
-def data_url(image: Tensor) -> str:
-    """Return [C, H, W] as the source of an image inside an HTML page."""
-    return "data:image/png;base64," + base64.b64encode(to_png_bytes(image)).decode()
+def data_url(image: Image.Image, quality: int | None = None) -> str:
+    """Return a picture as the source of an image inside an HTML page: WebP of a quality up to 100; None: PNG."""
+    buffer, kind = io.BytesIO(), "png" if quality is None else "webp"
+    image.save(buffer, format=kind, quality=quality)  # PNG knows no quality
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _deep_png(levels: np.ndarray, profile: bytes | None) -> bytes:

@@ -19,7 +19,7 @@ from ud2m.cli.sample import kept
 from ud2m.files import resumable_folder
 from ud2m.images import read_image, write_image
 from ud2m.priors.prior import Prior
-from ud2m.reports.figures import figure
+from ud2m.reports.figures import MAX_SIDE, figure
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
 
 
@@ -109,7 +109,7 @@ def test_what_follows_the_sampling_is_tried_before(part, model, pictures, tmp_pa
 def test_pictures_of_any_shape_are_shown(shape):
     shown = figure(torch.full((3, *shape), 0.5), "", "")
     assert min(shown["width"], shown["height"]) >= 1
-    assert max(shown["width"], shown["height"]) <= 512
+    assert max(shown["width"], shown["height"]) <= MAX_SIDE
 
 
 def test_a_picture_below_the_windows_of_the_scores(model, pictures, tmp_path):

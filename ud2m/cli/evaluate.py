@@ -9,12 +9,12 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ud2m.bars import progress_bar
+from ud2m.bars import Forecast, progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations, shares_prior
-from ud2m.cli.objects import build
+from ud2m.cli.objects import build, in_words, resolved
 from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
@@ -173,19 +173,13 @@ class EvaluationRun:
         """Measure what is missing, each process of a team its share, and return the rows; the first one writes."""
         store = CellStore(self.folder / "cells")
         found = team.gathered([store.load(job.settings) for job in self.jobs])[0]
-        work = sum(job.work for job, result in zip(self.jobs, found, strict=True) if result is None)
         done = sum(result is not None for result in found)
         if done and team.rank == 0:
             print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
-        results = []
-        with progress_bar(total=work, unit="sample", smoothing=0.05, disable=not work or team.rank > 0) as bar:
-            for job, result in zip(self.jobs, found, strict=True):
-                if result is None:
-                    bar.set_description(f"{job.label}, {job.operator}")
-                    result = job.measured(bar.update, team)
-                    if team.rank == 0:
-                        store.save(job.settings, result)
-                results.append(result)
+        results = [
+            self._measured(job, f"{number} of {len(self.jobs)}", store, team) if result is None else result
+            for number, (job, result) in enumerate(zip(self.jobs, found, strict=True), start=1)
+        ]
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)
@@ -193,11 +187,20 @@ class EvaluationRun:
             self._write(rows, results)
         return rows
 
+    def _measured(self, job: Job, number: str, store: CellStore, team: Team) -> Result:
+        about = f"{number}: {job.label}, {job.operator}"
+        with progress_bar(desc=about, unit="evaluation", disable=team.rank > 0) as bar:
+            result = job.measured(Forecast(bar, job.work), team)
+        if team.rank == 0:
+            store.save(job.settings, result)
+        return result
+
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:
         config, cells = plain(self.config), [job.settings for job in self.jobs]
         settings = {"config": config, "cells": cells, "torch": torch.__version__, "threads": torch.get_num_threads()}
         names = {job.images.label: {k: job.images.names[k] for k in job.settings["shown"]} for job in self.jobs}
-        board = Board(f"Evaluation {self.config.name}", rows, results, settings, names)
+        operators = {job.operator: in_words(resolved(job.settings["operator"]["operator"])) for job in self.jobs}
+        board = Board(f"Evaluation {self.config.name}", rows, results, settings, names, operators)
         write_json(self.folder / "settings.json", settings)
         write_bytes(self.folder / "table.md", markdown(rows).encode())
         write_bytes(self.folder / "table.tex", latex(rows).encode())

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ud2m.cli.errors import USER_ERRORS
 from ud2m.data.remote import COMMAND
-from ud2m.names import check_names, check_types
+from ud2m.names import as_written, check_names, check_types
 
 TARGET, PARTIAL, CONVERT = "_target_", "_partial_", "_convert_"
 OWN = "ud2m"
@@ -95,6 +95,17 @@ def resolved(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: resolved(value) for key, value in node.items()}
     return [resolved(value) for value in node] if isinstance(node, list | tuple) else node
+
+
+def in_words(value: Any) -> str:
+    """Return ``GaussianBlur(width=1.6)`` for a description with that class; arguments that are null are left out."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_words, value))}]"
+    if not isinstance(value, Mapping):
+        return as_written(value) if value is None or isinstance(value, bool) else str(value)
+    name = str(value.get(TARGET, value.get("class", ""))).rpartition(".")[2]
+    arguments = {k: v for k, v in value.items() if k not in (TARGET, "class", PARTIAL, CONVERT) and v is not None}
+    return f"{name}({', '.join(f'{key}={in_words(argument)}' for key, argument in arguments.items())})"
 
 
 def leaves(values: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,17 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from ud2m.bars import progress_bar
+from ud2m.bars import Forecast, progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
 from ud2m.cli.methods import build_sampler, combinations
-from ud2m.cli.objects import TARGET, build, resolved
+from ud2m.cli.objects import TARGET, build, in_words, resolved
 from ud2m.cli.train import quiet_libraries, resolve
 from ud2m.data import ImageDataModule
 from ud2m.data.module import evenly_spaced
 from ud2m.evaluation.comparison import best_settings, difference
-from ud2m.evaluation.measure import Measurement
+from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, left_out, lpips_metric
 from ud2m.evaluation.table import column_of, without_bounds
 from ud2m.evaluation.team import ALONE, Team
@@ -63,6 +63,8 @@ TAKEN = (REPORT, METRICS_FILE, SETTINGS)
 """Names in the output folder that no picture's results may have."""
 NOT_RECORDED = ("output", "overwrite", "devices", "num_nodes")
 """Keys that results do not depend on."""
+UNTOLD = ("images", "samples", "peak_memory")
+"""Numbers of a measurement that its row in this report does not have."""
 MANY = 20
 """Pictures from which a bar shows how far their check is."""
 
@@ -131,6 +133,7 @@ class Group:
         case: makes one, by its number.
         shown: how many of the first ones the report holds; it links the others.
         files: that they are made of, if they are.
+        scored: their numbers among the test images, if they are of those that all methods are scored on.
     """
 
     title: str
@@ -139,6 +142,7 @@ class Group:
     case: Callable[[int], Case]
     shown: int
     files: Sequence[Path] = ()
+    scored: Sequence[int] = ()
 
     def without(self, left_out: Collection[int]) -> "Group":
         """Return the same group without some of its pictures, by their numbers."""
@@ -184,6 +188,7 @@ class SamplingRun:
         if chosen is not None and TARGET not in (chosen.get("operator") or {}):
             trained, chosen = changed_operator(trained, chosen), None
             changed["physics"] = trained
+        self.described = chosen.operator if chosen else trained.get("operator", {})
         self.operator: OperatorFamily = (
             build(chosen.operator, "physics.operator", OperatorFamily)
             if chosen
@@ -285,7 +290,7 @@ class SamplingRun:
     def measurement(self) -> str:
         """Operator and noise level in words."""
         noise = "estimated" if self.config.sigma_y == AUTO else f"= {self.problem.sigma_y:g}"
-        return f"operator {type(self.operator).__name__}, sigma_y {noise} for images in [0, 1]"
+        return f"operator {in_words(resolved(self.described))}, sigma_y {noise} for images in [0, 1]"
 
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
@@ -370,19 +375,37 @@ class SamplingRun:
     def rows(self, data: ImageDataModule, folder: Path, team: Team) -> Rows:
         """Score all test images (with the other methods if asked); finished rows are kept in ``folder``."""
         test = [x0.to(self.device) for x0 in data.test_dataloader()]
-        own = {"ud2m": lambda: [self.row(self.name, self.sampler, test, team)]}
-        jobs = own if not self.config.compare else self.others(data, test, team) | own
+        own = {"ud2m": lambda: [self.row(self.name, self.sampler, test, team)[0]]}
+        jobs = own if not self.config.compare else self.others(data, test, folder, team) | own
         return [row for name, job in jobs.items() for row in kept(folder / f"{name}.json", job, team)]
 
-    def others(self, data: ImageDataModule, test: Sequence[Tensor], team: Team) -> dict[str, Callable[[], Rows]]:
-        """Return what makes the rows of each of ``methods``, one for each number by which its setting is chosen."""
+    def others(
+        self, data: ImageDataModule, test: Sequence[Tensor], folder: Path, team: Team
+    ) -> dict[str, Callable[[], Rows]]:
+        """Return what makes the rows of each of ``methods``, one for each number by which its setting is chosen.
+
+        Its samples of the shown test images go into ``folder``.
+        """
         validation = [x0.to(self.device) for x0 in data.val_dataloader()]
 
-        def rows(page: Mapping[str, Any]) -> Rows:
-            found = self.settings(page, validation, team)
-            return [self.row(label, self.build(target), test, team) | extra for label, target, extra in found]
+        def rows(name: str, page: Mapping[str, Any]) -> Rows:
+            found, samples = [], {}
+            for label, target, extra in self.settings(page, validation, team):
+                row, pictures = self.row(label, self.build(target), test, team)
+                found.append(row | extra)
+                samples[label] = {number: kinds["sample"] for number, kinds in pictures.items()}
+            if team.rank == 0:
+                folder.mkdir(exist_ok=True)
+                torch.save(samples, folder / f"{name}.pt")
+            return found
 
-        return {f"methods.{name}": partial(rows, page) for name, page in plain(self.config)["methods"].items()}
+        return {name: partial(rows, name, page) for name, page in plain(self.config)["methods"].items()}
+
+    def rivals(self, group: Group, folder: Path) -> list[dict[str, Tensor]]:
+        """Return what the other methods have made of each observation of a group, by their names."""
+        files = [folder / ROWS / f"{name}.pt" for name in plain(self.config)["methods"]]
+        samples: Numbers = {name: made for file in files if file.is_file() for name, made in read_tensors(file).items()}
+        return [{name: made[number] for name, made in samples.items()} for number in group.scored]
 
     def settings(
         self, page: Mapping[str, Any], validation: Sequence[Tensor], team: Team
@@ -396,8 +419,9 @@ class SamplingRun:
         samples = self.config.tune_samples
         work = len(candidates) * sum(len(x0) for x0 in validation) * samples
         searching = f"{page['label']}: searching its best setting"
-        with progress_bar(total=work, desc=searching, unit="sample", disable=team.rank > 0) as bar:
-            best = best_settings(candidates, self.build, self.problem, validation, by, samples, bar.update, team)
+        with progress_bar(desc=searching, unit="evaluation", disable=team.rank > 0) as bar:
+            told = Forecast(bar, work)
+            best = best_settings(candidates, self.build, self.problem, validation, by, samples, told, team)
         for key, target in best.items():
             words = column_of(key).heading.split(" of ")[0]
             yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}
@@ -406,19 +430,17 @@ class SamplingRun:
         """Return the sampler of a page of conf/method."""
         return build_sampler(target, self.prior, self.device, self.config.precision)
 
-    def row(self, name: str, sampler: Sampler, test: Sequence[Tensor], team: Team) -> dict[str, Any]:
-        """Return the row of a sampler on the test images."""
+    def row(
+        self, name: str, sampler: Sampler, test: Sequence[Tensor], team: Team
+    ) -> tuple[Numbers, Mapping[int, Mapping[str, Tensor]]]:
+        """Return the row of a sampler on the test images, and its pictures of the shown ones."""
         count = self.config.num_samples if sampler.draws else 1
-        scores = self.scores(count, test[0].shape[1:])
-        own = sum(map(len, test[team.rank :: team.size]))
+        scores, shown = self.scores(count, test[0].shape[1:]), [k for group in self.groups for k in group.scored]
         with progress_bar(desc=name, unit="evaluation", disable=team.rank > 0) as bar:
-            measurement = Measurement(sampler, self.problem, scores, count, self.device, bar.update)
-
-            def forecast(*batch: Any) -> None:
-                bar.total = measurement.evaluations * own // max(measurement.count, 1)  # all images take as many
-
-            measurement.add_all(test, team, forecast)
-        return {"method": name, "nfe": measurement.nfe} | measurement.means()
+            told = Forecast(bar, count * sum(map(len, test)))
+            result = measure(sampler, self.problem, test, scores, count, shown, told, self.device, team)
+        numbers = {key: value for key, value in without_bounds(result.row).items() if key not in UNTOLD}
+        return {"method": name} | numbers, result.pictures
 
     def shown_test_images(self, data: ImageDataModule) -> Iterator[Group]:
         """Yield evenly spaced test images, and one larger image."""
@@ -431,6 +453,7 @@ class SamplingRun:
                 [images.names[i] for i in picked],
                 lambda k: self.case(images.names[picked[k]], images[picked[k]].unsqueeze(0), picked[k]),
                 len(picked),
+                scored=picked,
             )
         if self.config.crop is not None:
             yield self.larger_image(self.config.crop)
@@ -475,6 +498,9 @@ class SamplingRun:
         places, quiet = self.places(group, folder), progress_bar(total=0, disable=True)
         numbers = [self.results(group, k, places[k], quiet) for k in range(len(places))]
         entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
+        if group.scored:
+            made = self.rivals(group, folder)
+            entries = [replace(entry, rivals=rivals) for entry, rivals in zip(entries, made, strict=True)]
         further = dict(zip(group.names[group.shown :], numbers[group.shown :], strict=True))
         return Section(group.title, group.text, entries, {} if group.alone else further), numbers
 

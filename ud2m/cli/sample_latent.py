@@ -46,6 +46,7 @@ class LatentRun(SamplingRun):
         if config.compare:
             raise ValueError("compare=true belongs to model=...; ud2m evaluate compares methods with a latent prior")
         self.sampler = build(config.sampler, "sampler", LatentSampler, device=self.device)
+        self.described = chosen.operator
         self.operator = build(chosen.operator, "physics.operator", OperatorFamily)
         noise_level = given_noise_level(config, chosen.sigma_y)
         self.problem = Problem(self.operator, noise_level, config.seed, chosen.get("noise"))

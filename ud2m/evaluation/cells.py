@@ -25,7 +25,8 @@ class Result:
     Args:
         row: numbers and names, flat.
         curves: what is more than a number.
-        pictures: of the shown images, by number: ``x0``, ``y``, ``sample``, ``mean`` [C, H, W].
+        pictures: of the shown images, by number: ``x0``, ``y``, ``sample``, ``mean`` [C, H, W], and ``std`` of several
+            samples.
     """
 
     row: Mapping[str, Any]

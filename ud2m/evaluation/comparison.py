@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ud2m.bars import Forecast
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
@@ -16,7 +17,6 @@ from ud2m.physics import Problem
 from ud2m.samplers.base import Sampler
 
 Setting = TypeVar("Setting")
-Advance = Callable[[int], Any]
 EDGE = " (edge of the grid)"
 
 
@@ -27,7 +27,7 @@ def best_settings(
     batches: Sequence[Tensor],
     by: Sequence[str],
     num_samples: int,
-    advance: Advance = lambda samples: None,
+    forecast: Forecast | None = None,
     team: Team = ALONE,
 ) -> dict[str, Setting]:
     """Return the best setting on validation images by each of several numbers, such as ``psnr_mean`` and ``lpips``.
@@ -39,7 +39,7 @@ def best_settings(
         batches: clean validation images [B, C, H, W].
         by: names of numbers, of ``COLUMNS`` those that select.
         num_samples: S, per observation.
-        advance: is told how many samples were drawn.
+        forecast: see ``measure``.
         team: processes that share the images.
 
     Raises:
@@ -50,7 +50,7 @@ def best_settings(
     rows = []
     for candidate in candidates:
         scores = [build_score(name) for name in metrics]
-        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), advance, device, team).row)
+        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), forecast, device, team).row)
     best = {}
     for key, column in columns.items():
         qualities = [column.quality(row[key]) for row in rows]
@@ -112,7 +112,7 @@ class Job:
         searched = len(images.validation) * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
         return searched + len(images.test) * self.settings["num_samples"]
 
-    def measured(self, advance: Advance, team: Team = ALONE) -> Result:
+    def measured(self, forecast: Forecast | None = None, team: Team = ALONE) -> Result:
         """Return the cell, of which each process of a team makes its share.
 
         With a tuned setting, the row says which under ``setting``.
@@ -122,12 +122,12 @@ class Job:
         if tuned:
             by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
             validation = images.validation.split(images.batch)
-            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, advance, team)[by]
+            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, forecast, team)[by]
             found = {"setting": difference(method, candidates)}
         scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
         test, samples = images.test.split(images.batch), self.settings["num_samples"]
         sampler, device = self.build(method), images.test.device
-        result = measure(sampler, self.problem, test, scores, samples, shown, advance, device, team)
+        result = measure(sampler, self.problem, test, scores, samples, shown, forecast, device, team)
         return replace(result, row={**result.row, **found})
 
     def row(self, result: Result) -> dict[str, Any]:

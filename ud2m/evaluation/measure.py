@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ud2m.bars import Advance, NetworkEvaluations
+from ud2m.bars import Advance, Forecast, NetworkEvaluations, progress_bar
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.scores import Draws, Score
 from ud2m.evaluation.table import without_bounds
@@ -131,7 +131,7 @@ def measure(
     scores: Sequence[Score],
     num_samples: int,
     shown: Collection[int] = (),
-    advance: Callable[[int], Any] = lambda samples: None,
+    forecast: Forecast | None = None,
     device: torch.device | str = "cpu",
     team: Team = ALONE,
 ) -> Result:
@@ -144,19 +144,22 @@ def measure(
         scores: fresh ones.
         num_samples: S, per observation.
         shown: numbers of the images whose pictures are kept.
-        advance: is told how many samples were drawn.
+        forecast: is told of network evaluations and samples.
         device: where the images are.
         team: processes that share the batches; each returns the result of all.
     """
-    measurement = Measurement(sampler, problem, scores, num_samples, device)
+    forecast = forecast or Forecast(progress_bar(disable=True), 0)
+    measurement = Measurement(sampler, problem, scores, num_samples, device, forecast.bar.update)
     pictures: dict[int, dict[str, Tensor]] = {}
 
     def show(first: int, x0: Tensor, draws: Draws | None) -> None:
-        advance(len(x0) * num_samples)
+        forecast.drawn(len(x0) * num_samples)
         if draws is None:
             return
         for i in set(shown) & set(range(first, first + len(x0))):
-            parts = {"x0": x0, "y": draws.observation.y, "sample": draws.samples[:, 0], "mean": draws.samples.mean(1)}
+            samples = draws.samples
+            parts = {"x0": x0, "y": draws.observation.y, "sample": samples[:, 0], "mean": samples.mean(1)}
+            parts |= {"std": samples.std(1)} if num_samples > 1 else {}
             pictures[i] = {name: images[i - first].cpu() for name, images in parts.items()}
 
     measurement.add_all(batches, team, show)

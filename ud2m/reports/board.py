@@ -1,6 +1,6 @@
 """The report on an evaluation: a table that can be sorted, plots, and pictures with a zoom, on one page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +9,23 @@ from torch import Tensor
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.table import SETTING, by_setting, described_by
-from ud2m.images import viewable
-from ud2m.reports.figures import Picture, picture
+from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
-from ud2m.reports.tables import Rows, caption, difference_table, notes, table_of, visible
+from ud2m.reports.tables import (
+    Rows,
+    caption,
+    difference_table,
+    found_settings,
+    notes,
+    page_columns,
+    table_of,
+    visible,
+)
 
 COSTS = (("nfe", "network evaluations per sample"), ("seconds_per_image", "seconds per sample"))
 PLOTTED = ("psnr_mean", "psnr", "ssim", "lpips", "frechet", "kid", "cfid", "energy")
 """Numbers that are shown against the costs, with their variants."""
-
-_DISPLAY = 200  # CSS pixels: five in a row
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Board:
         results: the cell of each row.
         settings: of the evaluation.
         names: of the shown images, by data set and number.
+        operators: what each is with its parameters, by the names that rows call them by.
     """
 
     title: str
@@ -39,6 +46,7 @@ class Board:
     results: Sequence[Result]
     settings: Mapping[str, Any]
     names: Mapping[str, Mapping[int, str]]
+    operators: Mapping[str, str]
 
 
 def board_page(board: Board) -> str:
@@ -47,8 +55,8 @@ def board_page(board: Board) -> str:
     return render_page(
         "board",
         title=board.title,
-        table=table_of(board.rows, visible(board.rows)),
-        notes=["bold: best for the same data and operator", *notes(board.rows)],
+        table=table_of(board.rows, page_columns(visible(board.rows))),
+        notes=["bold: best for the same data and operator", *notes(board.rows), *found_settings(board.rows)],
         differences=differences,
         caption=caption(board.rows) if differences else "",
         sections=[_section(board, setting, indices) for setting, indices in by_setting(board.rows).items()],
@@ -62,28 +70,43 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
     plotted = [column for column in visible(rows) if described_by(column.key) in PLOTTED]
     plots = [scatter(rows, column, *cost) for column in plotted for cost in COSTS]
     plots.append(calibration([(name, result.curves) for name, result in zip(methods, results, strict=True)]))
-    names = board.names.get(str(rows[0].get("data")), {})
+    scale = shared_scale(kinds.get("std") for result in results for kinds in result.pictures.values())
     words = [f"σ_y = {v:g}" if key == "sigma_y" else str(v) for key, v in zip(SETTING, setting, strict=True)]
     return {
         "heading": ", ".join(words),
+        "operator": board.operators.get(str(rows[0].get("operator")), ""),
         "methods": [{"number": k + 1, "name": name, "colour": colour_of(k)} for k, name in enumerate(methods)],
         "plots": [plot for plot in plots if plot],
-        "strips": [
-            {"name": names.get(number, number), "figures": _strip(methods, [r.pictures[number] for r in results])}
-            for number in results[0].pictures
-        ],
+        "strips": list(_strips(methods, results, board.names.get(str(rows[0].get("data")), {}), scale)),
     }
 
 
-def _strip(methods: Sequence[str], pictures: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
-    """Return the pictures of one image: what is known of it, and a sample and the mean of each method."""
-    shown = [_figure(pictures[0]["x0"], "Reference"), _figure(pictures[0]["y"], "Observation")]
-    for method, kinds in zip(methods, pictures, strict=True):
-        shown.append(_figure(kinds["sample"], f"{method}: sample"))
-        if not torch.equal(kinds["sample"], kinds["mean"]):
-            shown.append(_figure(kinds["mean"], f"{method}: mean"))
+def _strips(
+    methods: Sequence[str], results: Sequence[Result], names: Mapping[int, str], scale: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the pictures of each image, the most uncertain first: what is known of it, and what methods made of it."""
+
+    def uncertain(number: int) -> float:
+        return uncertainty(*(result.pictures[number].get("std") for result in results))
+
+    for number in sorted(results[0].pictures, key=uncertain, reverse=True):
+        name = str(names.get(number, number))
+        x0, y = (results[0].pictures[number][kind] for kind in ("x0", "y"))
+        reference = figure(x0, "Reference", f"{name}: reference", kind="known")
+        rows = [[reference, observation_figure(y, x0.shape, f"{name}: observation")]]
+        rows += [
+            _made(method, f"{name}: {method}", result.pictures[number], scale)
+            for method, result in zip(methods, results, strict=True)
+        ]
+        yield {"name": name, "rows": rows}
+
+
+def _made(method: str, about: str, kinds: Mapping[str, Tensor], scale: float) -> list[Picture]:
+    """Return a sample of a method, and the mean and the standard deviation of all where they differ."""
+    shown = [figure(kinds["sample"], f"{method}: sample", f"{about}, sample", kind="sample")]
+    if not torch.equal(kinds["sample"], kinds["mean"]):
+        shown.append(figure(kinds["mean"], f"{method}: mean", f"{about}, mean of the samples", kind="derived"))
+    if "std" in kinds:
+        alt = f"{about}, standard deviation of the samples"
+        shown.append(std_figure(kinds["std"], scale, f"{method}: standard deviation", alt))
     return shown
-
-
-def _figure(image: Tensor, caption: str) -> Picture:
-    return picture(viewable(image)[0], caption, caption=caption, display=_DISPLAY)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ud2m.evaluation.table import format_value, table_columns
-from ud2m.images import PixelFormat, std_scale, viewable, write_values
-from ud2m.reports.figures import MAX_SIDE, Picture, display_width, figure, std_figure
+from ud2m.images import PixelFormat, write_values
+from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
-from ud2m.reports.tables import Rows, meanings, table_of
+from ud2m.reports.tables import Rows, found_settings, meanings, page_columns, table_of
 
 MAX_SAMPLES = 8
-
-_HOLE = 0.85  # light grey leaves the measured pixels readable; black would pass for dark ones
+"""Shown of each observation, and half as many of images of more than ``LARGE`` pixels."""
+LARGE = 256**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +28,13 @@ class Entry:
         name: heading.
         reference: [C, H, W], or None where it is unknown.
         observation: y; where it is no image it is shown as ``viewable`` makes it.
-        samples: [S, C, H, W]; the first `MAX_SAMPLES` are shown.
+        samples: [S, C, H, W]; the first ones are shown.
         mean: [C, H, W].
         std: [C, H, W], in image units; None for a single sample, which has none.
         numbers: scores of this image, keys as in the table.
         note: a remark shown under the heading.
         measured: [h, w], True where y was measured (inpainting); holes are coloured.
+        rivals: what other methods made of y, by name, [C, H, W].
     """
 
     name: str
@@ -45,18 +46,20 @@ class Entry:
     numbers: Mapping[str, Any]
     note: str = ""
     measured: Tensor | None = None
+    rivals: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         shape, size = tuple(self.mean.shape), tuple(self.observation.shape[1:])
-        for what, wanted, fits in (
-            ("mean", "(C, H, W)", len(shape) == 3),
-            ("std", shape, self.std is None or self.std.shape == shape),
-            ("samples", f"(S >= 1, *{shape})", len(self.samples) > 0 and self.samples.shape[1:] == shape),
-            ("reference", shape, self.reference is None or self.reference.shape == shape),
-            ("measured", size, self.measured is None or self.measured.shape == size),
+        images = {"std": self.std, "reference": self.reference, **self.rivals}
+        known = [(what, image, shape) for what, image in images.items() if image is not None]
+        known += [("measured", self.measured, size)] if self.measured is not None else []
+        for what, given, wanted, fits in (
+            ("mean", self.mean, "(C, H, W)", len(shape) == 3),
+            ("samples", self.samples, f"(S >= 1, *{shape})", len(self.samples) > 0 and self.samples[0].shape == shape),
+            *((what, given, wanted, given.shape == wanted) for what, given, wanted in known),
         ):
             if not fits:
-                got = tuple(getattr(self, what).shape)
+                got = tuple(given.shape)
                 raise ValueError(f"report entry {self.name!r}: {what} must have shape {wanted}, got {got}")
 
 
@@ -94,10 +97,10 @@ class Report:
 
 def samples_page(report: Report) -> str:
     """Return the report as one HTML page that loads nothing from anywhere."""
-    columns = table_columns(report.table)
+    columns = page_columns(table_columns(report.table))
     table = table_of(report.table, columns)
     best = ["bold: best in its column, for the same data and operator"] if table.has_bold else []
-    notes = [*best, *meanings(columns)]
+    notes = [*best, *meanings(columns), *found_settings(report.table)]
     sections = [_section(section) for section in report.sections]
     return render_page("samples", **vars(report) | {"table": table, "notes": notes, "sections": sections})
 
@@ -123,27 +126,35 @@ def write_pictures(folder: Path, entry: Entry, pixels: PixelFormat | None) -> No
 
 
 def _section(section: Section) -> dict[str, Any]:
-    scale = max((std_scale(entry.std) for entry in section.entries if entry.std is not None), default=1.0)
-    entries = [_entry(entry, scale) for entry in section.entries]
+    scale = shared_scale(entry.std for entry in section.entries)
+    telling = sorted(section.entries, key=lambda entry: uncertainty(entry.std), reverse=True)
     columns = table_columns(list(section.further.values())) if section.further else []
     further = [
         (name, quote(name), [format_value(column, numbers.get(column.key)) for column in columns])
         for name, numbers in section.further.items()
     ]
-    headings = [column.heading for column in columns]
-    return {"title": section.title, "text": section.text, "entries": entries, "headings": headings, "further": further}
+    return {
+        "title": section.title,
+        "text": section.text,
+        "entries": [_entry(entry, scale) for entry in telling],
+        "headings": [column.heading for column in columns],
+        "further": further,
+    }
 
 
 def _entry(entry: Entry, scale: float) -> dict[str, Any]:
     columns = table_columns([entry.numbers])
-    shown = entry.samples[:MAX_SAMPLES]
+    shown = entry.samples[: MAX_SAMPLES if entry.mean[0].numel() <= LARGE else MAX_SAMPLES // 2]
     more = len(entry.samples) - len(shown)
+    samples = [
+        figure(x, f"Sample {k}", f"{entry.name}: sample {k}", kind="sample") for k, x in enumerate(shown, start=1)
+    ]
+    rivals = [figure(x, name, f"{entry.name}: {name}", kind="derived") for name, x in entry.rivals.items()]
     return {
         "name": entry.name,
         "note": entry.note,
         "numbers": [(column.heading, format_value(column, entry.numbers[column.key])) for column in columns],
-        "summary": _summary(entry, scale),
-        "samples": [figure(x, f"Sample {k}", f"{entry.name}: sample {k}") for k, x in enumerate(shown, start=1)],
+        "strip": [_summary(entry, scale), samples, rivals],
         "rest": f"{more} more samples are in the folder samples/." if more else "",
     }
 
@@ -151,21 +162,13 @@ def _entry(entry: Entry, scale: float) -> dict[str, Any]:
 def _summary(entry: Entry, scale: float) -> list[Picture]:
     count = len(entry.samples)
     mean = f"Mean of {count} sample{'' if count == 1 else 's'}"
-    shown = [_observation(entry), figure(entry.mean, mean, f"{entry.name}: mean of the samples")]
+    shown = [
+        observation_figure(entry.observation, entry.mean.shape, f"{entry.name}: observation", entry.measured),
+        figure(entry.mean, mean, f"{entry.name}: mean of the samples", kind="derived"),
+    ]
     if entry.reference is not None:
-        shown.insert(0, figure(entry.reference, "Reference", f"{entry.name}: reference"))
+        shown.insert(0, figure(entry.reference, "Reference", f"{entry.name}: reference", kind="known"))
     if entry.std is not None:
-        shown.append(std_figure(entry.std, scale, entry.name))
+        alt = f"{entry.name}: standard deviation of the samples"
+        shown.append(std_figure(entry.std, scale, "Standard deviation", alt))
     return shown
-
-
-def _observation(entry: Entry) -> Picture:
-    y, remark = viewable(entry.observation)
-    if entry.measured is not None:
-        y = torch.where(entry.measured.bool().cpu(), y, torch.tensor(_HOLE))
-        remark += "; light grey: not measured"
-    height, width = entry.mean.shape[1:]
-    size = "" if (height, width) == y.shape[1:] else f", {y.shape[2]}×{y.shape[1]} pixels"
-    enlarged = width if width % y.shape[2] == 0 else y.shape[2]  # a factor of decimation fills the frame
-    display = min(round(display_width(width) * enlarged / width), MAX_SIDE)
-    return figure(y, f"Observation y{size}{remark}", f"{entry.name}: observation", display)

@@ -23,6 +23,9 @@ HIDDEN = (*BOUNDS, "_nominal", "_backend", DIFFERENCE)
 CONSTANT = (*SETTING, "images", "samples", "seed")
 """Keys that are told below a table where all its rows agree on them."""
 
+FOUND = "setting"
+"""Key of the words for the best setting of a method."""
+
 _LPIPS = "lpips_backend"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -136,6 +139,21 @@ def visible(rows: Rows) -> list[Column]:
     columns = [column for column in table_columns(named) if column.key != _LPIPS]
     leading = {key: k for k, key in enumerate((*SETTING, "method"))}
     return sorted(columns, key=lambda column: leading.get(column.key, len(leading)))
+
+
+def page_columns(columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that pages show: not the settings, which would push the numbers out of a small screen."""
+    return [column for column in columns if column.key != FOUND]
+
+
+def found_settings(rows: Rows) -> list[str]:
+    """Return what belongs below the table of a page: the settings that were found for its methods."""
+    of_all = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
+    return [
+        f"{', '.join(str(row[key]) for key in ('method', *of_all) if row.get(key) is not None)}: {row[FOUND]}"
+        for row in rows
+        if row.get(FOUND)
+    ]
 
 
 def _lpips_network(row: Mapping[str, Any]) -> dict[str, str]:
