@@ -2,8 +2,8 @@
 
 Two ratios, medians over interleaved repetitions:
 
-* sampling: one call of the sampler (adapter merged) / K N calls of the bare network on images of the same layout and in
-  the same precision, at 3x128x128;
+* sampling: one call of the sampler (adapter merged) for 8 samples of one observation / K N calls of the bare network on
+  8 images of the same layout and in the same precision, at 3x128x128;
 * training: both updates of one step, without a perceptual term / K forward-backward passes of the bare adapted network
   on the same images plus the passes of the discriminator alone.
 
@@ -31,6 +31,7 @@ from ud2m.training.distillation_step import DistillationStep
 
 Step = Callable[[], object]
 PRECISIONS = ("float32", "bfloat16")
+NUM_SAMPLES = 8
 BATCHED: dict[str, Callable[..., Sampler]] = {"DPS": Dps, "DiffPIR": DiffPir}
 
 
@@ -60,21 +61,24 @@ def build(physics: str) -> DistillationModule:
     return training_module(f"photos_{physics}", "name=cost", "loss.adversarial=0.01", "loss.perceptual=0")
 
 
-def sampling_ratio(sampler: PosteriorSampler, problem: Problem, x0: Tensor, repeats: int) -> tuple[float, float]:
-    """Return (median ratio, seconds per call) of the sampler for observations of images x0, one sample each.
+def sampling_ratio(
+    sampler: PosteriorSampler, problem: Problem, x0: Tensor, repeats: int, num_samples: int = 1
+) -> tuple[float, float]:
+    """Return (median ratio, seconds per call) of the sampler for observations of images x0.
 
     The adapter is merged, and the bare network evaluated in the sampler's precision.
     """
-    prior, observation, sigma = sampler.prior.merge_adapter(), problem.observe(x0), x0.new_full((len(x0),), 0.1)
-    x0 = x0.contiguous(memory_format=fastest_layout(x0))
+    prior, observation = sampler.prior.merge_adapter(), problem.observe(x0)
+    images = x0.repeat_interleave(num_samples, dim=0).contiguous(memory_format=fastest_layout(x0))
+    sigma = images.new_full((len(images),), 0.1)
 
     @torch.no_grad()
     def bare() -> None:
         with network_precision(sampler.config.precision, x0.device):
             for _ in range(sampler.nfe()):
-                prior.unet(x0, prior.schedule.time(sigma))
+                prior.unet(images, prior.schedule.time(sigma))
 
-    seconds = interleaved({"sampler": lambda: sampler.sample(observation), "bare": bare}, repeats)
+    seconds = interleaved({"sampler": lambda: sampler.sample(observation, num_samples), "bare": bare}, repeats)
     return ratio(seconds["sampler"], seconds["bare"]), statistics.median(seconds["sampler"])
 
 
@@ -129,7 +133,7 @@ def ratios(physics: str, repeats: int) -> dict[str, float]:
     row: dict[str, float] = {}
     for precision in PRECISIONS:
         sampler = PosteriorSampler(sampled.network, sampled.sampler.config.with_options(precision=precision))
-        found, call = sampling_ratio(sampler, sampled.step.problem, x0, repeats)
+        found, call = sampling_ratio(sampler, sampled.step.problem, x0, repeats, NUM_SAMPLES)
         row |= {f"sampling / bare, {precision}": found, f"seconds per call, {precision}": call}
     return row | {"training / bare": training, "seconds per step": step}
 

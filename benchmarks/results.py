@@ -234,8 +234,8 @@ SECTIONS = (
     Section(
         "cost",
         "Cost beside the bare network",
-        "Median ratios of processor time on one thread. Sampling: one call for one sample of 3x128x128 / its K N bare "
-        "network evaluations in the same precision. Training: one step without a perceptual term / K forward-backward "
+        "Median ratios of processor time on one thread. Sampling: one call for 8 samples of one observation of 3x128x128 / "
+        "its K N bare network evaluations of 8 images in the same precision. Training: one step without a perceptual term / K forward-backward "
         "passes of the adapted network and the passes of the discriminator alone.",
     ),
     Section(

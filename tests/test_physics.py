@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from operators import BATCH, CASES, dense, generator, kernel
 from torch import Tensor
 
+import ud2m.cli  # noqa: F401  the resolvers of the pages
 from ud2m.physics import (
     CircularBlur,
     CircularDownsampling,

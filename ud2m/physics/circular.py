@@ -85,9 +85,7 @@ class CircularFilter(Immutable):
         back = kernel.conj().resolve_conj()
 
         def weighted(gamma: Tensor | float) -> Callable[[Tensor], Tensor]:
-            # where the operator measures nothing and gamma = inf: 0 / tiny = 0, nothing is corrected
-            gain = 1 / (power + 1 / per_sample(gamma, y)).clamp_min(torch.finfo(power.dtype).tiny)
-            weight = back * self._tiled(gain)
+            weight = back * self._tiled(stable_gain(power, gamma, y))
 
             def solve(z: Tensor) -> Tensor:
                 mismatch = data - self._folded(kernel * self._spectrum_of(z, 1))
@@ -175,6 +173,25 @@ class CircularBlur(CircularFilter, BlurFFT):
         self._set_kernel(kernel, image_shape, factor=1)
         self.to(device)
 
+    def prepared(self, y: Tensor) -> Prox:
+        """Return ``prepared_prox`` for y in float32 or float64: the spectrum of u is conj(H) G Y + (1 - |H|^2 G) Z.
+
+        G = 1 / (|H|^2 + 1 / gamma). It is the general form, in which blurs need one pass over the spectrum of z.
+        """
+        kernel, power, data = self._kernel_spectrum(y), self._power(y), self._spectrum_of(y, 1)
+        back = kernel.conj().resolve_conj()
+
+        def weighted(gamma: Tensor | float) -> Callable[[Tensor], Tensor]:
+            gain = stable_gain(power, gamma, y)
+            from_y, kept = back * gain * data, (1 - power * gain).to(data.dtype)
+
+            def solve(z: Tensor) -> Tensor:
+                return self._image_of(torch.addcmul(from_y, kept, self._spectrum_of(z, 1)), 1, z.dtype)
+
+            return solve
+
+        return weighted
+
 
 class CircularDownsampling(CircularFilter, Downsampling):
     """Circular convolution, then every ``factor``-th pixel.
@@ -247,6 +264,14 @@ def kernel_spectrum(kernel: Tensor, size: tuple[int, int], factor: int = 1) -> T
     padded = pad(kernel.double(), (0, size[1] - taps[1], 0, size[0] - taps[0]))
     centred = padded.roll([-((t + factor - 1) // 2) for t in taps], dims=(-2, -1))
     return torch.fft.rfft2(centred).to(torch.complex64)
+
+
+def stable_gain(power: Tensor, gamma: Tensor | float, y: Tensor) -> Tensor:
+    """Return 1 / (P + 1 / gamma), the weight of a mismatch; finite where the operator measures nothing and gamma = inf.
+
+    There 0 times it is 0: nothing is corrected.
+    """
+    return 1 / (power + 1 / per_sample(gamma, y)).clamp_min(torch.finfo(power.dtype).tiny)
 
 
 def full_spectrum(half: Tensor, width: int) -> Tensor:

@@ -135,9 +135,8 @@ def symmetric(denoiser: Denoiser, count: int, generator: Generators) -> Denoiser
         return denoiser
 
     def turned(z: Tensor, sigma: Tensor) -> Tensor:
-        across, down, transposed = draw(z, count, generator)
-        x0_hat = denoiser(_flip(_flip(_transpose(z, transposed), down, -2), across, -1), sigma)
-        return _transpose(_flip(_flip(x0_hat, across, -1), down, -2), transposed)
+        there, back = orientations(z, draw(z, count, generator))
+        return _taken(denoiser(_taken(z, there), sigma), back)
 
     return turned
 
@@ -148,13 +147,26 @@ def draw(z: Tensor, count: int, generator: Generators) -> tuple[Tensor, Tensor, 
     return coins[:, 0], coins[:, 1] & (count == 8), coins[:, 2] & (count == 8)
 
 
-def _flip(x: Tensor, wanted: Tensor, axis: int) -> Tensor:
-    return torch.where(wanted, x.flip(axis), x)
+def orientations(z: Tensor, coins: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return where each pixel of T z lies in z, and each of T^-1 z, as indices [B, H W] into the pixels of z.
+
+    Images are read through them once: the three steps of T one by one would write every image six times.
+
+    Args:
+        z: images [B, C, H, W].
+        coins: what ``draw`` returns; images that are not square are not transposed.
+    """
+    across, down, transposed = (coin.view(-1, 1, 1) for coin in coins)
+    height, width = z.shape[-2:]
+    row, column = torch.arange(height, device=z.device), torch.arange(width, device=z.device)
+    rows = torch.where(down, row.flip(0).view(-1, 1), row.view(-1, 1))
+    columns = torch.where(across, column.flip(0), column)
+    there = back = rows * width + columns
+    if height == width:
+        there = torch.where(transposed, columns * width + rows, there)  # T transposes before it flips
+        back = torch.where(transposed, back.transpose(-1, -2), back)
+    return there.flatten(1), back.flatten(1)
 
 
-def _transpose(x: Tensor, wanted: Tensor) -> Tensor:
-    return torch.where(wanted, x.transpose(-1, -2), x) if _is_square(x) else x
-
-
-def _is_square(x: Tensor) -> bool:
-    return x.shape[-1] == x.shape[-2]
+def _taken(z: Tensor, places: Tensor) -> Tensor:
+    return z.flatten(2).gather(2, places.unsqueeze(1).expand(-1, z.shape[1], -1)).view(z.shape)
