@@ -14,11 +14,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiments import training_module
+from ud2m.cli.sample import trained_operator
 from ud2m.losses.terms import Prediction
 from ud2m.physics import Inpainting, Problem
 from ud2m.precision import fastest_layout, network_precision
@@ -162,6 +164,39 @@ def batching_ratio(make: Callable[..., Sampler], observations: int, repeats: int
     seconds = interleaved({"alone": one_by_one, "together": together}, repeats)
     difference = (one_by_one() - together()).abs().max().item()
     return ratio(seconds["alone"], seconds["together"]), difference
+
+
+def compiled_row(model: str, how: str, precision: str, images: Tensor, repeats: int) -> dict[str, Any]:
+    """Return one row: a shipped model's samples by its compiled network beside those by its network as it is.
+
+    Args:
+        model: its name.
+        how: backend or mode of torch.compile.
+        precision: of the networks.
+        images: [B, C, H, W], one sample each.
+        repeats: pairs of calls.
+    """
+    plain, compiled = (
+        PosteriorSampler.from_pretrained(model, device=images.device, precision=precision) for _ in range(2)
+    )
+    problem = Problem(trained_operator(plain.config.info["physics"]["operator"]), plain.config.sigma_y, seed=0)
+    observation = problem.observe(images)
+    compiled.compile(how)
+
+    def drawn(sampler: PosteriorSampler) -> Tensor:
+        return sampler.sample(observation, generator=torch.Generator().manual_seed(0))
+
+    begun = time.perf_counter()
+    difference = (drawn(compiled) - drawn(plain)).abs().max().item()
+    first = time.perf_counter() - begun
+    seconds = interleaved({"compiled": lambda: drawn(compiled), "plain": lambda: drawn(plain)}, repeats)
+    return {
+        "method": f"{how}, {precision}",
+        "operator": model,
+        "compiled / plain": ratio(seconds["compiled"], seconds["plain"]),
+        "first call [s]": first,
+        "largest difference of a pixel": difference,
+    }
 
 
 def ratio(first: list[float], second: list[float]) -> float:

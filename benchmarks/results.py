@@ -45,6 +45,8 @@ COST_FORMATS = {
     "seconds per call, bfloat16": ".2f",
     "seconds per step": ".2f",
     "one by one / together": ".2f",
+    "compiled / plain": ".2f",
+    "first call [s]": ".0f",
     "largest difference of a pixel": ".1e",
     "images per second": ".1f",
     "TFLOP/s": ".0f",
@@ -239,6 +241,12 @@ SECTIONS = (
         "passes of the adapted network and the passes of the discriminator alone.",
     ),
     Section(
+        "compiled",
+        "Compiled networks",
+        "`compile=`: time of one call for one sample each of 4 images of 3x128x128 with the network compiled by "
+        "torch.compile / without, median of interleaved calls; the first call compiles.",
+    ),
+    Section(
         "batching",
         "Rivals in batches",
         "Samplers of deepinv, 20 steps, one sample each of 16 observations of 32x32 with their own missing pixels: "
@@ -261,6 +269,12 @@ SECTIONS = (
         "gpu_sampling",
         "Sampling on a GPU",
         "One call of the sampler, networks in bfloat16, beside its bare network evaluations.",
+    ),
+    Section(
+        "gpu_compiled",
+        "Compiled networks on a GPU",
+        "`compile=`: time of one call for one sample each of 16 images of 3x128x128 with the network compiled by "
+        "torch.compile / without, networks in bfloat16; `reduce-overhead` takes CUDA graphs. The first call compiles.",
     ),
     Section(
         "scaling",
@@ -414,6 +428,15 @@ def measure_cost(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_compiled(repeats: int) -> list[dict[str, Any]]:
+    """Return one row per precision with what ``compile=inductor`` gains on one thread."""
+    import cost
+
+    torch.set_num_threads(1)
+    images = torch.rand(4, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    return [cost.compiled_row("photos_gaussian_blur", "inductor", each, images, repeats) for each in cost.PRECISIONS]
+
+
 def measure_batching(repeats: int) -> list[dict[str, Any]]:
     """Return one row per sampler of deepinv with the gain of ``benchmarks/cost.py`` from batches, on one thread."""
     import cost
@@ -531,6 +554,7 @@ def store_gpu(source: Path, folder: Path = RESULTS) -> list[Path]:
     reached = found["ceilings"][0]
     note = ", ".join(f"{value:.0f} {key}" for key, value in reached.items() if key != "method")
     rows = {"gpu_training": found["training"], "gpu_sampling": found["sampling"] + found["shipped"]}
+    rows |= {"gpu_compiled": found["compiled"]}
     return [
         store(name, command, {"scale": "real"}, part, f"The device reaches: {note}.", folder, found["machine"])
         for name, part in rows.items()
@@ -578,6 +602,8 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument("--note", default="")
     costing = commands.add_parser("cost", help="measure and store the time ratios")
     costing.add_argument("--repeats", type=int, default=7)
+    compiling = commands.add_parser("compiled", help="measure and store what torch.compile gains")
+    compiling.add_argument("--repeats", type=int, default=7)
     storing = commands.add_parser("gpu", help="store what benchmarks/gpu/run.sh bench has measured")
     storing.add_argument("folder", type=Path)
     commands.add_parser("render", help="write docs/results.md and the tables of README.md and docs/imagenet.md")
@@ -595,7 +621,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.action == "gpu":
         print(*store_gpu(options.folder), sep="\n")
         return
-    if options.action == "cost":
+    if options.action == "compiled":
+        config, rows = {"repeats": options.repeats}, measure_compiled(options.repeats)
+        path = store("compiled", "python benchmarks/results.py compiled", config, rows)
+    elif options.action == "cost":
         rows = measure_cost(options.repeats)
         config = {"repeats": options.repeats}
         store("batching", "python benchmarks/results.py cost", config, measure_batching(options.repeats))

@@ -317,6 +317,7 @@ VARIANTS
 # Time ratios, memory and reading: on a machine that does nothing else.
 cost() {
     "$PYTHON" benchmarks/results.py cost
+    "$PYTHON" benchmarks/results.py compiled
     "$PYTHON" benchmarks/memory.py --store
     "$PYTHON" benchmarks/loading.py --store
     for part in pictures threads shared; do "$PYTHON" benchmarks/cores.py $part; done

@@ -193,5 +193,5 @@ def test_a_compiled_network_has_the_same_gradients(checkpointing, prior):
 
 
 def test_a_backend_that_torch_does_not_have_is_refused(prior):
-    with pytest.raises(ValueError, match=r"torch\.compile has no backend 'turbo'; it has .*inductor"):
+    with pytest.raises(ValueError, match=r"torch\.compile has no backend or mode 'turbo'; it has .*inductor"):
         distillation(prior, compile="turbo")

@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loading
-from cost import TrainingCost, interleaved, sampling_ratio
+from cost import TrainingCost, compiled_row, interleaved, sampling_ratio
 from experiments import composed
 from memory import peak
 from precision import MODELS
@@ -64,6 +64,7 @@ class Scale:
         matrix: side of the matrices whose product shows what the device reaches.
         precision: of the networks.
         repeats: of every measurement.
+        compiled: backends and modes of torch.compile.
     """
 
     overrides: tuple[str, ...]
@@ -76,11 +77,24 @@ class Scale:
     matrix: int
     precision: str
     repeats: int
+    compiled: tuple[str, ...]
 
 
 SCALES = {
-    "real": Scale((), 256, (1, 2, 4, 8, 16, 32), 16, ((128, 16), (256, 8)), MODELS, 512, 8192, "bfloat16", 3),
-    "tiny": Scale(("scale=tiny",), 32, (2,), 2, ((32, 2),), MODELS[:1], 16, 256, "float32", 1),
+    "real": Scale(
+        (),
+        256,
+        (1, 2, 4, 8, 16, 32),
+        16,
+        ((128, 16), (256, 8)),
+        MODELS,
+        512,
+        8192,
+        "bfloat16",
+        3,
+        ("inductor", "reduce-overhead"),
+    ),
+    "tiny": Scale(("scale=tiny",), 32, (2,), 2, ((32, 2),), MODELS[:1], 16, 256, "float32", 1, ("eager",)),
 }
 KINDS = {"none": (), "modules": ("modules",), "all": ("layers",), "all, channels last": ("layout",)}
 """What is done to the network before each kind of checkpointing is measured, each on top of the ones before."""
@@ -228,6 +242,13 @@ def sampling_row(name: str, sampler: PosteriorSampler, problem: Problem, x0: Ten
     }
 
 
+def compiled(bench: Bench) -> Iterator[Row]:
+    """A shipped model with its network compiled, beside the network as it is."""
+    side, count = bench.scale.shipped[0]
+    for how in bench.scale.compiled:
+        yield compiled_row(MODELS[0], how, bench.scale.precision, bench.images(count, side), bench.scale.repeats)
+
+
 def loader(bench: Bench) -> Iterator[Row]:
     """Images per second that reach a training, from shards and from files, with all loader processes together."""
     workers = 0 if bench.device == "cpu" else max(1, torch.get_num_threads() - 1)
@@ -250,6 +271,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "sampling": sampling,
     "shipped": shipped,
     "loader": loader,
+    "compiled": compiled,
 }
 
 

@@ -17,8 +17,10 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaCon
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
 FOREIGN = {
-    r"DataLoader worker \(pid.*": "a process that loads images was ended, most likely for want of memory: give the job "
+    r"^DataLoader worker \(pid(.|\n)*": "a process that loads images was ended, most likely for want of memory: give the job "
     "more memory (in a container also /dev/shm), or take fewer of these processes, data.num_workers=...",
+    r"No working C\+\+ compiler found|Cannot find a working triton installation": "torch.compile needs it: install it, or "
+    "leave the compilation out (compile=null, in training training.compile=null)",
 }
 """What libraries raise as errors of no type of their own, and what a user can do about it."""
 
@@ -60,11 +62,16 @@ def user_facing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def correctable(error: BaseException) -> bool:
     """Return whether a user can do something about an error; others are defects of the program."""
-    return isinstance(error, USER_ERRORS) or is_out_of_memory(error) or _advice(error) is not None
+    return isinstance(error, USER_ERRORS) or is_out_of_memory(error) or _of_library(error) is not None
 
 
-def _advice(error: BaseException) -> str | None:
-    return next((advice for pattern, advice in FOREIGN.items() if re.match(pattern, str(error))), None)
+def _of_library(error: BaseException) -> str | None:
+    """Return what a library says, on one line, and what to do about it; None for other errors."""
+    for pattern, advice in FOREIGN.items():
+        said = re.search(pattern, str(error))
+        if said is not None:
+            return f"{' '.join(said[0].split())}: {advice}"
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,9 +94,9 @@ def message(error: BaseException) -> str:
         return f"{key} has no value; give one: {key}=..."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    advice = _advice(error)
-    if advice is not None:
-        return f"{' '.join(str(error).split())}: {advice}"
+    foreign = _of_library(error)
+    if foreign is not None:
+        return foreign
     if is_out_of_memory(error):
         return f"{_asked_for(str(error))}; {LESS_MEMORY}"
     if isinstance(error, OmegaConfBaseException):

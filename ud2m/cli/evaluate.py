@@ -64,6 +64,8 @@ class EvaluationRun:
         self.metrics = list(config.metrics)
         self._check_config()
         self.prior = Prior.from_pretrained(config.prior).to(self.device)
+        if config.compile is not None:
+            self.prior.compile_network(config.compile)
         self.check_scores = cache(check_scores)  # builds the networks of the metrics: once, not for every cell
         self.jobs = list(self._jobs())
         if not self.jobs:
@@ -167,7 +169,7 @@ class EvaluationRun:
             )
 
     def _build(self, target: Mapping[str, Any]) -> Sampler:
-        return build_sampler(target, self.prior, self.device, self.config.precision)
+        return build_sampler(target, self.prior, self.device, self.config.precision, self.config.compile)
 
     def run(self, team: Team = ALONE) -> list[dict[str, Any]]:
         """Measure what is missing, each process of a team its share, and return the rows; the first one writes."""

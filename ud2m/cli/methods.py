@@ -15,18 +15,24 @@ from ud2m.samplers.base import Sampler
 
 
 def build_sampler(
-    target: Mapping[str, Any], prior: nn.Module, device: torch.device | str, precision: str = AUTO
+    target: Mapping[str, Any],
+    prior: nn.Module,
+    device: torch.device | str,
+    precision: str = AUTO,
+    compile: str | None = None,
 ) -> Sampler:
     """Return the sampler of a page's ``target``.
 
     It gets the prior and the device where it has such an argument, and the precision where the page leaves it open.
+    ``compile`` is for a network that it brings itself (``Sampler.compile``).
     """
     extra: dict[str, Any] = {"prior": prior} if shares_prior(target) else {}
     if "device" in _arguments(target):
         extra["device"] = device
     if target.get("precision", precision) is None:
         extra["precision"] = precision
-    return build(target, "method.target", **extra)
+    sampler: Sampler = build(target, "method.target", **extra)
+    return sampler if compile is None or shares_prior(target) else sampler.compile(compile)
 
 
 def shares_prior(target: Mapping[str, Any]) -> bool:

@@ -199,6 +199,9 @@ class SamplingRun:
         self.problem = Problem(self.operator, given_noise_level(config, default), config.seed, noise)
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.prior = Prior.from_pretrained(config.prior or str(self.sampler.prior.reference)).to(self.device)
+        if config.compile is not None:
+            self.sampler.compile(config.compile)
+            self.prior.compile_network(config.compile)
         self.plan({**changed, "trained": vars(self.sampler.config), "model": self.sampler.fingerprint})
 
     def plan(self, about: Numbers) -> None:
@@ -428,7 +431,7 @@ class SamplingRun:
 
     def build(self, target: Mapping[str, Any]) -> Sampler:
         """Return the sampler of a page of conf/method."""
-        return build_sampler(target, self.prior, self.device, self.config.precision)
+        return build_sampler(target, self.prior, self.device, self.config.precision, self.config.compile)
 
     def row(
         self, name: str, sampler: Sampler, test: Sequence[Tensor], team: Team

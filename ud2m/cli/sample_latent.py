@@ -43,6 +43,8 @@ class LatentRun(SamplingRun):
             raise ValueError("sampler=... needs an operator: add physics=super_resolution, or another of conf/physics")
         if config.prompt is None:
             raise ValueError('sampler=... needs prompt="words", or the file of a saved prompt')
+        if config.compile is not None:
+            raise ValueError("compile=... belongs to model=...; the pipeline of sampler=... is evaluated as it is")
         if config.compare:
             raise ValueError("compare=true belongs to model=...; ud2m evaluate compares methods with a latent prior")
         self.sampler = build(config.sampler, "sampler", LatentSampler, device=self.device)

@@ -91,6 +91,7 @@ class SampleSettings(Settings):
     seed: Seed
     device: Device
     precision: Precision
+    compile: Text | None
     devices: Count | Literal["auto"]
     num_nodes: Count
     sampler: Page | None = None
@@ -127,6 +128,7 @@ class EvaluateSettings(Settings):
     show: Natural
     device: Device
     precision: Precision
+    compile: Text | None
     devices: Count | Literal["auto"]
     num_nodes: Count
     results: Text

@@ -90,7 +90,7 @@ class Prior(nn.Module):
         on_meta = any(parameter.is_meta for parameter in unet.parameters())
         self.fingerprint = "" if on_meta else fingerprint(unet, schedule, prediction, label)
         self.unet: nn.Module = attend_locally(unet.requires_grad_(False).eval())
-        self.in_bfloat16 = False
+        self.in_bfloat16 = self.is_compiled = False
         self._frozen: tuple[UNet2DModel, ...] = ()  # of frozen_network(); in a tuple it is no submodule
 
     @classmethod
@@ -221,16 +221,22 @@ class Prior(nn.Module):
         self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         return self
 
-    def compile_network(self, backend: str) -> "Prior":
-        """Compile the network with this backend of torch.compile on its first call, once for each shape and mode.
+    def compile_network(self, how: str) -> "Prior":
+        """Compile the network by torch.compile on its first call, once for each shape of images.
+
+        Args:
+            how: a backend, as ``inductor``, or a mode of inductor, as ``reduce-overhead`` (CUDA graphs).
 
         Raises:
-            ValueError: for a backend that torch does not have.
+            ValueError: for what is neither.
         """
-        if backend not in torch.compiler.list_backends(exclude_tags=()):
-            known = ", ".join(torch.compiler.list_backends())
-            raise ValueError(f"torch.compile has no backend {backend!r}; it has {known}")
-        self.unet.compile(backend=backend)
+        modes = list(torch._inductor.list_mode_options())
+        if how not in (*torch.compiler.list_backends(exclude_tags=()), *modes):
+            known = ", ".join([*torch.compiler.list_backends(), *modes])
+            raise ValueError(f"torch.compile has no backend or mode {how!r}; it has {known}")
+        # by shapes: where torch finds another one it would compile for all shapes, which is slower code
+        self.unet.compile(dynamic=False, **({"mode": how} if how in modes else {"backend": how}))
+        self.is_compiled = True
         return self
 
     def save_adapter(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from ud2m.bars import Advance, NetworkEvaluations, shown
 from ud2m.numbers import is_number, is_whole
 from ud2m.physics import DataTerm, Observation
 from ud2m.precision import AUTO, check_precision, free_memory
+from ud2m.priors.prior import Prior
 from ud2m.unfolded.denoisers import Denoiser, check_symmetries, in_precision, symmetric
 
 
@@ -38,6 +39,22 @@ class Sampler(ABC):
         check_count("chunk_size", chunk_size)
         check_precision(precision)
         self.networks, self.chunk_size, self.precision = tuple(networks), chunk_size, precision
+
+    def compile(self, how: str) -> "Sampler":
+        """Compile the priors' networks (``Prior.compile_network``); calls of several chunks then keep to one shape.
+
+        Raises:
+            ValueError: for no backend or mode of torch.compile.
+        """
+        for network in self.networks:
+            if isinstance(network, Prior):
+                network.compile_network(how)
+        return self
+
+    @property
+    def one_shape(self) -> bool:
+        """Whether the last chunk of a call is filled up to the size of the others, as a network is compiled for one."""
+        return any(isinstance(network, Prior) and network.is_compiled for network in self.networks)
 
     def check(self, physics: DataTerm) -> None:  # noqa: B027 - by default every operator is taken
         """Raise ValueError where the operator cannot be taken, with those that can be."""
@@ -80,7 +97,11 @@ class Sampler(ABC):
         seeds = seeds_from(generator, len(observation) * num_samples)
         rows = torch.arange(len(observation), device=observation.y.device).repeat_interleave(num_samples)
         size = self.images_at_once(observation)
-        told, samples, each = observation.independent(), [], self.evaluations_of(observation)
+        count, told, samples = len(rows), observation.independent(), []
+        each = self.evaluations_of(observation)
+        if self.one_shape and count > size:
+            missing = -count % size
+            rows, seeds = torch.cat([rows, rows[:missing]]), seeds + seeds[:missing]
         with (
             shown(progress, None if each is None else each * len(rows)) as advance,
             NetworkEvaluations(self.networks, advance),
@@ -88,7 +109,7 @@ class Sampler(ABC):
             for first in range(0, len(rows), size):
                 streams = [torch.Generator(rows.device).manual_seed(seed) for seed in seeds[first : first + size]]
                 samples.append(self.draw(told.rows(rows[first : first + size]), streams))
-        return torch.cat(samples).clamp(0, 1).unflatten(0, (len(observation), num_samples))
+        return torch.cat(samples)[:count].clamp(0, 1).unflatten(0, (len(observation), num_samples))
 
     def check_call(self, observation: Observation, num_samples: int) -> None:
         """Raise ValueError where ``sample`` could not draw so many samples: before the first is drawn."""
