@@ -236,9 +236,9 @@ SECTIONS = (
     Section(
         "cost",
         "Cost beside the bare network",
-        "Median ratios of processor time on one thread. Sampling: one call for 8 samples of one observation of 3x128x128 / "
-        "its K N bare network evaluations of 8 images in the same precision. Training: one step without a perceptual term / K forward-backward "
-        "passes of the adapted network and the passes of the discriminator alone.",
+        "Median ratios of processor time on one thread. Sampling: one call for 8 samples of one observation of "
+        "3x128x128 / its K N bare network evaluations of 8 images in the same precision. Training: one step without a "
+        "perceptual term / K forward-backward passes of the adapted network and the passes of the discriminator alone.",
     ),
     Section(
         "compiled",

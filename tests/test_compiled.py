@@ -78,7 +78,7 @@ def test_what_torch_does_not_know_is_refused_with_what_it_does():
 )
 def test_a_missing_compiler_is_one_line(said):
     error = RuntimeError(
-        f"backend='inductor' raised:\nInductorError: {said}\n\nSet TORCHDYNAMO_VERBOSE=1 for a stack\n"
+        f"backend='inductor' raised:\nInductorError: {said}\n\nSet TORCHDYNAMO_VERBOSE=1\n"
     )
     assert correctable(error)
     assert "\n" not in message(error)

@@ -17,10 +17,10 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError, HydraException, OmegaCon
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells have it."""
 FOREIGN = {
-    r"^DataLoader worker \(pid(.|\n)*": "a process that loads images was ended, most likely for want of memory: give the job "
-    "more memory (in a container also /dev/shm), or take fewer of these processes, data.num_workers=...",
-    r"No working C\+\+ compiler found|Cannot find a working triton installation": "torch.compile needs it: install it, or "
-    "leave the compilation out (compile=null, in training training.compile=null)",
+    r"^DataLoader worker \(pid(.|\n)*": "a process that loads images was ended, most likely for want of memory: "
+    "give the job more memory (in a container also /dev/shm), or take fewer of these processes, data.num_workers=...",
+    r"No working C\+\+ compiler found|Cannot find a working triton installation": "torch.compile needs it: install "
+    "it, or leave the compilation out (compile=null, in training training.compile=null)",
 }
 """What libraries raise as errors of no type of their own, and what a user can do about it."""
 
