@@ -103,7 +103,7 @@ def build_trained_network(
         frozen_bfloat16: keep the frozen weights in bfloat16 (``Prior.store_frozen_in_bfloat16``), in which the network
             is then validated too.
         channels_last: ``Prior.use_channels_last``.
-        compile: backend or mode of torch.compile for the prior's network (``Prior.compile_network``), None to do without.
+        compile: backend or mode of torch.compile for the network (``Prior.compile_network``), None to do without.
             The discriminator is not compiled: its penalty is differentiated twice.
 
     Raises:
