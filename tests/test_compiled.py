@@ -77,9 +77,7 @@ def test_what_torch_does_not_know_is_refused_with_what_it_does():
     "said", ["No working C++ compiler found in cpp.cxx: g++", "Cannot find a working triton installation."]
 )
 def test_a_missing_compiler_is_one_line(said):
-    error = RuntimeError(
-        f"backend='inductor' raised:\nInductorError: {said}\n\nSet TORCHDYNAMO_VERBOSE=1\n"
-    )
+    error = RuntimeError(f"backend='inductor' raised:\nInductorError: {said}\n\nSet TORCHDYNAMO_VERBOSE=1\n")
     assert correctable(error)
     assert "\n" not in message(error)
     assert message(error).endswith("leave the compilation out (compile=null, in training training.compile=null)")
