@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -142,6 +142,23 @@ class Prior(nn.Module):
         if not self._frozen:
             self._frozen = (_without_adapter(self.unet),)
         return self._frozen[0]
+
+    def pipeline(self) -> DDPMPipeline:
+        """Return network and noise, without an adapter, as ``DDPMPipeline`` of diffusers.
+
+        Its ``save_pretrained`` and ``push_to_hub`` write what ``from_pretrained`` here takes too, as the same prior.
+
+        Raises:
+            ValueError: where diffusers has no such pipeline, or the prior comes from no folder.
+        """
+        network = self.frozen_network()
+        if type(network) is not UNet2DModel or self.label is not None:
+            raise ValueError("a DDPMPipeline holds a UNet2DModel without classes; upload the folder of this prior")
+        if self.reference is None:
+            raise ValueError("the scheduler of a prior is in its folder, and this one comes from none")
+        reference = str(shipped_folder(self.reference) or self.reference)
+        scheduler = DDPMScheduler.from_config(_read_json(find_files(reference)[1]))
+        return DDPMPipeline(network, scheduler)
 
     def denoiser(self) -> PriorDenoiser:
         """Return this prior, with its adapter if it has one, as a ``deepinv.models.Denoiser``."""

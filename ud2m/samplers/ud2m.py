@@ -59,6 +59,14 @@ class PosteriorSampler(Sampler):
         self.network.to(device)
         return self
 
+    def with_options(self, **options: Any) -> "PosteriorSampler":
+        """Return a sampler with the same network and other options; those that are None stay as they are.
+
+        Raises:
+            ValueError: as ``SamplerConfig.with_options``.
+        """
+        return PosteriorSampler(self.network, self.config.with_options(**options)) if options else self
+
     def nfe(self, num_steps: int | None = None) -> int:
         """Return the network evaluations per sample, K N (and N more where a network makes the warm start)."""
         return self.network.evaluations * (num_steps or self.config.num_steps)
@@ -89,12 +97,16 @@ class PosteriorSampler(Sampler):
         Raises:
             ValueError: for numbers out of range, or an image size that the prior cannot take.
         """
-        sampler = PosteriorSampler(self.network, self.config.with_options(**options)) if options else self
+        sampler = self.with_options(**options)
+        return sampler.sample(sampler.observation(y, physics, sigma_y), num_samples, generator, progress)
+
+    def observation(self, y: Tensor, physics: DataTerm, sigma_y: float | Tensor | None = None) -> Observation:
+        """Return what is known of x in a call with these arguments."""
         if sigma_y is None:
             told = told_level(physics)
             sigma_y = self.config.sigma_y if told is None else told
         dtype = next(self.network.blocks.parameters()).dtype  # of psi: frozen weights may be stored in less
-        return sampler.sample(Observation.of(y, physics, sigma_y).to(dtype), num_samples, generator, progress)
+        return Observation.of(y, physics, sigma_y).to(dtype)
 
     def evaluations_of(self, observation: Observation) -> int:
         """Return the network evaluations that one sample takes, those of tiles one by one."""
@@ -141,8 +153,7 @@ class PosteriorSampler(Sampler):
         Raises:
             ValueError: for options that no call could use.
         """
-        sampler = PosteriorSampler(self.network, self.config.with_options(**options))
-        return PosteriorReconstructor(sampler, num_samples, [self.network])
+        return PosteriorReconstructor(self.with_options(**options), num_samples, [self.network])
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the export folder: ``config.json``, adapter (peft), psi (safetensors), the prior by reference."""
