@@ -40,7 +40,7 @@ def priors(tmp_path_factory):
 
 def load_data(config, request):
     """Return the data module; MNIST is not downloaded for a test."""
-    if config.data._target_.endswith("MnistData"):
+    if config.data._target_.endswith(("MnistData", "MovingDigitsData")):
         shared = request.getfixturevalue("shared")
         config.data.root = str(shared / "data" / "mnist")
     return instantiate(config.data, _convert_="all")

@@ -53,14 +53,23 @@ def videos(count: int = 2) -> torch.Tensor:
 
 def test_the_autoencoders_export_has_latents_of_variance_one_in_each_channel(tmp_path):
     torch.manual_seed(0)
-    module = AutoencoderModule(VAE, kl=0.25)
+    module = AutoencoderModule(VAE, kl=0.25, clear=True)
+    module.vae.decoder.conv_out.weight.data *= 0.1  # so that nothing is clipped
     x = 2 * videos() - 1
     loss, _ = module.losses(videos(), streams(2))
     posterior = module.vae.encode(x).latent_dist
     z = posterior.mean + posterior.std * randn_like(posterior.mean, streams(2))
     gaussian = torch.distributions.Normal(posterior.mean, posterior.std)
     kl = torch.distributions.kl_divergence(gaussian, torch.distributions.Normal(0, 1)).mean()
-    torch.testing.assert_close(loss, (module.vae.decode(z).sample - x).square().mean() + 0.25 * kl)
+    expected = (module.vae.decode(z).sample - x).square().mean() + 0.25 * kl
+    torch.testing.assert_close(loss, expected)
+    assert 0.2 < posterior.mean.std() < 5
+    assert (posterior.std < 0.2).all()
+    module.vae.decoder.conv_out.bias.data.fill_(-3.0)  # black, where all is clipped and ink is missed
+    loss, _ = module.losses(videos(), streams(2))
+    loss.backward()
+    assert loss > 4
+    assert (module.vae.decoder.conv_out.bias.grad < 0).all()
     # what a validation keeps
     z = posterior.mean.detach()
     module.latent_moments.copy_(torch.stack([z.mean((0, 2, 3, 4)), z.square().mean((0, 2, 3, 4))]))

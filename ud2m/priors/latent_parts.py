@@ -21,6 +21,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -181,6 +182,18 @@ def latent_channels(vae: Any) -> int:
     return int(vae.config.get("z_dim") or vae.config.latent_channels)
 
 
+def begin_clear(vae: Any) -> None:
+    """Let an untrained autoencoder begin with latents of a deviation of about 1 and little noise.
+
+    The usual initial weights make latents of about 0.1 under noise of 1: a decoder whose normalised layers see hardly
+    anything of them learns the mean image first, and leaves it late.
+    """
+    last, channels = vae.quant_conv or vae.encoder.conv_out, latent_channels(vae)
+    with torch.no_grad():
+        last.weight[:channels] *= 10
+        last.bias[channels:] = -6
+
+
 def measured_scale(vae: Any, mean: Tensor, power: Tensor) -> dict[str, Any]:
     """Return what to write into the configuration, so that scaled latents have variance 1.
 
@@ -199,6 +212,19 @@ def to_latents(vae: Any, x0: Tensor) -> Tensor:
     mode = vae.encode(2 * x0 - 1).latent_dist.mode()
     mean, scale = latent_scale(vae, mode)
     return (mode - mean) * scale
+
+
+def decode_unclipped(vae: Any, z: Tensor) -> Tensor:
+    """Return D(z) before it is clipped to [-1, 1], as video autoencoders do it: what is clipped has no gradient."""
+    parts: list[Tensor] = []
+    handle = vae.decoder.register_forward_hook(lambda _module, _given, output: parts.append(output))
+    try:
+        vae.decode(z)
+    finally:
+        handle.remove()
+    x = torch.cat(parts, 2) if z.ndim == 5 else parts[0]
+    patch = vae.config.get("patch_size")
+    return x if patch is None else unpatchify(x, patch)
 
 
 def encode_texts(pipeline: DiffusionPipeline, texts: Sequence[str], device: torch.device) -> tuple[Any, ...]:

@@ -15,9 +15,11 @@ from ud2m.losses.terms import NonFiniteLossError
 from ud2m.priors.latent import NoiseTable
 from ud2m.priors.latent_parts import (
     assemble,
+    begin_clear,
     build_latent_network,
     build_text_encoder,
     build_vae,
+    decode_unclipped,
     encode_texts,
     latent_channels,
     learn_tokenizer,
@@ -93,13 +95,15 @@ class ScoredModule(SteppedModule):
 class AutoencoderModule(ScoredModule):
     """Train a KL autoencoder (Kingma and Welling, 2014; Rombach et al., 2022) for images or videos in [-1, 1].
 
-    Loss: mean |x - D(z)|^2 + kl KL, z = mu + s eps, KL the mean of (mu^2 + s^2 - 1 - log s^2) / 2 over all latents. The
-    score is the PSNR in dB of D(mu), for images in [0, 1]. The export is the diffusers folder of the autoencoder, whose
-    configuration makes the scaled latents of the validation images have variance 1: each channel that of a video one.
+    Loss: mean |x - D(z)|^2 + kl KL, D not clipped, z = mu + s eps, KL the mean of (mu^2 + s^2 - 1 - log s^2) / 2 of all
+    latents. The score is the PSNR in dB of D(mu), for images in [0, 1]. The export is the diffusers folder of the
+    autoencoder, whose configuration makes the scaled latents of the validation images have variance 1: each channel
+    that of a video one.
 
     Args:
         vae: arguments of a class of ``VAES``, and its name as ``_class_name`` unless it is ``AutoencoderKL``.
         kl: weight of KL.
+        clear: begins as ``begin_clear`` says.
         lr: peak learning rate of AdamW.
         warmup: steps of linear warm-up, then cosine to zero at the last step.
         ema_decay: decay of the weight average that is validated and exported.
@@ -119,6 +123,7 @@ class AutoencoderModule(ScoredModule):
         self,
         vae: Mapping[str, Any],
         kl: float = 1e-4,
+        clear: bool = False,
         lr: float = 2e-3,
         warmup: int = 100,
         ema_decay: float = 0.999,
@@ -130,6 +135,8 @@ class AutoencoderModule(ScoredModule):
         if not kl >= 0:
             raise ValueError(f"kl, the weight of the divergence, must not be negative, got {kl}")
         self.vae, self.kl = build_vae(vae), kl
+        if clear:
+            begin_clear(self.vae)
         self.ema = Ema(self.vae.parameters(), ema_decay)
         self.register_buffer("latent_moments", torch.tensor([[0.0], [1.0]]).repeat(1, latent_channels(self.vae)))
 
@@ -140,7 +147,7 @@ class AutoencoderModule(ScoredModule):
         x = 2 * images_of(batch) - 1
         posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * randn_like(posterior.mean, streams)
-        error = (self.vae.decode(z).sample - x).square().mean()
+        error = (decode_unclipped(self.vae, z) - x).square().mean()
         divergence = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
         loss = error + self.kl * divergence
         if not torch.isfinite(loss):
