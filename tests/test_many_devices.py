@@ -36,15 +36,12 @@ def data_of(steps=BATCHES, accumulate=ACCUMULATE):
 
 
 def module_of(prior, accumulate=ACCUMULATE, steps=BATCHES):
-    module = distillation(prior, optimizer={"steps": steps, "accumulate": accumulate})
-    # as the heads of RAM for other numbers of channels: trained, and never used
-    module.network.unused = nn.Parameter(torch.ones(3))
-    return module
+    return distillation(prior, optimizer={"steps": steps, "accumulate": accumulate})
 
 
-def shipped_strategy(folder):
+def shipped_strategy(folder, *overrides):
     """The strategy of conf/trainer/ddp.yaml."""
-    with composed("trainer=ddp", folder=folder) as config:
+    with composed("trainer=ddp", *overrides, folder=folder) as config:
         return instantiate(config.trainer.strategy)
 
 
@@ -109,7 +106,7 @@ def test_two_processes_end_with_the_parameters_of_one(both, prior):
     for rank in two:
         assert largest_difference(one["state"], rank["state"]) < 1e-9  # float64: only another meaning would differ
     moved = {key for key, value in start.items() if not torch.equal(value.double(), one["state"][key])}
-    assert start.keys() - moved == {"network.unused"}
+    assert moved == start.keys()
 
 
 def test_only_what_is_trained_is_sent_once_per_step(both, prior):
@@ -120,6 +117,26 @@ def test_only_what_is_trained_is_sent_once_per_step(both, prior):
     assert frozen > numbers  # else the count would say little
     for rank in two:
         assert sum(rank["sent"]) == BATCHES * numbers * 8
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_unused_parameters(prior, tmp_path, capfd):
+    assert ended(ranks(2, recorded, prior, tmp_path, 2)) == [0, 0]
+    assert "find_unused_parameters" not in capfd.readouterr().err
+
+
+def silent_start(prior, folder):
+    """Train on two ranks with a parameter without a gradient, as the heads of RAM for other numbers of channels are."""
+    module = module_of(prior)
+    module.network.unused = nn.Parameter(torch.ones(3))
+    strategy = shipped_strategy(folder, "network=ram")
+    fit(module, folder, data_of(), max_epochs=1, devices=2, strategy=strategy)
+    assert torch.equal(module.network.unused, torch.ones(3))
+
+
+@pytest.mark.slow
+def test_the_heads_of_ram_that_no_image_uses_hold_nobody_up(prior, tmp_path):
+    assert ended(ranks(2, silent_start, prior, tmp_path)) == [0, 0]
 
 
 def rows(x):

@@ -35,6 +35,7 @@ OmegaConf.register_new_resolver("floordiv", lambda a, b: int(a) // int(b), repla
 OmegaConf.register_new_resolver(
     "if_among", lambda value, names, then, other: OmegaConf.create(then if value in names else other), replace=True
 )
+OmegaConf.register_new_resolver("is_among", lambda value, names: value in names, replace=True)
 OmegaConf.register_new_resolver(
     "boundary_of", lambda degraded: "valid" if degraded is True else "circular", replace=True
 )
