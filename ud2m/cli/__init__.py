@@ -39,6 +39,9 @@ OmegaConf.register_new_resolver("is_among", lambda value, names: value in names,
 OmegaConf.register_new_resolver(
     "boundary_of", lambda degraded: "valid" if degraded is True else "circular", replace=True
 )
+OmegaConf.register_new_resolver(
+    "first_of", lambda *values: next((value for value in values if value is not None), None), replace=True
+)
 # one per composed configuration
 OmegaConf.register_new_resolver("random_id", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 # as a configuration again: --cfg job --resolve takes no plain dictionaries

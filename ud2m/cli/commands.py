@@ -129,9 +129,9 @@ def _sample(config: DictConfig) -> None:
 
         print(latent_estimate(config))
     else:
-        from ud2m.cli.sample_latent import LatentRun
+        from ud2m.cli.sample_video import run_of
 
-        main(config, LatentRun)
+        main(config, run_of(config))
 
 
 @user_facing

@@ -28,7 +28,7 @@ def latent_estimate(config: DictConfig) -> str:
         FileNotFoundError: when the pipeline's architecture is not at hand.
         ValueError: for an unknown precision.
     """
-    prior = LatentPrior.on_meta(str(config.pipeline))
+    prior = LatentPrior.on_meta(str(config.sampler.reference))
     precision, vae_precision = str(config.precision), str(config.sampler.vae_dtype)
     size = tuple(config.sampler.get("size") or prior.default_size)
     prior.check_size(*size)

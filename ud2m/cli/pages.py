@@ -37,9 +37,11 @@ def check_sampling(config: DictConfig) -> None:
     check(config, SampleSettings)
     check_added(given_words())
     if config.get("sampler") is not None:
-        check_reference("pipeline", str(config.pipeline))
+        for key in ("reference", "image_reference"):
+            if config.sampler.get(key) is not None:
+                check_reference("pipeline", str(config.sampler[key]))
         return
-    for key in ("prompt", "estimate"):
+    for key in ("prompt", "pipeline", "image_pipeline", "estimate"):
         if config[key]:
             raise ValueError(f"{key}=... belongs to a latent prior: add sampler=latino or sampler=latino_pro")
     check_reference("model", str(config.model))

@@ -255,7 +255,7 @@ class SamplingRun:
             blank = case.observation.y.new_zeros(1, min(self.config.num_samples, 2), *case.observation.image_shape)
             entry = self.entry(case, blank)
             with TemporaryDirectory() as folder:
-                write_pictures(Path(folder), entry, case.pixels)
+                self.write(Path(folder), case, blank, entry)
             samples_page(Report("", "", [], {}, [Section("", "", [entry])]))
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
@@ -521,15 +521,20 @@ class SamplingRun:
             return known
         record, shown, state = place / NUMBERS_FILE, number < group.shown, group.stamp(number)
         case = group.case(number)
-        entry = self.entry(case, self.sample(case, bar))
+        samples = self.sample(case, bar)
+        entry = self.entry(case, samples)
         for note in filter(None, (case.remark, entry.note)):
             tqdm.write(f"{case.name}: {note}")
-        write_pictures(place, entry, case.pixels)
+        self.write(place, case, samples, entry)
         if shown:
             torch.save(vars(entry), place / ENTRY)
         self.keep(case, place, entry)
         write_json(record, {"numbers": entry.numbers, "note": entry.note, "file": state})
         return cast(Numbers, parse_json(record.read_text())["numbers"])
+
+    def write(self, place: Path, case: Case, samples: Tensor, entry: Entry) -> None:
+        """Write the files of an observation whose samples [1, S, C, H, W] were just drawn."""
+        write_pictures(place, entry, case.pixels)
 
     def keep(self, case: Case, place: Path, entry: Entry) -> None:
         """Write what else there is of an observation that was just sampled for; by default nothing."""

@@ -41,7 +41,7 @@ class LatentRun(SamplingRun):
         chosen = given_operator(config)
         if chosen is None:
             raise ValueError("sampler=... needs an operator: add physics=super_resolution, or another of conf/physics")
-        if config.prompt is None:
+        if config.sampler.prompt is None:
             raise ValueError('sampler=... needs prompt="words", or the file of a saved prompt')
         if config.compile is not None:
             raise ValueError("compile=... belongs to model=...; the pipeline of sampler=... is evaluated as it is")
@@ -67,7 +67,7 @@ class LatentRun(SamplingRun):
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
         return (
-            f"{self.name}: {self.config.prompt}",
+            f"{self.name}: {self.config.sampler.prompt}",
             f"{self.config.num_samples} samples per observation, {self.sampler.nfe()} network evaluations each; "
             f"pipeline {self.prior.reference}, {self.measurement}. Bright places of the standard deviation are "
             "those that neither observation nor prompt determine.",

@@ -95,7 +95,9 @@ class SampleSettings(Settings):
     devices: Count | Literal["auto"]
     num_nodes: Count
     sampler: Page | None = None
-    pipeline: Text
+    pipeline: Text | None
+    image_pipeline: Text | None
+    fps: Positive | None
     prompt: Text | None
     estimate: Flag
     skip_broken: Flag

@@ -468,6 +468,11 @@ def distance_score(name: str, distance: Callable[[Tensor, Tensor], Tensor]) -> P
     return PerImage(lambda draws: {name: draws.each(distance)}, modules=modules)
 
 
+def motion_score() -> PerImage:
+    """Return the PSNR of the differences between frames of videos: of the mean, and of single samples."""
+    return PerImage(of_mean_and_samples("psnr_motion", lambda x, x0: psnr(x.diff(dim=2), x0.diff(dim=2))))
+
+
 def lpips_metric(net: str) -> str:
     """Return the name of the metric with a backbone: ``lpips`` is that of AlexNet."""
     return "lpips" if net == DEFAULT_NET else f"lpips_{net}"

@@ -60,6 +60,8 @@ COLUMNS = (
     Column("psnr_mean", "PSNR of mean [dB]", "of the samples' mean, peak 1", ".2f", "max", selects=True),
     Column("psnr_limit", "PSNR of mean, S → ∞ [dB]", "of the mean of infinitely many", ".2f", "max", selects=True),
     Column("psnr", "PSNR [dB]", "of single samples, peak 1", ".2f", "max", selects=True),
+    Column("psnr_motion_mean", "Motion PSNR of mean [dB]", "of differences between frames, of the mean", ".2f", "max"),
+    Column("psnr_motion", "Motion PSNR [dB]", "of differences between frames", ".2f", "max"),
     Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
     Column("ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True),
     Column("lpips_mean", "LPIPS of mean", "perceptual distance of the mean", ".3f", "min", selects=True, variants=True),

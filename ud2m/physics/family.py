@@ -15,11 +15,12 @@ class OperatorFamily(ABC):
 
     A new operator is one subclass and one YAML under ``conf/physics``. ``random`` says whether draws differ, so that
     an observation made elsewhere cannot be explained by another draw. Heights and widths of images must be multiples of
-    ``multiple``.
+    ``multiple``. ``video`` says whether it acts on videos (C, T, H, W).
     """
 
     random: bool = False
     multiple: int = 1
+    video: bool = False
 
     @abstractmethod
     def draw(

@@ -184,6 +184,8 @@ class VideoOperator(OperatorFamily):
         ValueError: for counts below 1.
     """
 
+    video = True
+
     def __init__(self, space: OperatorFamily, exposure: int = 1, stride: int = 1):
         for name, value in {"exposure": exposure, "stride": stride}.items():
             if not is_whole(value) or value < 1:

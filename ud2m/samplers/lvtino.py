@@ -111,26 +111,30 @@ class Lvtino(LatentSampler):
     def from_pretrained(
         cls,
         reference: str | Path,
-        image_reference: str | Path | None = None,
+        prompt: str | Prompt = "a high resolution video",
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         vae_dtype: str = "float32",
+        guidance: float | None = None,
+        image_reference: str | Path | None = None,
         **options: Any,
     ) -> "Lvtino":
         """Return the sampler with pipelines: shipped names, diffusers folders or hub ids.
 
         Args:
             reference: of the video prior, see ``LatentPrior.from_pretrained``, as the next ones.
-            image_reference: of the image prior; None at eta = 1.
+            prompt: see the class.
             device: of networks.
             dtype: of both networks.
             vae_dtype: of both autoencoders.
+            guidance: of classifier-free guidance of the video prior.
+            image_reference: of the image prior; None at eta = 1.
             options: further ones of the class.
         """
-        prior = LatentPrior.from_pretrained(reference, device, dtype, vae_dtype)
-        unused = image_reference is None or options.get("eta") == 1
-        image_prior = None if unused else LatentPrior.from_pretrained(image_reference, device, dtype, vae_dtype)
-        return cls(prior, image_prior, **options)
+        prior, image_prior = LatentPrior.from_pretrained(reference, device, dtype, vae_dtype, guidance=guidance), None
+        if image_reference is not None and options.get("eta") != 1:
+            image_prior = LatentPrior.from_pretrained(image_reference, device, dtype, vae_dtype)
+        return cls(prior, image_prior, prompt, **options)
 
     def nfe(self) -> int:
         """Return evaluations of one sample; one of a network on all frames counts once, as the authors count."""

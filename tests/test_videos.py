@@ -1,0 +1,158 @@
+"""Video files and folders of frames: what is read is what was written, and what is no video is one clear line."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ud2m.data.videos import can_write_videos, read_clip, write_frames, write_video
+from ud2m.images import write_image
+
+needs_av = pytest.mark.skipif(not can_write_videos(), reason="av is not installed: pip install 'ud2m[video]'")
+
+
+def moving(frames: int = 6, channels: int = 3, height: int = 32, width: int = 48) -> torch.Tensor:
+    """Return a smooth clip [C, T, H, W] that moves: compression keeps it."""
+    t, i, j = torch.meshgrid(*(torch.arange(n) / n for n in (frames, height, width)), indexing="ij")
+    planes = [0.5 + 0.4 * torch.sin(3 * (i + k * j) + 2 * t) for k in range(channels)]
+    return torch.stack(planes)
+
+
+def written(path, frames, format="rgb24", codec="libx264", pix_fmt="yuv420p", audio=False, rate=30):
+    """Write arrays with av, as others would."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        sound = container.add_stream("aac", rate=44100) if audio else None
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format)))
+        container.mux(stream.encode())
+        if sound is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            silence.sample_rate = 44100
+            container.mux(sound.encode(silence))
+            container.mux(sound.encode())
+    return path
+
+
+def arrays(clip, top=255, kind=np.uint8):
+    return [(frame.permute(1, 2, 0).numpy() * top).round().astype(kind) for frame in clip.unbind(1)]
+
+
+# --- folders of frames -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_frames_is_read_by_name(tmp_path, channels):
+    clip = moving(12, channels)
+    write_frames(clip, tmp_path / "frames")
+    read = read_clip(tmp_path / "frames", channels)
+    torch.testing.assert_close(read.frames, clip, rtol=0, atol=0.6 / 255)
+    assert read.rate == 25
+    assert read_clip(tmp_path / "frames", 4 - channels, rate=12.5).frames.shape == (4 - channels, 12, 32, 48)
+
+
+def test_folders_that_hold_no_video_are_one_clear_line(tmp_path):
+    write_image(moving()[:, 0], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="holds one frame; a video has two or more"):
+        read_clip(tmp_path)
+    write_image(moving(height=16)[:, 0], tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"differ: a.png is 48x32 with 3 channels, b.png is 48x16 with 3 channels"):
+        read_clip(tmp_path)
+    write_image(moving(channels=1)[:, 0], tmp_path / "b.png")
+    assert read_clip(tmp_path, 3).frames.shape == (3, 2, 32, 48)
+    with pytest.raises(ValueError, match=r"a.png is 48x32 with 3 channels, b.png is 48x32 with 1 channel$"):
+        read_clip(tmp_path, None)
+    Image.new("RGBA", (48, 32), (1, 2, 3, 100)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png .*transparent"):
+        read_clip(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no video .*: give a video file, or a folder of frames"):
+        read_clip(tmp_path / "missing.mp4")
+
+
+def test_without_av_a_file_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "clip.mp4").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"clip.mp4 needs pip install 'ud2m\[video\]', which brings av; or give a fol"):
+        read_clip(tmp_path / "clip.mp4")
+    assert not can_write_videos()
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@needs_av
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (31, 45)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_video_comes_back(tmp_path, height, width, channels):
+    clip = moving(9, channels, height, width)
+    write_video(clip, tmp_path / "clip.mp4", 12.5)
+    read = read_clip(tmp_path / "clip.mp4", channels)
+    assert read.frames.shape == clip.shape
+    assert (read.frames - clip).abs().mean() < (0.02 if channels == 3 else 0.01)
+    assert read.rate == pytest.approx(12.5)
+    assert not read.remark
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@needs_av
+def test_audio_is_left_out_and_said(tmp_path):
+    read = read_clip(written(tmp_path / "clip.mp4", arrays(moving()), audio=True))
+    assert read.remark == "audio is left out"
+    assert read.frames.shape[1] == 6
+    assert read.rate == 30
+
+
+@needs_av
+def test_grey_and_deep_videos_are_read(tmp_path):
+    grey = [frame[..., 0] for frame in arrays(moving(channels=1))]
+    read = read_clip(written(tmp_path / "grey.mkv", grey, "gray", "ffv1", "gray"))
+    torch.testing.assert_close(read.frames, moving(channels=1).expand(3, -1, -1, -1), rtol=0, atol=0.02)
+    deep = written(tmp_path / "deep.mkv", arrays(moving(), 65535, np.uint16), "rgb48le", "ffv1", "yuv444p10le")
+    read = read_clip(deep)
+    assert "more than 8 bits are read" in read.remark
+    assert (read.frames - moving()).abs().max() < 1.5 / 255
+    assert len(read.frames.unique()) > 256
+
+
+@needs_av
+def test_damaged_files_are_one_clear_line(tmp_path):
+    whole = written(tmp_path / "clip.mp4", arrays(moving(40)))
+    data = whole.read_bytes()
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 9)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "head.mp4").write_bytes(data[: len(data) // 2])
+    for name in ("noise", "empty", "head"):
+        with pytest.raises(ValueError, match=rf"{name}\.mp4 cannot be decoded: "):
+            read_clip(tmp_path / f"{name}.mp4")
+    index = data.index(b"moov")
+    holes = bytearray(data)
+    holes[index // 2 : index - 8] = bytes(index - 8 - index // 2)
+    (tmp_path / "holes.mp4").write_bytes(holes)
+    with pytest.raises(ValueError, match=r"holes\.mp4 (is damaged: \d+ of 40 frames|cannot be decoded)"):
+        read_clip(tmp_path / "holes.mp4")
+
+
+@needs_av
+def test_files_that_are_no_videos_of_frames_are_one_clear_line(tmp_path):
+    one = written(tmp_path / "one.mp4", arrays(moving(1)))
+    with pytest.raises(ValueError, match=r"one\.mp4 holds one frame"):
+        read_clip(one)
+    opaque = np.full((32, 48, 4), 255, np.uint8)
+    with pytest.raises(ValueError, match=r"clear\.mov has transparent pixels \(rgba\)"):
+        read_clip(written(tmp_path / "clear.mov", [opaque, opaque], "rgba", "png", "rgba"))
+    import av
+
+    with av.open(str(tmp_path / "sound.m4a"), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
+    with pytest.raises(ValueError, match=r"sound\.m4a holds no video"):
+        read_clip(tmp_path / "sound.m4a")

@@ -1,0 +1,155 @@
+"""Samples of videos: what ``sample.py sampler=lvtino`` runs, and every sampler where the operator acts on videos."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from ud2m.cli.objects import build
+from ud2m.cli.sample import AUTO, METRICS, Case, Group, given_operator
+from ud2m.cli.sample_latent import LatentRun
+from ud2m.data.module import evenly_spaced
+from ud2m.data.videos import INSTALL, can_write_videos, read_clip, write_frames, write_video
+from ud2m.evaluation.scores import Draws, Score, build_score, fitting_scores, motion_score
+from ud2m.evaluation.table import without_bounds
+from ud2m.physics import Observation, OperatorFamily, estimate_sigma_y
+from ud2m.reports.samples import Entry
+from ud2m.samplers.lvtino import Lvtino
+
+SHOWN = 8
+"""Frames of a clip that stand side by side in the report."""
+
+
+def run_of(config: DictConfig) -> type[LatentRun]:
+    """Return the kind of run that the operator asks for.
+
+    Raises:
+        ValueError: for an operator that cannot be made.
+    """
+    chosen = given_operator(config)
+    acts = None if chosen is None else build(chosen.operator, "physics.operator", OperatorFamily)
+    return VideoRun if acts is not None and acts.video else LatentRun
+
+
+class VideoRun(LatentRun):
+    """The objects of one sampling job for a video file, or a folder of frames.
+
+    Args:
+        config: of conf/sample.yaml, with a ``sampler`` and an operator on videos.
+        device: of networks and videos.
+
+    Raises:
+        ValueError: for settings that do not fit together.
+        FileNotFoundError: for a missing pipeline.
+    """
+
+    def __init__(self, config: DictConfig, device: torch.device):
+        if config.input is None:
+            raise ValueError("an operator on videos needs input=..., a video or a folder of its frames")
+        super().__init__(config, device)
+        if not can_write_videos():
+            tqdm.write(f"clips are written as frames alone; videos need {INSTALL}")
+
+    @property
+    def name(self) -> str:
+        """What the sampler is called in tables."""
+        return "LVTINO" if isinstance(self.sampler, Lvtino) else super().name
+
+    def own_files(self) -> Group:
+        """Return what the video of ``input`` asks for."""
+        path = Path(self.config.input).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"there is no video {path}: give a video file, or a folder of frames")
+        text = f"{SHOWN} frames or fewer of each clip, evenly spaced; the folder holds all."
+        return Group("Video", text, [path.stem], lambda k: self.file_case(path, k), 1, [path])
+
+    def file_case(self, path: Path, index: int) -> Case:
+        """Return what the video asks for: an observation to be explained, or a clean clip to be degraded."""
+        channels, rate = self.prior.channels, self.config.fps
+        degraded = bool(self.config.degraded)
+        clip = read_clip(path, self.operator.y_channels(channels) if degraded else channels, rate)
+        x = clip.frames.unsqueeze(0).to(self.device)
+        try:
+            if degraded:
+                self.rate = clip.rate
+                physics, level = self.known_operator(x), self.problem.sigma_y
+                sigma_y = estimate_sigma_y(physics, x) if self.config.sigma_y == AUTO else level
+                observation = Observation.of(x, physics, sigma_y)
+                self.rate *= observation.image_shape[1] / x.shape[2]
+                return Case(path.stem, observation, remark=clip.remark)
+            x0 = self.fitting(x)
+            self.rate = clip.rate
+            cut = "" if x0.shape == x.shape else f"cut to {x0.shape[3]}x{x0.shape[4]}, what is taken"
+            remark = "; ".join(filter(None, (clip.remark, cut)))
+            return Case(path.stem, self.problem.observe(x0, index), x0, remark=remark)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def fitting(self, image: Tensor) -> Tensor:
+        """Return a clip without the last rows and columns that the operator or a prior cannot take."""
+        others = [self.sampler.image_prior] if isinstance(self.sampler, Lvtino) else []
+        multiples = [prior.multiple for prior in (self.prior, *others) if prior is not None]
+        multiple = math.lcm(self.operator.multiple, *multiples)
+        height, width = (side - side % multiple for side in image.shape[-2:])
+        return image[..., :height, :width] if min(height, width) > 0 else image
+
+    @torch.no_grad()
+    def entry(self, case: Case, samples: Tensor) -> Entry:
+        """Return the clip's part of the report: strips of frames, and scores; those of images are means over frames."""
+        observation, x0, y = case.observation, case.x0, case.observation.y
+        clips = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
+        of_clips: list[Score] = [build_score("residual")]
+        numbers: dict[str, float] = {}
+        if x0 is None:
+            numbers["sigma_y"] = float(observation.sigma_y)
+        else:
+            of_clips.append(motion_score())
+            channels, _, height, width = observation.image_shape
+            frames = Draws(_frames(x0), observation, clips.noise, _frames(samples))
+            names = [*METRICS, *self.lpips, "r"]
+            numbers |= scored(fitting_scores(names, samples.shape[1], (channels, height, width)), frames)
+        numbers |= scored(of_clips, clips)
+        mean, std = samples[0].mean(0), samples[0].std(0) if samples.shape[1] > 1 else None
+        drawn, reference = torch.stack([strip(sample) for sample in samples[0]]), None if x0 is None else strip(x0[0])
+        seen, spread = strip(y[0], mean.shape[1]), None if std is None else strip(std)
+        return Entry(case.name, reference, seen, drawn, strip(mean), spread, numbers)
+
+    def write(self, place: Path, case: Case, samples: Tensor, entry: Entry) -> None:
+        """Write frames and videos of observation, samples, mean and standard deviation (white is the largest)."""
+        std = samples[0].std(0, correction=0)
+        shorter = samples.shape[3] / case.observation.y.shape[2]
+        clips = {f"samples/{k:03d}": (sample, self.rate) for k, sample in enumerate(samples[0])} | {
+            "observation": (case.observation.y[0], self.rate / shorter),
+            "mean": (samples[0].mean(0), self.rate),
+            "std": (std / std.max().clamp(min=1e-6), self.rate),
+        }
+        for name, (clip, rate) in clips.items():
+            write_frames(clip, place / name)
+            if can_write_videos():
+                write_video(clip, place / f"{name}.mp4", rate)
+
+
+def _frames(clips: Tensor) -> Tensor:
+    """Return the frames of the one clip [1, C, T, H, W], or of its samples [1, S, C, T, H, W], as a batch [T, ...]."""
+    return clips[0].movedim(-3, 0)
+
+
+def scored(scores: Sequence[Score], draws: Draws) -> dict[str, Any]:
+    """Return the numbers of fresh scores on one batch."""
+    found: dict[str, Any] = {}
+    for score in scores:
+        score.to(draws.x0.device).add(draws)
+        found |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
+    return found
+
+
+def strip(clip: Tensor, frames: int | None = None) -> Tensor:
+    """Return frames of a clip [C, T, H, W] side by side, [C, H, n W]: those at the times of a clip of so many."""
+    count = frames or clip.shape[1]
+    times = [k * clip.shape[1] // count for k in evenly_spaced(count, SHOWN)]
+    return torch.cat([clip[:, t] for t in times], -1)

@@ -1,0 +1,150 @@
+"""Video files and folders of frames in and out, as float tensors [C, T, H, W] in [0, 1]."""
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ud2m.images import list_images, read_image, viewable, with_channels, write_image
+
+FRAME_RATE = 25.0
+"""Frames per second of a folder of frames, which does not say it."""
+INSTALL = "pip install 'ud2m[video]', which brings av"
+CODEC = "libx264"
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A video.
+
+    Attributes:
+        frames: [C, T, H, W] in [0, 1].
+        rate: frames per second.
+        remark: what of the file is not in the frames.
+    """
+
+    frames: Tensor
+    rate: float
+    remark: str = ""
+
+
+def read_clip(path: str | Path, channels: int | None = 3, rate: float | None = None) -> Clip:
+    """Read a folder of frames (``read_image``, by the order of their names), or a video file, by ``av``.
+
+    Args:
+        path: of the folder or file.
+        channels: 3 repeats grey; 1 takes the luma of colour; None keeps what a folder's files have.
+        rate: frames per second, instead of what the file says.
+
+    Raises:
+        FileNotFoundError: when there is nothing.
+        ValueError: for fewer than 2 frames, frames that differ in size or are transparent, a damaged file, one without
+            a video, or without ``av``.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = list_images(path)
+        clip = Clip(_stacked([(file.name, read_image(file, channels)) for file in files], path), rate or FRAME_RATE)
+    elif path.is_file():
+        clip = _decoded(path, channels, rate)
+    else:
+        raise FileNotFoundError(f"there is no video {path}: give a video file, or a folder of frames")
+    if clip.frames.shape[1] < 2:
+        raise ValueError(f"{path} holds one frame; a video has two or more, and a picture is for other samplers")
+    return clip
+
+
+def _stacked(frames: list[tuple[str, Tensor]], path: Path) -> Tensor:
+    first, shape = frames[0][0], frames[0][1].shape
+    for name, frame in frames:
+        if frame.shape != shape:
+            sizes = [f"{s[2]}x{s[1]} with {s[0]} channel{'s' * (s[0] > 1)}" for s in (shape, frame.shape)]
+            raise ValueError(f"the frames of {path} differ: {first} is {sizes[0]}, {name} is {sizes[1]}")
+    return torch.stack([frame for _, frame in frames], 1)
+
+
+def _av(path: Path) -> Any:
+    try:
+        import av  # an extra
+    except ImportError as error:
+        raise ValueError(f"{path} needs {INSTALL}; or give a folder of frames") from error
+    return av
+
+
+def _decoded(path: Path, channels: int | None, rate: float | None) -> Clip:
+    av = _av(path)
+    frames: list[tuple[str, Tensor]] = []
+    notes = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video")
+            stream = container.streams.video[0]
+            if container.streams.audio:
+                notes.append("audio is left out")
+            declared, told = stream.frames, rate or stream.average_rate
+            for number, frame in enumerate(container.decode(stream)):
+                frames.append((f"frame {number}", with_channels(_pixels(frame, path), channels)))
+                deep = frame.format.components[0].bits > 8
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from error
+    if len(frames) < max(declared, 1):
+        raise ValueError(f"{path} is damaged: {len(frames)} of {declared} frames can be decoded")
+    if not told:
+        raise ValueError(f"{path} does not say its frames per second; give fps=...")
+    if deep:
+        notes.append("more than 8 bits are read; videos that are written have 8, frames and arrays all")
+    return Clip(_stacked(frames, path), float(told), "; ".join(notes))
+
+
+def _pixels(frame: Any, path: Path) -> Tensor:
+    """Return a decoded frame as [3, H, W]."""
+    if any(component.is_alpha for component in frame.format.components):
+        raise ValueError(f"{path} has transparent pixels ({frame.format.name}); put it on a background first")
+    deep = frame.format.components[0].bits > 8
+    values = frame.to_ndarray(format="rgb48le" if deep else "rgb24").astype(np.float32)
+    return torch.from_numpy(values / (65535 if deep else 255)).permute(2, 0, 1)
+
+
+def write_frames(clip: Tensor, folder: Path) -> None:
+    """Write a clip [C, T, H, W] as ``000000.png``, ... ; what is no picture as ``viewable`` makes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in enumerate(clip.unbind(1)):
+        write_image(viewable(frame)[0], folder / f"{number:06d}.png")
+
+
+def can_write_videos() -> bool:
+    """Return whether ``av`` is installed."""
+    try:
+        _av(Path())
+    except ValueError:
+        return False
+    return True
+
+
+def write_video(clip: Tensor, path: Path, rate: float) -> None:
+    """Write a clip [C, T, H, W] as an mp4 of 8 bits (H.264, hardly any loss), aside and renamed when it is whole.
+
+    Raises:
+        ValueError: without ``av``.
+        OSError: when the place cannot be written.
+    """
+    av = _av(path)
+    height, width = clip.shape[-2:]
+    aside = path.with_name(f".{path.name}.incomplete")
+    with av.open(str(aside), "w", format="mp4") as container:
+        stream = container.add_stream(CODEC, rate=Fraction(rate).limit_denominator(1001), options={"crf": "10"})
+        stream.width, stream.height = width, height
+        # chroma of half the size needs even sides
+        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        for frame in clip.unbind(1):
+            values = (with_channels(viewable(frame)[0], 3).clamp(0, 1) * 255).round().byte()
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy()), "rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    os.replace(aside, path)
