@@ -51,7 +51,7 @@ def test_the_duality_gap_closes(space, time, sigma_y):
     delta = torch.tensor([0.02, 0.3], dtype=torch.float64)
     K, A = columns(space, time), dense(observation.physics.A, SHAPE)
     for iterations, gap in ((30, 0.5), (400, 5e-4)):
-        x, p = primal_dual(observation, u, delta, space, time, iterations)
+        x, p = primal_dual(joint_prox(observation, u, torch.inf, delta, 1.0), u, delta, space, time, iterations)
         assert p.norm(dim=0).max() <= 1 + 1e-12
         told = total_variation(x, space, time) - (differences(x, space, time) * p).sum(0).flatten(1).sum(1)
         for b in range(2):

@@ -62,7 +62,7 @@ class LatentRun(SamplingRun):
     @property
     def name(self) -> str:
         """What the sampler is called in tables."""
-        return "LATINO-PRO" if isinstance(self.sampler, LatinoPro) else "LATINO"
+        return str(self.sampler.title)
 
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""

@@ -55,11 +55,6 @@ class VideoRun(LatentRun):
         if not can_write_videos():
             tqdm.write(f"clips are written as frames alone; videos need {INSTALL}")
 
-    @property
-    def name(self) -> str:
-        """What the sampler is called in tables."""
-        return "LVTINO" if isinstance(self.sampler, Lvtino) else super().name
-
     def own_files(self) -> Group:
         """Return what the video of ``input`` asks for."""
         path = Path(self.config.input).expanduser()

@@ -106,6 +106,9 @@ class LatentSampler(Sampler):
         chunk_size: images that the networks see at once.
     """
 
+    title = "LATINO"
+    """What it is called in tables."""
+
     def __init__(
         self,
         prior: LatentPrior,

@@ -253,6 +253,8 @@ class LatinoPro(LatentSampler):
         ValueError: as ``LatentLatino``, and for numbers out of range.
     """
 
+    title = "LATINO-PRO"
+
     def __init__(
         self,
         prior: LatentPrior,

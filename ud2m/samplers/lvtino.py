@@ -27,8 +27,9 @@ class Lvtino(LatentSampler):
     From a start that follows from y, for each time t of the video prior: z_t = a E(x) + b eps; u = D(G(z_t, t, c));
     x = argmin of the data, of TV, and of |x - u|^2 / (2 eta delta). While times of the image prior are left the same
     with it, frame by frame with one eps for all, with |x - u|^2 / (2 (1 - eta) delta) and without TV. Both delta are
-    those of ``steps``: the rule is that of ``LatentLatino``, free of size and operator, where the authors tune each
-    problem. With eta = 1 and no TV it is ``LatentLatino``.
+    those of ``steps``, free of size and operator. With eta = 1 and no TV it is ``LatentLatino``. Differs from [LVTINO]:
+    it begins at ``SmoothingStart``, not at A^dagger y, and has one rule of step sizes where the authors tune each
+    problem.
 
     A clip that is longer than ``window`` goes through the video prior in windows that overlap. Frames that two of them
     see have the same noise and are faded from one estimate to the other; the data step is that of the whole clip. So
@@ -54,6 +55,8 @@ class Lvtino(LatentSampler):
     Raises:
         ValueError: for priors of the wrong kind, or numbers out of range.
     """
+
+    title = "LVTINO"
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Total variation of videos in space and time, beside the data and an estimate."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,21 +63,34 @@ def tv_prox(
         time: weight of the differences between frames. Where both are 0 the result is that of ``joint_prox``.
         iterations: evaluations of the prox.
     """
-    return primal_dual(observation, u, delta, space, time, iterations)[0]
+    back_to_data = joint_prox(observation, u, math.inf, delta, 1.0)
+    return back_to_data(u) if space == time == 0 else primal_dual(back_to_data, u, delta, space, time, iterations)[0]
 
 
 def primal_dual(
-    observation: Observation, u: Tensor, delta: Tensor | float, space: float, time: float, iterations: int
+    back_to_data: Callable[[Tensor], Tensor],
+    u: Tensor,
+    delta: Tensor | float,
+    space: float,
+    time: float,
+    iterations: int,
+    p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x and p of ``tv_prox``, p [3, B, C, T, H, W] with |p| <= 1 and x the best one for it.
 
     So their duality gap is TV(x) - <K x, p>, and |x - x*|^2 <= 2 delta gap.
+
+    Args:
+        back_to_data: the prox of the data with weight delta; the identity where there is none.
+        u: as for ``tv_prox``.
+        delta: as for ``tv_prox``.
+        space: as for ``tv_prox``.
+        time: as for ``tv_prox``, not 0 together.
+        iterations: as for ``tv_prox``.
+        p: where it begins, as that of a similar u; None: at 0.
     """
     delta = per_sample(delta, u)
-    back_to_data = joint_prox(observation, u, math.inf, delta, 1.0)
-    p = q = differences(u, 0.0, 0.0)
-    if space == time == 0:
-        return back_to_data(u), p
+    p = q = torch.zeros_like(differences(u, space, time)) if p is None else p
     step = 1 / (delta * (8 * space**2 + 4 * time**2))  # |K|^2 <= 8 space^2 + 4 time^2
     count = u.new_zeros(len(u))
     for _ in range(iterations):
