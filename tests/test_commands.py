@@ -95,7 +95,7 @@ def test_misspelt_names_are_answered_before_heavy_imports(without_heavy_modules,
         assert not any(path.is_file() for path in tmp_path.rglob("*"))
     command = without_heavy_modules("-m", "ud2m", "trian", place=tmp_path)
     assert command.returncode == 1
-    assert command.stderr == "error: no command 'trian'; there are train, sample, evaluate, models (ud2m --help)\n"
+    assert command.stderr == "error: no command 'trian'; there are train, sample, evaluate, app, models (ud2m --help)\n"
     for words in ([], ["--help"]):
         assert "ud2m evaluate" in without_heavy_modules("-m", "ud2m", *words, place=tmp_path).stdout
     assert without_heavy_modules("-m", "ud2m", "--version", place=tmp_path).stdout.startswith("ud2m 0.")

@@ -2,7 +2,7 @@
 
 import torch
 from operators import generator
-from tiny import LORA, SIZE, adapted, perturb, tiny_network
+from tiny import LORA, SIZE, adapted, perturb, save_tiny_prior, tiny_network
 
 from ud2m.physics import Inpainting, observe
 from ud2m.priors.prior import LoraSpec, Prior
@@ -25,6 +25,15 @@ def build(prior_folder, rank=LORA["rank"], num_blocks=3):
     network = tiny_network(prior, num_blocks)
     perturb((p for name, p in network.named_parameters() if name.startswith("blocks.")), scale=0.3)
     return PosteriorSampler(network, SamplerConfig(**CONFIG))
+
+
+def export(folder):
+    """Return an export folder for random masks, on a micro prior."""
+    prior = adapted(Prior.from_pretrained(save_tiny_prior(folder / "prior")))
+    info = {"physics": {"operator": {"class": "ud2m.physics.Inpainting", "missing": 0.5}, "sigma_y": 0.05}}
+    sampler = PosteriorSampler(tiny_network(prior), SamplerConfig(num_steps=2, sigma_y=0.05, info=info))
+    sampler.save_pretrained(folder / "export")
+    return str(folder / "export")
 
 
 def observation(family=None, batch=2, shape=SHAPE, sigma_y=0.05):

@@ -1,4 +1,4 @@
-"""The commands ``ud2m train``, ``ud2m sample`` and ``ud2m evaluate``.
+"""The commands ``ud2m train``, ``ud2m sample``, ``ud2m evaluate`` and ``ud2m app``.
 
 Their settings are composed, and refused where they cannot be, before PyTorch is imported: that takes seconds.
 """
@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ud2m.cli import as_override
 from ud2m.cli.errors import user_facing
-from ud2m.cli.pages import check_evaluation, check_sampling, check_training
+from ud2m.cli.pages import check_app, check_evaluation, check_sampling, check_training
 from ud2m.cli.process import prepare_process
 from ud2m.cli.sweep import survives_sweep
 from ud2m.cli.words import explained, readable
@@ -27,6 +27,7 @@ USAGE = """ud2m COMMAND [KEY=VALUE ...]
   ud2m train      train a sampler, or a prior; -m sweeps
   ud2m sample     draw posterior samples for test images or your own files
   ud2m evaluate   compare methods on operators and data sets
+  ud2m app        show a page in the browser, to try pictures on
   ud2m models     list the models that ship with the package
 
 ud2m COMMAND --help explains the keys; ud2m --version. Documentation: README.md and docs/."""
@@ -106,7 +107,8 @@ def help_of(name: str) -> str:
         textwrap.fill(f"{group}: {', '.join(pages[group])}", WIDTH, initial_indent="  ", subsequent_indent="      ")
         for group in sorted(chosen)
     ]
-    return "\n".join([*head, "", "Keys and defaults:", *keys, "", "Pages:", *names, "", FLAGS])
+    offered = ["Pages:", *names, ""] if names else []
+    return "\n".join([*head, "", "Keys and defaults:", *keys, "", *offered, FLAGS])
 
 
 @survives_sweep
@@ -143,6 +145,14 @@ def _evaluate(config: DictConfig) -> None:
 
 
 @user_facing
+def _app(config: DictConfig) -> None:
+    check_app(config)
+    from ud2m.cli.app import main
+
+    main(config)
+
+
+@user_facing
 def list_models() -> None:
     """Print the models that ship with the package."""
     from ud2m.cli.models import models
@@ -151,4 +161,4 @@ def list_models() -> None:
 
 
 MODELS = "models"
-TASKS = {"train": _train, "sample": _sample, "evaluate": _evaluate}
+TASKS = {"train": _train, "sample": _sample, "evaluate": _evaluate, "app": _app}

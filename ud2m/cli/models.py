@@ -18,13 +18,17 @@ SIDE = "128x128"
 
 def models() -> str:
     """Return a table of the shipped models, with their scores on test photographs where a clone has them stored."""
-    names = sorted(path.parent.name for path in SHIPPED.glob(f"*/{PSI_FILE}"))
-    lines = [list(HEADINGS), *(line(name) for name in names)]
+    lines = [list(HEADINGS), *(line(name) for name in shipped_models())]
     shown = [k for k in range(len(HEADINGS)) if any(cells[k] not in ("", "-") for cells in lines[1:])]
     widths = {k: max(len(cells[k]) for cells in lines) for k in shown}
     table = ["  ".join(cells[k].ljust(widths[k]) for k in shown).rstrip() for cells in lines]
     note = f"Scores: {SIDE} test photographs, docs/results.md." if "LPIPS" in table[0] else "Scores: docs/results.md."
     return "\n".join([*table, "", f"{note} sigma_y is that of training, for images in [0, 1]; others may be given."])
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the shipped models."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{PSI_FILE}"))
 
 
 def line(name: str) -> list[str]:

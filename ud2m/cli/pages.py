@@ -1,7 +1,9 @@
 """Names of pages and models that a command is given, checked before PyTorch is imported."""
 
 import math
+import socket
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from hydra import compose
@@ -11,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ud2m.cli import as_override, plain
-from ud2m.cli.settings import EvaluateSettings, SampleSettings, TrainSettings, check
+from ud2m.cli.settings import AppSettings, EvaluateSettings, SampleSettings, TrainSettings, check
 from ud2m.cli.words import check_added, entry_words, is_text, quoted
 from ud2m.names import flattened, unknown
 from ud2m.priors.shipped import check_reference
@@ -67,6 +69,21 @@ def check_evaluation(config: DictConfig) -> None:
         for model in (page["target"].get("model") for page in pages.values()):
             if model is not None:
                 check_reference("model", str(model))
+
+
+def check_app(config: DictConfig) -> None:
+    """Refuse settings that are none, a model that cannot be there, a want of Gradio, and a port that is taken."""
+    check(config, AppSettings)
+    check_reference("model", str(config.model))
+    if find_spec("gradio") is None:
+        raise ValueError("ud2m app needs Gradio, which is not installed: pip install 'ud2m[app]'")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: one that has ended takes no port
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            place = f"port={config.port} of host={config.host}"
+            raise ValueError(f"{place} cannot be listened on ({error.strerror}); choose another one") from error
 
 
 def given_words() -> list[str]:

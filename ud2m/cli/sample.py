@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from ud2m.bars import Forecast, progress_bar
+from ud2m.bars import Advance, Forecast, progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
@@ -539,6 +539,10 @@ class SamplingRun:
     def keep(self, case: Case, place: Path, entry: Entry) -> None:
         """Write what else there is of an observation that was just sampled for; by default nothing."""
 
+    def advance_of(self, bar: tqdm) -> Advance:
+        """Return what is told of network evaluations when they are made: the bar."""
+        return bar.update
+
     @torch.no_grad()
     def sample(self, case: Case, bar: tqdm) -> Tensor:
         """Draw samples [1, S, C, H, W] for one observation; the bar counts its network evaluations."""
@@ -548,7 +552,7 @@ class SamplingRun:
         generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
         try:
             y, physics, sigma_y = observation.y, observation.physics, observation.sigma_y
-            return self.sampler(y, physics, sigma_y, self.config.num_samples, generator, bar.update)
+            return self.sampler(y, physics, sigma_y, self.config.num_samples, generator, self.advance_of(bar))
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The settings of the three commands, their types and ranges: all that is known of them before PyTorch is imported."""
+"""The settings of the commands, their types and ranges: all that is known of them before PyTorch is imported."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -25,6 +25,7 @@ NoiseLevel = Annotated[
     float,
     Field(strict=True, gt=0, le=100, description="a positive noise level of at most 100, where images lie in [0, 1]"),
 ]
+Port = Annotated[int, Field(strict=True, ge=1, le=65535, description="a whole number from 1 to 65535")]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, description="a number in [0, 1]")]
 Scale = Annotated[float, Field(strict=True, ge=1e-3, le=1e3, description="a number from 0.001 to 1000")]
 Symmetries = Annotated[Literal[1, 2, 8], BeforeValidator(lambda v: None if isinstance(v, bool) else v)]
@@ -136,10 +137,21 @@ class EvaluateSettings(Settings):
     results: Text
 
 
+class AppSettings(Settings):
+    """Settings of ``ud2m app``."""
+
+    model: Text
+    max_samples: Count
+    device: Device
+    host: Text
+    port: Port
+
+
 COMMANDS: Mapping[str, type[Settings]] = {
     "train": TrainSettings,
     "sample": SampleSettings,
     "evaluate": EvaluateSettings,
+    "app": AppSettings,
 }
 
 
