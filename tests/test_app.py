@@ -89,7 +89,8 @@ def test_pictures_and_files_are_those_of_the_command(model, picture, tmp_path):
     assert (after == pictures["mean"]).all()
     (row,) = json.loads(files["metrics.json"])
     assert f"**Residual** {row['residual']:.3g}" in found.text
-    assert "GaussianBlur, sigma_y = 0.03" in found.text
+    assert "operator GaussianBlur(width=1.2" in found.text
+    assert "sigma_y = 0.03" in found.text
 
 
 def test_a_drawn_mask_is_what_is_missing(model, picture, tmp_path):
