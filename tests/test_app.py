@@ -15,14 +15,13 @@ from PIL import Image
 from tiny import SIZE
 from tiny_sampler import export
 
-from ud2m.cli import pages, visit
-from ud2m.cli.app import MOST_PIXELS
+from ud2m import raster
+from ud2m.cli import app, pages, visit
 from ud2m.cli.commands import TASKS
 from ud2m.cli.errors import message
-from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, levels, outcome, spread, without_places
+from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, eight_bits, outcome, spread, without_places
 from ud2m.files import MARKER
 from ud2m.images import read_image, write_image
-from ud2m.raster import DEFAULT_LIMIT, LIMIT
 
 CPU = torch.device("cpu")
 
@@ -101,7 +100,7 @@ def test_a_drawn_mask_is_what_is_missing(model, picture, tmp_path):
     found, _ = made(Request(model, picture, operator=MASK, setting=mask, num_samples=1), tmp_path)
     shown = {caption: picture for picture, caption in found.pictures}
     assert set(np.unique(shown["y"][3:7, 5:20])) == {round(255 * visit.GREY)}
-    clean = levels(read_image(picture)).astype(int)
+    clean = eight_bits(read_image(picture)).astype(int)
     known = layer[..., 3] == 0
     assert np.abs(shown["y"].astype(int) - clean)[known].mean() < 20  # noise of 0.05 is 13 levels
     assert "std" not in " ".join(shown)  # one sample has none
@@ -156,11 +155,12 @@ def quoted(word):
 
 
 def test_pictures_and_samples_are_bounded(model, picture, tmp_path, monkeypatch):
-    assert MOST_PIXELS < DEFAULT_LIMIT
-    monkeypatch.setenv(LIMIT, str(2 * SIZE * SIZE - 1))
+    assert app.MOST_PIXELS < raster.DEFAULT_LIMIT
+    assert app.BYTES_PER_PIXEL == raster.BYTES_PER_PIXEL
+    monkeypatch.setenv(raster.LIMIT, str(2 * SIZE * SIZE - 1))
     with pytest.raises(ValueError, match=rf"too many pixels: {2 * SIZE}x{SIZE}, at most"):
         made(Request(model, picture), tmp_path)
-    monkeypatch.setenv(LIMIT, str(4 * 2 * SIZE * SIZE - 1))
+    monkeypatch.setenv(raster.LIMIT, str(4 * 2 * SIZE * SIZE - 1))
     request = Request(model, picture, degraded=True, operator="super-resolution", setting=2)
     with pytest.raises(ValueError, match=rf"samples of {4 * SIZE}x{2 * SIZE} are too large"):
         made(request, tmp_path)

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 import struct
 import zlib
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ud2m.files import write_bytes
 from ud2m.listing import Listing, list_files
-from ud2m.raster import SUFFIXES, is_array, read_header, read_numbers, read_picture
+from ud2m.raster import LIMIT, SUFFIXES, is_array, max_pixels, read_header, read_numbers, read_picture
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Weights of red, green and blue (ITU-R BT.601), what PNG and JPEG tools call grey."""
@@ -39,6 +40,20 @@ class PixelFormat:
 
     bits: int = 8
     profile: bytes | None = None
+
+
+def most_pixels(default: int | None = None) -> int:
+    """Return the largest number of pixels of a picture that is read (``ud2m.raster.max_pixels``).
+
+    Args:
+        default: holds from now on, where the environment gives none.
+
+    Raises:
+        ValueError: when the environment gives what is no number.
+    """
+    if default is not None:
+        os.environ.setdefault(LIMIT, str(default))
+    return max_pixels()
 
 
 def list_images(path: str | Path) -> list[Path]:

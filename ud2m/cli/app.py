@@ -14,13 +14,14 @@ from ud2m.cli.errors import correctable, message
 from ud2m.cli.models import shipped_models
 from ud2m.cli.sample import AUTO
 from ud2m.cli.train import quiet_libraries
-from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, levels, outcome, without_places
-from ud2m.images import read_image
+from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, eight_bits, outcome, without_places
+from ud2m.images import SUFFIXES, most_pixels, read_image
 from ud2m.precision import find_device
-from ud2m.raster import BYTES_PER_PIXEL, LIMIT, SUFFIXES, max_pixels
 
 MOST_PIXELS = 2**20
 """Of a picture and of its samples, unless ``UD2M_MAX_PIXELS`` says otherwise."""
+BYTES_PER_PIXEL = 8
+"""Of a file; the readers refuse longer ones too."""
 KEPT_SECONDS = 3600
 """How long uploads and results can be used; all are deleted when the page ends."""
 DRAWINGS = 20
@@ -33,7 +34,7 @@ def main(config: DictConfig) -> None:
     """Show the page until it is interrupted."""
     quiet_libraries()
     device = find_device(config.device)
-    os.environ.setdefault(LIMIT, str(MOST_PIXELS))
+    pixels = most_pixels(MOST_PIXELS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that files are deleted then, too
     with TemporaryDirectory(prefix="ud2m-app-") as folder:
         # read when Gradio is imported: where it keeps copies of files, and that it tells nobody
@@ -45,7 +46,7 @@ def main(config: DictConfig) -> None:
         _, address, _ = page.launch(
             server_name=config.host,
             server_port=config.port,
-            max_file_size=BYTES_PER_PIXEL * max_pixels(),
+            max_file_size=BYTES_PER_PIXEL * pixels,
             theme=gr.themes.Default(font=font, font_mono=["monospace"]),
             footer_links=[],
             prevent_thread_lock=True,
@@ -88,7 +89,7 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
         for old in list(drawing.blob_storage)[:-DRAWINGS]:  # Gradio keeps those that were never sent off
             drawing.blob_storage.pop(old, None)
         try:
-            shown, draws = None if path is None else levels(read_image(path)), name == MASK
+            shown, draws = None if path is None else eight_bits(read_image(path)), name == MASK
         except Exception as error:
             raise refused(error, Path(str(path))) from error
         return (
@@ -137,7 +138,7 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.File(
-                    label=f"picture of at most {max_pixels():,} pixels", file_types=list(SUFFIXES), height=140
+                    label=f"picture of at most {most_pixels():,} pixels", file_types=list(SUFFIXES), height=140
                 )
                 preview = gr.Image(
                     label="picture", visible=False, interactive=False, height=280, format="png", buttons=["fullscreen"]

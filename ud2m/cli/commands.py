@@ -9,7 +9,6 @@ import sys
 import textwrap
 from importlib.metadata import version
 from itertools import takewhile
-from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
@@ -20,7 +19,7 @@ from ud2m.cli.errors import user_facing
 from ud2m.cli.pages import check_app, check_evaluation, check_sampling, check_training
 from ud2m.cli.process import prepare_process
 from ud2m.cli.sweep import survives_sweep
-from ud2m.cli.words import explained, readable
+from ud2m.cli.words import conf_folder, explained, readable
 
 USAGE = """ud2m COMMAND [KEY=VALUE ...]
 
@@ -40,13 +39,6 @@ _KEY = re.compile(r"(?:  - )?(\w+): +(\S.*?) +# (.*)")
 WIDTH = 120
 COMMAND = "UD2M_COMMAND"
 """Set to the command that runs, for the processes that it starts."""
-
-
-def conf_folder() -> Path:
-    """Return the folder of the configuration pages: inside the installed package, or beside it in a clone."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def start() -> None:

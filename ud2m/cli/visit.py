@@ -19,14 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.bars import Advance
-from ud2m.cli.commands import conf_folder
 from ud2m.cli.pages import check_sampling
 from ud2m.cli.sample import Case, SamplingRun
-from ud2m.cli.words import readable
+from ud2m.cli.words import conf_folder, readable
 from ud2m.evaluation.table import format_value, table_columns
 from ud2m.files import SETTINGS, parse_json, write_json
-from ud2m.images import std_image, viewable, write_image
-from ud2m.raster import max_pixels
+from ud2m.images import most_pixels, std_image, viewable, write_image
 from ud2m.reports.samples import Entry
 
 GREY = 0.85
@@ -116,7 +114,7 @@ def without_places(text: str, *files: Any) -> str:
     return text
 
 
-def settings_of(request: Request) -> DictConfig:
+def sampling_settings(request: Request) -> DictConfig:
     """Return the settings of ``ud2m sample`` that a visitor asks for.
 
     Raises:
@@ -138,7 +136,7 @@ class Visit(SamplingRun):
 
     def __init__(self, request: Request, device: torch.device, tell: Callable[[int, int], Any]):
         self.request, self.tell, self.remark = request, tell, ""
-        super().__init__(settings_of(request), device)
+        super().__init__(sampling_settings(request), device)
         self.recorded = parse_json(self.seen(json.dumps(self.recorded)))
 
     def seen(self, text: str) -> str:
@@ -153,8 +151,8 @@ class Visit(SamplingRun):
     def rehearse(self, case: Case) -> None:
         """Refuse samples that are too large, too: of a small picture for super-resolution."""
         height, width = case.observation.image_shape[1:]
-        if height * width > max_pixels():
-            raise ValueError(f"{case.name}: samples of {width}x{height} are too large, at most {max_pixels()} pixels")
+        if height * width > most_pixels():
+            raise ValueError(f"{case.name}: samples of {width}x{height} are too large, at most {most_pixels()} pixels")
         super().rehearse(case)
 
     def advance_of(self, bar: tqdm) -> Advance:
@@ -208,20 +206,20 @@ def _outcome(request: Request, device: torch.device, folder: Path, tell: Callabl
         write_json(Path(place) / SETTINGS, visit.recorded)
         archive = shutil.make_archive(str(folder / f"{request.picture.stem}-samples"), "zip", place)
     entry = visit.shown
-    y, mean = observed(entry), levels(entry.mean)
-    scenes = [(levels(y), "y"), (mean, "mean")]
+    y, mean = observed(entry), eight_bits(entry.mean)
+    scenes = [(eight_bits(y), "y"), (mean, "mean")]
     if entry.std is not None:
         coloured, scale = std_image(entry.std)
-        scenes.append((levels(coloured), f"std to {scale:g}"))
+        scenes.append((eight_bits(coloured), f"std to {scale:g}"))
     if entry.reference is not None:
-        scenes.append((levels(entry.reference), "clean"))
-    samples = [(levels(x), f"sample {k}") for k, x in enumerate(entry.samples, start=1)]
+        scenes.append((eight_bits(entry.reference), "clean"))
+    samples = [(eight_bits(x), f"sample {k}") for k, x in enumerate(entry.samples, start=1)]
     columns = table_columns([entry.numbers])
     numbers = [f"**{c.heading}** {format_value(c, entry.numbers[c.key])}" for c in columns]
     about = f"{visit.measurement}, seed {request.seed}"
     text = "\n\n".join(filter(None, [" · ".join(numbers), about, visit.remark, entry.note]))
     before = spread(y, entry.mean.shape[1:])
-    return Outcome(scenes + samples, None if before is None else (levels(before), mean), text, Path(archive))
+    return Outcome(scenes + samples, None if before is None else (eight_bits(before), mean), text, Path(archive))
 
 
 def observed(entry: Entry) -> Tensor:
@@ -243,7 +241,7 @@ def spread(y: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor | None:
     return F.pad(large, (right // 2, right - right // 2, down // 2, down - down // 2), value=GREY)
 
 
-def levels(image: Tensor) -> np.ndarray:
+def eight_bits(image: Tensor) -> np.ndarray:
     """Return an image [C, H, W] as a picture of 8 bits in colour."""
     shown, _ = viewable(image)
     return (255 * shown.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy()

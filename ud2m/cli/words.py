@@ -27,6 +27,13 @@ _NO_KEY = re.compile(r"Could not override '(.+?)'\.|Key '(.+?)' is not in struct
 _PREFIX = "+~"
 
 
+def conf_folder() -> Path:
+    """Return the folder of the configuration pages: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
 def readable(command: str, words: Sequence[str], conf: Path) -> list[str]:
     """Return the words of a command as Hydra reads them.
 
