@@ -19,7 +19,7 @@ from ud2m import raster
 from ud2m.cli import app, pages, visit
 from ud2m.cli.commands import TASKS
 from ud2m.cli.errors import message
-from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, eight_bits, outcome, spread, without_places
+from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, outcome, shown_levels, spread, without_places
 from ud2m.files import MARKER
 from ud2m.images import read_image, write_image
 
@@ -100,7 +100,7 @@ def test_a_drawn_mask_is_what_is_missing(model, picture, tmp_path):
     found, _ = made(Request(model, picture, operator=MASK, setting=mask, num_samples=1), tmp_path)
     shown = {caption: picture for picture, caption in found.pictures}
     assert set(np.unique(shown["y"][3:7, 5:20])) == {round(255 * visit.GREY)}
-    clean = eight_bits(read_image(picture)).astype(int)
+    clean = shown_levels(read_image(picture)).astype(int)
     known = layer[..., 3] == 0
     assert np.abs(shown["y"].astype(int) - clean)[known].mean() < 20  # noise of 0.05 is 13 levels
     assert "std" not in " ".join(shown)  # one sample has none

@@ -14,7 +14,7 @@ from ud2m.cli.errors import correctable, message
 from ud2m.cli.models import shipped_models
 from ud2m.cli.sample import AUTO
 from ud2m.cli.train import quiet_libraries
-from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, eight_bits, outcome, without_places
+from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, outcome, shown_levels, without_places
 from ud2m.images import SUFFIXES, most_pixels, read_image
 from ud2m.precision import find_device
 
@@ -89,7 +89,7 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
         for old in list(drawing.blob_storage)[:-DRAWINGS]:  # Gradio keeps those that were never sent off
             drawing.blob_storage.pop(old, None)
         try:
-            shown, draws = None if path is None else eight_bits(read_image(path)), name == MASK
+            shown, draws = None if path is None else shown_levels(read_image(path)), name == MASK
         except Exception as error:
             raise refused(error, Path(str(path))) from error
         return (

@@ -206,20 +206,20 @@ def _outcome(request: Request, device: torch.device, folder: Path, tell: Callabl
         write_json(Path(place) / SETTINGS, visit.recorded)
         archive = shutil.make_archive(str(folder / f"{request.picture.stem}-samples"), "zip", place)
     entry = visit.shown
-    y, mean = observed(entry), eight_bits(entry.mean)
-    scenes = [(eight_bits(y), "y"), (mean, "mean")]
+    y, mean = observed(entry), shown_levels(entry.mean)
+    scenes = [(shown_levels(y), "y"), (mean, "mean")]
     if entry.std is not None:
         coloured, scale = std_image(entry.std)
-        scenes.append((eight_bits(coloured), f"std to {scale:g}"))
+        scenes.append((shown_levels(coloured), f"std to {scale:g}"))
     if entry.reference is not None:
-        scenes.append((eight_bits(entry.reference), "clean"))
-    samples = [(eight_bits(x), f"sample {k}") for k, x in enumerate(entry.samples, start=1)]
+        scenes.append((shown_levels(entry.reference), "clean"))
+    samples = [(shown_levels(x), f"sample {k}") for k, x in enumerate(entry.samples, start=1)]
     columns = table_columns([entry.numbers])
     numbers = [f"**{c.heading}** {format_value(c, entry.numbers[c.key])}" for c in columns]
     about = f"{visit.measurement}, seed {request.seed}"
     text = "\n\n".join(filter(None, [" · ".join(numbers), about, visit.remark, entry.note]))
     before = spread(y, entry.mean.shape[1:])
-    return Outcome(scenes + samples, None if before is None else (eight_bits(before), mean), text, Path(archive))
+    return Outcome(scenes + samples, None if before is None else (shown_levels(before), mean), text, Path(archive))
 
 
 def observed(entry: Entry) -> Tensor:
@@ -241,7 +241,7 @@ def spread(y: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor | None:
     return F.pad(large, (right // 2, right - right // 2, down // 2, down - down // 2), value=GREY)
 
 
-def eight_bits(image: Tensor) -> np.ndarray:
+def shown_levels(image: Tensor) -> np.ndarray:
     """Return an image [C, H, W] as a picture of 8 bits in colour."""
     shown, _ = viewable(image)
     return (255 * shown.expand(3, -1, -1)).round().byte().permute(1, 2, 0).numpy()
