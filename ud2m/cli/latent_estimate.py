@@ -12,6 +12,8 @@ from ud2m.priors.latent import LatentPrior, Prompt
 from ud2m.priors.latent_parts import longest_prompt
 from ud2m.training.cost import FLOAT, Autocast, Counter, gigabytes
 
+VIDEO = (25, 768, 1280)
+"""Frames, height and width of LVTINO's authors: networks of videos do not tell for which sizes they were made."""
 HALF = 2
 """Bytes of a number in bfloat16 and float16."""
 
@@ -20,9 +22,9 @@ HALF = 2
 def latent_estimate(config: DictConfig) -> str:
     """Return parameters, operations and memory of one image or video, as a table.
 
-    Its sides are ``sampler.size``, [H, W] or [T, H, W], or else those that the pipeline was trained on. Memory: the
-    weights, and the largest sum of tensors that are alive at once in one evaluation of network, encoder or
-    decoder, without gradients. The autoencoder is in float32 unless ``sampler.vae_dtype`` says otherwise.
+    Its sides are those that the pipeline was trained on, or ``VIDEO`` for one of videos. Memory: the weights,
+    and the largest sum of tensors that are alive at once in one evaluation of network, encoder or decoder, without
+    gradients. The autoencoder is in float32 unless ``sampler.vae_dtype`` says otherwise.
 
     Raises:
         FileNotFoundError: when the pipeline's architecture is not at hand.
@@ -30,8 +32,7 @@ def latent_estimate(config: DictConfig) -> str:
     """
     prior = LatentPrior.on_meta(str(config.sampler.reference))
     precision, vae_precision = str(config.precision), str(config.sampler.vae_dtype)
-    size = tuple(config.sampler.get("size") or prior.default_size)
-    prior.check_size(*size)
+    size = VIDEO if prior.video else prior.default_size
     sizes = {}
     for name in (precision, vae_precision):
         check_precision(name)
