@@ -96,6 +96,7 @@ def test_latino_takes_a_video_operator_too_and_a_clip_is_cut_to_what_is_taken(pi
     assert "cut to 32x32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_nothing_is_written(pipes, frames, tmp_path, capsys):
     out, one = tmp_path / "out", tmp_path / "one"
     one.mkdir()

@@ -43,8 +43,8 @@ def test_differences_are_the_matrix_and_its_transpose():
     torch.testing.assert_close(total_variation(x, 0.7, 2.0), lengths)
 
 
-@pytest.mark.parametrize(("space", "time"), [(3.0, 0.0), (0.0, 8.0), (2.0, 5.0)])
-@pytest.mark.parametrize("sigma_y", [0.3, 0.001])
+@pytest.mark.parametrize(("space", "time"), [pytest.param(3.0, 0.0, marks=pytest.mark.slow), (0.0, 8.0), (2.0, 5.0)])
+@pytest.mark.parametrize("sigma_y", [0.3, pytest.param(0.001, marks=pytest.mark.slow)])
 def test_the_duality_gap_closes(space, time, sigma_y):
     """With H = A^T A / sigma_y^2 + I / delta both functions by dense algebra, at |p| <= 1."""
     observation, u = problem(sigma_y)

@@ -18,6 +18,7 @@ from ud2m.unfolded.total_variation import total_variation
 from ud2m.unfolded.warm_start import PinvStart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1.0, 10.0])
 def test_admm_tv_in_one_dimension_is_a_quadratic_program(weight):
     """With H = A^T A / sigma_y^2 the dual is least squares within |p| <= weight, by scipy."""
@@ -43,7 +44,7 @@ def test_admm_tv_lowers_its_objective_and_draws_nothing():
         data = (observation.physics.A(x) - observation.y).square().flatten(1).sum(1) / (2 * 0.05**2)
         return data + total_variation(x, 3.0, 3.0)
 
-    sampler = AdmmTv()
+    sampler = AdmmTv(iterations=30)
     found = sampler(observation.y, observation.physics, 0.05)[:, 0]
     start = observation.physics.A_dagger(observation.y)
     assert (objective(found) < 0.8 * objective(start)).all()
