@@ -108,6 +108,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(pipes, frames, tmp_path, c
         ("input=null", "an operator on videos needs input=..."),
         ("physics.operator.stride=8", "the clip has 6 frames and the operator makes one of 8"),
         ("fps=0", "fps"),
+        ("pipeline=null", "needs pipeline=..."),
     ):
         with pytest.raises((SystemExit, ValueError)) as raised:
             sample(*good, change)
@@ -122,7 +123,7 @@ def test_images_and_videos_choose_their_run():
         video, image = (compose("sample", ["sampler=lvtino", f"physics={p}"]) for p in ("video_c", "denoising"))
     assert run_of(video) is VideoRun
     assert run_of(image) is not VideoRun
-    assert (video.sampler.reference, video.sampler.image_reference) == ("moving_digits", "digits")
+    assert (video.sampler.reference, video.sampler.image_reference) == (None, None)
     assert video.sampler.prompt == "a high resolution video"
 
 

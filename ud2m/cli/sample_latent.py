@@ -41,6 +41,8 @@ class LatentRun(SamplingRun):
         chosen = given_operator(config)
         if chosen is None:
             raise ValueError("sampler=... needs an operator: add physics=super_resolution, or another of conf/physics")
+        if config.sampler.reference is None:
+            raise ValueError("this sampler needs pipeline=...: a diffusers folder, a hub id, or wan_causvid")
         if config.sampler.prompt is None:
             raise ValueError('sampler=... needs prompt="words", or the file of a saved prompt')
         if config.compile is not None:

@@ -53,7 +53,7 @@ def tv_prox(
     TV(x) = max <p, K x> over |p| <= 1 at every pixel, and for a fixed p the best x is exact: the operator's prox at
     u - delta K^T p. So accelerated projected ascent on p (Beck and Teboulle, 2009), each clip restarted where it turns
     back (O'Donoghue and Candes, 2015), alternates an exact step in x with one in p. The primal-dual steps of Chambolle
-    and Pock (2011, algorithm 2) need a prox of another weight each time and came 3 to 1000 times less near in as many.
+    and Pock (2011, algorithm 2) need a prox of another weight each time and came less near in as many.
 
     Args:
         observation: of videos [B, C, T, H, W].
