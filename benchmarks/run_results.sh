@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, and `models`.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, which needs a folder of them.
 # `models` trains the shipped prior and the four shipped models anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -327,10 +327,27 @@ picture() {
     "$PYTHON" benchmarks/overview_picture.py
 }
 
+# Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
+photographs() {
+    local folders=() operator
+    local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
+    for operator in $OPERATORS; do
+        train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
+            data.root="$PHOTOGRAPHS"
+        ship "$RUNS/photographs_$operator/export" "photographs_$operator" --prior photographs_prior
+        evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
+            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"$latino\"]" \
+            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
+            metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
+        folders+=("results/photographs_$operator")
+    done
+    collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
+}
+
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models $PARTS " in
+    case " models photographs $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

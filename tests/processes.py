@@ -48,7 +48,7 @@ def _reopen_logs() -> None:
     for logger in [logging.root, *loggers]:
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr  # setStream would flush the closed one
 
 
 def ranks(

@@ -257,7 +257,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
             {"methods": '["ddrm target.steps=3"]'},
             "unknown setting of method ddrm 'target.steps'.*; known: label, target._target_",
         ),
-        ({"methods": '["ud2m target.model=nowhere"]'}, "unknown model 'nowhere'; known: photos_gaussian_blur, "),
+        ({"methods": '["ud2m target.model=nowhere"]'}, "unknown model 'nowhere'; known: photographs_gaussian_blur, "),
         (
             {"methods": "[latino]", "datasets": f'["folder root={{root}} channels=1 crop_size={SIZE}"]'},
             "latino: its prior draws images with 3 channels, .* has 1; choose other datasets",

@@ -77,6 +77,7 @@ def test_a_measured_step_replaces_the_estimate(tmp_path, monkeypatch):
         {"method": "none", "batch": 16, "memory [GB]": "out of memory"},
     ]
     found = {"scale": "real", "machine": "H100", "training": steps, "sampling": [{"method": "a"}], "shipped": []}
+    found["compiled"] = [{"method": "inductor"}]
     found |= {"ceilings": [{"method": "ceilings", "product [TFLOP/s]": 701.2}]}
     (tmp_path / "bench.json").write_text(json.dumps(found))
     results.store_gpu(tmp_path, tmp_path)
