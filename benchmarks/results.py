@@ -143,7 +143,7 @@ SECTIONS = (
     Section(
         "photographs",
         "Models trained on 1,250 photographs",
-        "59 pieces of 128x128, evenly spaced over those of 118 test photographs (CBSD68, and 50 of ImageNet), 8 samples; "
+        "59 pieces of 128x128, evenly spaced over those of 118 test photographs (CBSD68, 50 of ImageNet), 8 samples; "
         "FOLDER is one as `data=folder` takes it. The models of `photos_prior`, those of `photographs_prior` that "
         "were trained on from them, and LATINO with `photographs_prior` at the best of 12 settings, by LPIPS of one "
         "sample each of 24 validation pieces. With 95 % intervals, over images.",
