@@ -166,6 +166,7 @@ def test_pictures_and_samples_are_bounded(model, picture, tmp_path, monkeypatch)
         made(request, tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_visit_stays(model, picture, tmp_path, monkeypatch):
     alive = []
     init = visit.Visit.__init__

@@ -125,6 +125,7 @@ def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(prior, tmp_path):
         assert_equal(everything(checkpoint(tmp_path / "unbroken", name)), everything(checkpoint(killed, name)))
 
 
+@pytest.mark.slow
 def test_float64_is_resumed_without_rounding(prior, tmp_path):
     with pytest.raises(RuntimeError):
         fit(distillation(prior), tmp_path / "broken", callbacks=(Break(1, 0),), precision="64-true")
@@ -159,6 +160,7 @@ def test_resuming_a_finished_run_changes_nothing(prior, unbroken):
     assert module.steps_done == STEPS * EPOCHS
 
 
+@pytest.mark.slow
 def test_resuming_with_accumulation(prior, tmp_path):
     def run(folder, **options):
         module = distillation(prior, optimizer={"accumulate": 2})

@@ -61,6 +61,7 @@ def test_its_words_mean_digits(prior, digits):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_right_prompt_helps_and_a_wrong_one_misleads(prior, digits):
     x, labels, classes = digits
     x0, truth = x[:40], labels[:40]

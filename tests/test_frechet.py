@@ -26,6 +26,7 @@ def pictures(count, seed):
 
 
 @pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")  # dead features: the root stays exact enough
+@pytest.mark.slow
 def test_equals_the_formula_with_another_matrix_root(alex):
     x0, other = pictures(300, 0), pictures(600, 1).view(300, 2, 3, 32, 32) ** 2
     alex.add(draws(other[:150], x0[:150]))
@@ -53,6 +54,7 @@ def test_features_are_those_of_torchvision(alex, shared):
     torch.testing.assert_close(alex.features(images), expected.detach(), rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_set_has_distance_zero_and_few_images_are_refused(alex):
     x0 = pictures(300, 0)
     with pytest.raises(ValueError, match="needs at least 257 images, got 256"):

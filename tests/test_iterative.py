@@ -135,6 +135,7 @@ def test_scale_of_the_data(scale):
 
 
 @pytest.mark.parametrize("sigma_y", [(0.01, 0.05), (0.01, 0.03)])
+@pytest.mark.slow
 def test_a_shipped_model_with_different_noise_levels(sigma_y):
     """Each of two observations gives what it gives beside an equal one, where nothing differs."""
     sampler = PosteriorSampler.from_pretrained("photos_general")

@@ -69,6 +69,7 @@ def test_tregs_data_step_keeps_the_variance_of_the_noise(prior):
 
 
 @pytest.mark.parametrize(("kind", "count"), [(Ldps, STEPS), (Psld, STEPS), (P2l, 2 * STEPS), (Treg, 2 * STEPS)])
+@pytest.mark.slow
 def test_evaluations_and_batches(prior, kind, count):
     observation = observed()
     with NetworkEvaluations([prior.network]) as counter:

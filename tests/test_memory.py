@@ -162,6 +162,7 @@ def test_the_gradient_penalty_is_that_of_full_precision(precision, prior):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_channels_last_changes_nothing_but_the_layout(prior, tmp_path):
     expected = gradients(module_of(prior))
     module = module_of(prior, channels_last=True)

@@ -205,6 +205,7 @@ def test_learning_rates_move_once_per_optimizer_step(accumulate, prior, tmp_path
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([[0.2 * f, 0.1 * f, 0.3 * f] for f in factors]))
 
 
+@pytest.mark.slow
 def test_the_generator_feels_the_discriminator_after_its_warmup(prior, tmp_path):
     """Until then the run is the one without the term, but for D."""
 

@@ -63,6 +63,7 @@ def test_pseudo_inverse(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "wide blur"])
+@pytest.mark.slow
 def test_moore_penrose_conditions(case):
     physics, shape = CASES[case]()
     A = dense(physics.A, shape)

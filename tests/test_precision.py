@@ -12,6 +12,7 @@ def half(scale, growth_interval=2000):
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e6])  # every gradient is clipped, or none is
+@pytest.mark.slow
 def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tmp_path):
     def run(name, **options):
         # sgd: a step is proportional to the gradient, where Adam forgives any factor
@@ -34,6 +35,7 @@ def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tm
         assert 0 < error.norm() < 0.03 * moved.norm()
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_falls(prior, tmp_path):
     module = distillation(prior)
     before = {name: p.detach().clone() for name, p in trained(module).items()}

@@ -36,6 +36,7 @@ def run(program, *arguments, **environment):
 
 
 @linux
+@pytest.mark.slow
 def test_the_memory_of_a_layer_is_kept_for_the_next_one():
     pages = 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
     assert int(run(COUNT_FAULTS, "prepared").stdout) < pages / 100
@@ -44,6 +45,7 @@ def test_the_memory_of_a_layer_is_kept_for_the_next_one():
 
 @linux
 @pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+@pytest.mark.slow
 def test_openmp_says_how_its_threads_wait(given, policy):
     told = run(SAY_POLICY, OMP_DISPLAY_ENV="true", **given).stderr
     if "OMP_WAIT_POLICY" not in told:

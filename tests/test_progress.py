@@ -20,6 +20,7 @@ def sampler(prior_folder):
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": 16}, {"num_steps": 3, "chunk_size": 2}])
+@pytest.mark.slow
 def test_what_is_told_is_what_the_network_evaluates(options, sampler):
     y, physics = observation(GaussianBlur(1.0), shape=(3, 24, 40))
     seen, told = [], []
@@ -31,6 +32,7 @@ def test_what_is_told_is_what_the_network_evaluates(options, sampler):
     assert torch.equal(plain, shown)
 
 
+@pytest.mark.slow
 def test_the_bar_knows_how_many_there_are(sampler, capsys):
     y, physics = observation(GaussianBlur(1.0), shape=(3, 24, 40))
     sampler(y, physics, 0.05, 3, progress=True, tile=16)

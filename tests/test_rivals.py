@@ -113,6 +113,7 @@ def test_decompositions_are_those_of_the_operators(family, channels):
         torch.testing.assert_close(image.T.cov(), torch.eye(image.shape[1]), atol=0.12, rtol=0)
 
 
+@pytest.mark.slow
 def test_ddrm_draws_unseen_pixels_from_the_prior_and_deepinv_alone_too_narrowly():
     prior = white()
     y, physics = problem(prior, Inpainting(0.5), 0.02)

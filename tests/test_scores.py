@@ -214,6 +214,7 @@ def picture_draws(count, samples=1, size=32):
     return draws_of(x0, x0, Inpainting().draw(1, (3, size, size)), 0.1, 0.1, drawn)
 
 
+@pytest.mark.slow
 def test_distances_of_sets_are_those_of_torchmetrics(weights):
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance

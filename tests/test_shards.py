@@ -380,6 +380,7 @@ def test_resumed_run_sees_the_batches_of_the_unbroken_one(folders, tmp_path, int
     assert equal(fit(tmp_path, data_of(folders, num_workers=num_workers), resume=resume, **settings), whole[done:])
 
 
+@pytest.mark.slow
 def test_other_readers_may_go_on_only_after_an_epoch(folders, tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=6)
     fit(tmp_path, data_of(folders), saver)

@@ -174,6 +174,7 @@ def test_val_lpips_is_logged_with_its_backend_where_weights_are(tiny, tmp_path, 
     assert any(r["val/lpips"] for r in rows(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_bar_shows_losses_and_validation_over_the_whole_run(tiny, tmp_path, capfd):
     assert command_line(*tiny, f"run_dir={tmp_path}") == 0
     shown = capfd.readouterr().err
@@ -263,6 +264,7 @@ def test_a_broken_run_is_resumed_from_its_folder_alone(tiny, finished, tmp_path,
 
 def test_an_interrupted_run_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ud2m.cli.train.StepProgress", lambda: Break(1, 0, KeyboardInterrupt()))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
     assert command_line(*tiny, f"run_dir={tmp_path}") == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Lightning leaves it ignored
     assert only_line(capsys) == (

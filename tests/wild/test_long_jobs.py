@@ -150,6 +150,7 @@ def test_an_interrupted_run_goes_on_with_the_next_picture(error, model, pictures
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_what_is_left_belongs_to_its_settings_and_files(model, pictures, tmp_path, capsys):
     with watched("c"), pytest.raises(SystemExit):
         run(model, pictures, tmp_path / "out")

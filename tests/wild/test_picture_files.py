@@ -296,6 +296,7 @@ def test_commands_say_it_in_one_line(command, name, tmp_path, capsys):
     assert str(path) in lines[0]
 
 
+@pytest.mark.slow
 def test_a_bomb_costs_no_memory(tmp_path):
     """Its header alone is read: a process with little address space left lives on."""
     (tmp_path / "a.png").write_bytes(png(13000, 13000, rows=bytes(13000 * 39001)))

@@ -50,6 +50,7 @@ def test_features_are_the_frozen_priors_and_leave_the_adapter_as_it_was(make):
 
 
 @pytest.mark.parametrize("make", [merged, unmerged])
+@pytest.mark.slow
 def test_features_in_another_thread_do_not_reach_what_is_drawn(make):
     prior, x = make(), images(1)
     expected = prior(x, SIGMA[:1])

@@ -48,6 +48,7 @@ def test_a_run_that_goes_on_and_is_stopped_early(limit, tiny, tmp_path, monkeypa
     ["+trainer.max_steps=1", "trainer.max_epochs=1", "+trainer.max_time=00:00:00:00", "+trainer.fast_dev_run=true"],
 )
 @pytest.mark.parametrize("kind", ["distillation", "prior"])
+@pytest.mark.slow
 def test_a_new_run_that_is_stopped_early(limit, kind, tiny, tmp_path, capsys):
     small = ["training=prior", "training.unet.block_out_channels=[8,8,8,8]", "training.unet.norm_num_groups=4"]
     small += ["training.unet.attention_head_dim=8"]
