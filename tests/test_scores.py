@@ -294,7 +294,7 @@ def test_patches_are_pieces_of_the_images(weights):
     draws = picture_draws(80, size=64)
     pieces = draws_of(
         *(torch.cat([x[..., :32, :32], x[..., :32, 32:], x[..., 32:, :32], x[..., 32:, 32:]]) for x in (draws.x0,) * 2),
-        draws.observation.physics,
+        picture_draws(1, size=32).observation.physics,
         0.1,
         0.1,
         torch.cat([draws.samples[..., i : i + 32, j : j + 32] for i in (0, 32) for j in (0, 32)]),
