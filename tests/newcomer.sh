@@ -17,7 +17,7 @@ git clone -q . "$CLONE"
 "$PYTHON" -m venv --without-pip "$ENVIRONMENT"
 SITE=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$SITE/borrowed.pth"
-"$PYTHON" -m pip wheel -q --no-deps --no-build-isolation -w "$WORK/wheels" "$CLONE"
+"$PYTHON" -m pip wheel -q --no-deps --no-build-isolation -w "$WORK/wheels" "$CLONE" 2> "$WORK/wheel.txt" || { cat "$WORK/wheel.txt"; exit 1; }
 "$PYTHON" -m pip --python "$ENVIRONMENT/bin/python" install -q --no-deps --force-reinstall "$WORK"/wheels/ud2m-*.whl
 PATH="$ENVIRONMENT/bin:$PATH"
 
