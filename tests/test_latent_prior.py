@@ -82,21 +82,7 @@ def test_a_sample_does_not_depend_on_its_batch(prior):
 @pytest.mark.parametrize("kind", ["sd", "lcm", "sdxl"])
 def test_gradients_reach_the_prompt_with_and_without_checkpoints(kind):
     prior = LatentPrior(tiny_latent.pipeline(kind)).double()
-    z_t, found = latents(2).double(), []
-    prompt = prior.encode_prompt("a cat").expand(2)
-
-    def value(embeds):
-        return prior.decode(prior.estimate(z_t, 700, prompt.with_embeds(embeds))).square().sum()
-
-    for attempt in (prior, prior.checkpoint_layers()):
-        embeds = prompt.embeds.detach().clone().requires_grad_()
-        found.append(torch.autograd.grad(value(embeds), embeds)[0])
-        assert attempt is prior
-    torch.testing.assert_close(*found)
-    direction = torch.randn(prompt.embeds.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    h = 1e-5
-    numeric = (value(prompt.embeds + h * direction) - value(prompt.embeds - h * direction)) / (2 * h)
-    torch.testing.assert_close((found[0] * direction).sum(), numeric, rtol=1e-4, atol=1e-7)
+    tiny_latent.check_prompt_gradients(prior, latents(2).double(), h=1e-5, rtol=1e-4, atol=1e-7)
 
 
 def test_noised_and_eps_are_inverse(prior):

@@ -16,8 +16,10 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UMT5Config, UMT5EncoderModel
 
+from ud2m.priors.latent import LatentPrior
 from ud2m.priors.latent_parts import tokenizer_of
 
 LENGTH, WIDTH, SIZE = 8, 16, 16
@@ -130,3 +132,21 @@ def wan(channels: int = 3, seed: int = 0, shift: float = 1.0) -> WanPipeline:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     )
+
+
+def check_prompt_gradients(prior: LatentPrior, z_t: Tensor, h: float, rtol: float, atol: float) -> None:
+    """Compare gradients of the prompt, with and without checkpoints, with each other and with differences of step h."""
+    found = []
+    prompt = prior.encode_prompt("a cat").expand(2)
+
+    def value(embeds):
+        return prior.decode(prior.estimate(z_t, 700, prompt.with_embeds(embeds))).square().sum()
+
+    for attempt in (prior, prior.checkpoint_layers()):
+        embeds = prompt.embeds.detach().clone().requires_grad_()
+        found.append(torch.autograd.grad(value(embeds), embeds)[0])
+        assert attempt is prior
+    torch.testing.assert_close(*found)
+    direction = torch.randn(prompt.embeds.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    numeric = (value(prompt.embeds + h * direction) - value(prompt.embeds - h * direction)) / (2 * h)
+    torch.testing.assert_close((found[0] * direction).sum(), numeric, rtol=rtol, atol=atol)
