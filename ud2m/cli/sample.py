@@ -336,9 +336,14 @@ class SamplingRun:
             named = str(path) in str(error)  # as readers do, and operators do not
             raise ValueError(str(error) if named else f"{path}: {error}") from error
 
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of what is degraded are multiples."""
+        return self.operator.multiple
+
     def fitting(self, image: Tensor) -> Tensor:
-        """Return an image without the last rows and columns that the operator cannot take."""
-        height, width = (side - side % self.operator.multiple for side in image.shape[-2:])
+        """Return a picture or clip without the last rows and columns that cannot be taken."""
+        height, width = (side - side % self.multiple for side in image.shape[-2:])
         return image[..., :height, :width] if min(height, width) > 0 else image
 
     def observed(self, path: Path) -> Observation:
@@ -562,10 +567,7 @@ class SamplingRun:
         observation, x0, count = case.observation, case.x0, samples.shape[1]
         y, physics = observation.y, observation.physics
         draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
-        numbers: dict[str, float] = {}
-        for score in self.scores(count, observation.image_shape, x0 is not None):
-            score.to(y.device).add(draws)
-            numbers |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
+        numbers = scored(self.scores(count, observation.image_shape, x0 is not None), draws)
         if x0 is None:
             numbers["sigma_y"] = float(observation.sigma_y)
         mask = measured(physics, y)
@@ -573,6 +575,15 @@ class SamplingRun:
         mean, std = samples[0].mean(0), samples[0].std(0) if count > 1 else None
         reference, note = (None, misfit(physics, numbers["residual"])) if x0 is None else (x0[0], "")
         return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
+
+
+def scored(scores: Sequence[Score], draws: Draws) -> dict[str, Any]:
+    """Return the numbers of fresh scores on one batch."""
+    found: dict[str, Any] = {}
+    for score in scores:
+        score.to(draws.x0.device).add(draws)
+        found |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
+    return found
 
 
 def kept(path: Path, make: Callable[[], Rows], team: Team = ALONE) -> Rows:

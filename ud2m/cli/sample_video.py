@@ -1,9 +1,7 @@
 """Samples of videos: what ``sample.py sampler=lvtino`` runs, and every sampler where the operator acts on videos."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -11,12 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.cli.objects import build
-from ud2m.cli.sample import AUTO, METRICS, Case, Group, given_operator
+from ud2m.cli.sample import AUTO, METRICS, Case, Group, given_operator, scored
 from ud2m.cli.sample_latent import LatentRun
 from ud2m.data.module import evenly_spaced
 from ud2m.data.videos import INSTALL, can_write_videos, read_clip, write_frames, write_video
 from ud2m.evaluation.scores import Draws, Score, build_score, fitting_scores, motion_score
-from ud2m.evaluation.table import without_bounds
 from ud2m.physics import Observation, OperatorFamily, estimate_sigma_y
 from ud2m.reports.samples import Entry
 from ud2m.samplers.lvtino import Lvtino
@@ -85,13 +82,12 @@ class VideoRun(LatentRun):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def fitting(self, image: Tensor) -> Tensor:
-        """Return a clip without the last rows and columns that the operator or a prior cannot take."""
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of what is degraded are multiples, for the operator and the priors."""
         others = [self.sampler.image_prior] if isinstance(self.sampler, Lvtino) else []
         multiples = [prior.multiple for prior in (self.prior, *others) if prior is not None]
-        multiple = math.lcm(self.operator.multiple, *multiples)
-        height, width = (side - side % multiple for side in image.shape[-2:])
-        return image[..., :height, :width] if min(height, width) > 0 else image
+        return math.lcm(self.operator.multiple, *multiples)
 
     @torch.no_grad()
     def entry(self, case: Case, samples: Tensor) -> Entry:
@@ -132,15 +128,6 @@ class VideoRun(LatentRun):
 def _frames(clips: Tensor) -> Tensor:
     """Return the frames of the one clip [1, C, T, H, W], or of its samples [1, S, C, T, H, W], as a batch [T, ...]."""
     return clips[0].movedim(-3, 0)
-
-
-def scored(scores: Sequence[Score], draws: Draws) -> dict[str, Any]:
-    """Return the numbers of fresh scores on one batch."""
-    found: dict[str, Any] = {}
-    for score in scores:
-        score.to(draws.x0.device).add(draws)
-        found |= {key: v for key, v in without_bounds(score.numbers()).items() if isinstance(v, float)}
-    return found
 
 
 def strip(clip: Tensor, frames: int | None = None) -> Tensor:
