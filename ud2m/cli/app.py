@@ -3,6 +3,8 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,6 +71,9 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
     import gradio as gr
 
     hook = gr.Progress()
+    # Gradio's threads come and go, and each that computes leaves memory of its own behind, and threads of OpenMP
+    jobs = ThreadPoolExecutor(max_workers=1)
+    present: set[str] = set()  # visitors whose job is under way
     noises: dict[str, Any] = {"as the model was trained": None, "estimated": AUTO}
     kinds = {"clean: it is degraded first": False, "degraded already: it is y": True}
 
@@ -109,12 +114,18 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
         level: float | None,
         num_samples: float,
         seed: float | None,
+        request: gr.Request,
         progress: gr.Progress = hook,
     ) -> Iterator[tuple[Any, ...]]:
+        visitor = str(request.session_hash)
+
         def tell(done: int, expected: int) -> None:
+            if visitor not in present:
+                raise gr.Error("stopped, since the page was closed", print_exception=False)
             progress((done, expected), unit="network evaluations")
 
         picture, given = Path(path or ""), file and Path(file)
+        present.add(visitor)
         with TemporaryDirectory(dir=folder) as work:  # until the page has copied what it shows
             try:
                 if path is None:
@@ -122,15 +133,21 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
                 setting = drawn_mask(drawn, Path(work) / "mask.png") if name == MASK and not given else given or number
                 sigma_y = noises.get(noise, level)
                 asked = Request(model, picture, kinds[kind], name, setting, sigma_y, int(num_samples), int(seed or 0))
-                found = outcome(asked, device, Path(work), tell)
+                # Gradio knows by the context whose bar moves
+                found = jobs.submit(copy_context().run, outcome, asked, device, Path(work), tell).result()
             except Exception as error:
                 raise refused(error, picture, given, Path(work) / "mask.png") from error
+            finally:
+                present.discard(visitor)
             yield (
                 found.text,
                 gr.update(value=found.before_after, visible=found.before_after is not None),
                 gr.update(value=found.pictures, visible=True),
                 gr.update(value=str(found.archive), visible=True),
             )
+
+    def leave(request: gr.Request) -> None:
+        present.discard(str(request.session_hash))
 
     models = list(dict.fromkeys([str(config.model), *shipped_models()]))
     with gr.Blocks(title="UD2M", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
@@ -191,4 +208,5 @@ def build_page(config: DictConfig, device: torch.device, folder: Path) -> Any:
             show_progress_on=text,
             **private,
         )
+        page.unload(leave)
     return page
