@@ -145,6 +145,28 @@ def test_comparison_has_all_rows_on_test_images(model, tmp_path):
     assert not list(out.glob(".rows"))
 
 
+@pytest.mark.parametrize("degraded", [False, True])
+def test_comparison_shows_rivals_beside_samples_of_own_files(model, tmp_path, degraded):
+    picture = tmp_path / "picture.png"
+    write_image(0.4 + 0.2 * torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), picture)
+    options = [f"model={model}", "compare=true", f"input={picture}", f"degraded={degraded}", "num_samples=2"]
+    sample(*options, f"output={tmp_path / 'out'}")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "metrics.json").read_text())}
+    assert list(rows) == ["A^dagger y", "warm start", "LATINO", "UD2M (K=3, N=2)"]
+    assert [row["nfe"] for row in rows.values()] == [0, 0, 8, 6]
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    for name in list(rows)[:-1]:
+        assert f"picture: {name}" in {attributes["alt"] for attributes, _ in page.images()}
+    _, array = page.picture("picture: A^dagger y")
+    shown = torch.from_numpy(array / 255).permute(2, 0, 1).float()
+    y = read_image(tmp_path / "out" / "observation.png")
+    physics = SuperResolution(2).draw(1, tuple(shown.shape))
+    assert (physics.A(shown[None]) - y).abs().mean() < 0.005  # A A^dagger y = y, up to 8 bits
+    if not degraded:
+        error = (shown - read_image(picture)).square().mean()
+        assert rows["A^dagger y"]["psnr"] == pytest.approx(-10 * error.log10().item(), abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from ud2m.bars import Advance, Forecast, progress_bar
+from ud2m.bars import Advance, Forecast, NetworkEvaluations, progress_bar
 from ud2m.cli import plain
 from ud2m.cli.devices import Devices
 from ud2m.cli.errors import user_facing
@@ -211,6 +211,8 @@ class SamplingRun:
         self.recorded = config_given | about
         self.data: ImageDataModule | None = None if config.input is not None else self.test_data()
         self.broken: dict[int, str] = {}
+        compared = plain(config)["methods"].values() if config.compare and self.data is None else ()
+        self.rivals: dict[str, Sampler] = {page["label"]: self.build(page["target"]) for page in compared}
         self.groups = [self.own_files()] if self.data is None else list(self.shown_test_images(self.data))
 
     @property
@@ -251,7 +253,8 @@ class SamplingRun:
     def rehearse(self, case: Case) -> None:
         """Do what follows the sampling of an observation, with blank samples."""
         try:
-            self.sampler.check_call(case.observation, self.config.num_samples)
+            for sampler in (*self.rivals.values(), self.sampler):
+                sampler.check_call(case.observation, self.count(sampler))
             blank = case.observation.y.new_zeros(1, min(self.config.num_samples, 2), *case.observation.image_shape)
             entry = self.entry(case, blank)
             with TemporaryDirectory() as folder:
@@ -275,7 +278,7 @@ class SamplingRun:
             return []
         parts = [self.section(group, folder) for group in groups]
         if self.data is None:
-            rows = [{"method": self.name, "nfe": self.sampler.nfe()} | averages(parts[0][1])]
+            rows = self.own_rows(parts[0][1])
         sections = [section for section, _ in parts] + self.further_sections(folder)
         report = Report(*self.headline(), rows, self.recorded, sections)
         write_page(folder / REPORT, samples_page(report))
@@ -304,6 +307,10 @@ class SamplingRun:
             f"{self.measurement}. Bright places of the standard deviation are those that the observation does not "
             "determine.",
         )
+
+    def count(self, sampler: Sampler) -> int:
+        """Return how many samples a sampler draws for an observation: one where they do not differ."""
+        return int(self.config.num_samples) if sampler.draws else 1
 
     def scores(self, num_samples: int, shape: Sequence[int], known: bool = True) -> list[Score]:
         """Return fresh scores for images (C, H, W): the residual always, the others where the images are known."""
@@ -371,6 +378,26 @@ class SamplingRun:
         shape: Any = self.operator.image_shape(y_shape)
         return self.operator.draw(1, shape, device=y.device)
 
+    def own_rows(self, records: Sequence[Numbers]) -> Rows:
+        """Return the rows of the files' samples, from the records of all files."""
+        rivals = [{"method": name} | averages([record["rivals"][name] for record in records]) for name in self.rivals]
+        own = averages([record["numbers"] for record in records])
+        return [*rivals, {"method": self.name, "nfe": self.sampler.nfe()} | own]
+
+    @torch.no_grad()
+    def rival_samples(self, sampler: Sampler, case: Case, bar: tqdm) -> tuple[Tensor, Numbers]:
+        """Return a rival's samples [1, S, C, H, W] for an observation, with their scores."""
+        observation, count = case.observation, self.count(sampler)
+
+        def advance(evaluations: int) -> None:
+            bar.total += evaluations  # they are not known before
+            bar.update(evaluations)
+
+        generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
+        with NetworkEvaluations(sampler.networks, advance) as counter:
+            samples = sampler.sample(observation, count, generator)
+        return samples, {"nfe": counter.count / count} | self.numbers(case, samples)
+
     # --- test images ---------------------------------------------------------------------------------------------
 
     def test_data(self) -> ImageDataModule:
@@ -409,7 +436,7 @@ class SamplingRun:
 
         return {name: partial(rows, name, page) for name, page in plain(self.config)["methods"].items()}
 
-    def rivals(self, group: Group, folder: Path) -> list[dict[str, Tensor]]:
+    def rivals_of(self, group: Group, folder: Path) -> list[dict[str, Tensor]]:
         """Return what the other methods have made of each observation of a group, by their names."""
         files = [folder / ROWS / f"{name}.pt" for name in plain(self.config)["methods"]]
         samples: Numbers = {name: made for file in files if file.is_file() for name, made in read_tensors(file).items()}
@@ -442,7 +469,7 @@ class SamplingRun:
         self, name: str, sampler: Sampler, test: Sequence[Tensor], team: Team
     ) -> tuple[Numbers, Mapping[int, Mapping[str, Tensor]]]:
         """Return the row of a sampler on the test images, and its pictures of the shown ones."""
-        count = self.config.num_samples if sampler.draws else 1
+        count = self.count(sampler)
         scores, shown = self.scores(count, test[0].shape[1:]), [k for group in self.groups for k in group.scored]
         with progress_bar(desc=name, unit="evaluation", disable=team.rank > 0) as bar:
             told = Forecast(bar, count * sum(map(len, test)))
@@ -502,40 +529,42 @@ class SamplingRun:
                 self.results(group, number, places[number], bar)
 
     def section(self, group: Group, folder: Path) -> tuple[Section, list[Numbers]]:
-        """Return a section of the report and the numbers of all its pictures."""
+        """Return a section of the report and the records of all its pictures."""
         places, quiet = self.places(group, folder), progress_bar(total=0, disable=True)
-        numbers = [self.results(group, k, places[k], quiet) for k in range(len(places))]
+        records = [self.results(group, k, places[k], quiet) for k in range(len(places))]
         entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
         if group.scored:
-            made = self.rivals(group, folder)
+            made = self.rivals_of(group, folder)
             entries = [replace(entry, rivals=rivals) for entry, rivals in zip(entries, made, strict=True)]
-        further = dict(zip(group.names[group.shown :], numbers[group.shown :], strict=True))
-        return Section(group.title, group.text, entries, {} if group.alone else further), numbers
+        further = {group.names[k]: records[k]["numbers"] for k in range(group.shown, len(records))}
+        return Section(group.title, group.text, entries, {} if group.alone else further), records
 
     def known(self, group: Group, number: int, place: Path) -> Numbers | None:
-        """Return the numbers of an observation whose results are there already."""
-        record = place / NUMBERS_FILE
-        if record.is_file() and parse_json(record.read_text())["file"] == group.stamp(number):
-            return cast(Numbers, parse_json(record.read_text())["numbers"])
-        return None
+        """Return the record of an observation whose results are there already."""
+        file = place / NUMBERS_FILE
+        record = cast(Numbers, parse_json(file.read_text())) if file.is_file() else {"file": ""}
+        return record if record["file"] == group.stamp(number) else None
 
     def results(self, group: Group, number: int, place: Path, bar: tqdm) -> Numbers:
-        """Sample for an observation, write its results, and return its numbers; these alone where they are there."""
+        """Sample for an observation, write its results, and return their record; that alone where it is there."""
         known = self.known(group, number, place)
         if known is not None:
             return known
         record, shown, state = place / NUMBERS_FILE, number < group.shown, group.stamp(number)
         case = group.case(number)
         samples = self.sample(case, bar)
-        entry = self.entry(case, samples)
+        rivals = {name: self.rival_samples(sampler, case, bar) for name, sampler in self.rivals.items()}
+        pictures = {name: drawn[0, 0] for name, (drawn, _) in rivals.items()}
+        entry = replace(self.entry(case, samples), rivals=pictures)
         for note in filter(None, (case.remark, entry.note)):
             tqdm.write(f"{case.name}: {note}")
         self.write(place, case, samples, entry)
         if shown:
             torch.save(vars(entry), place / ENTRY)
         self.keep(case, place, entry)
-        write_json(record, {"numbers": entry.numbers, "note": entry.note, "file": state})
-        return cast(Numbers, parse_json(record.read_text())["numbers"])
+        scores = {name: numbers for name, (_, numbers) in rivals.items()}
+        write_json(record, {"numbers": entry.numbers, "rivals": scores, "note": entry.note, "file": state})
+        return cast(Numbers, parse_json(record.read_text()))
 
     def write(self, place: Path, case: Case, samples: Tensor, entry: Entry) -> None:
         """Write the files of an observation whose samples [1, S, C, H, W] were just drawn."""
@@ -561,19 +590,21 @@ class SamplingRun:
         except (ValueError, FloatingPointError) as error:
             raise ValueError(f"{case.name}: {error}") from error
 
+    def numbers(self, case: Case, samples: Tensor) -> Numbers:
+        """Return the scores of samples [1, S, C, H, W] of an observation."""
+        observation, x0 = case.observation, case.x0
+        draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
+        told = {} if x0 is not None else {"sigma_y": float(observation.sigma_y)}
+        return scored(self.scores(samples.shape[1], observation.image_shape, x0 is not None), draws) | told
+
     @torch.no_grad()
     def entry(self, case: Case, samples: Tensor) -> Entry:
         """Return the part of the report that samples of an observation have, with their scores."""
-        observation, x0, count = case.observation, case.x0, samples.shape[1]
-        y, physics = observation.y, observation.physics
-        draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
-        numbers = scored(self.scores(count, observation.image_shape, x0 is not None), draws)
-        if x0 is None:
-            numbers["sigma_y"] = float(observation.sigma_y)
+        y, physics, numbers = case.observation.y, case.observation.physics, self.numbers(case, samples)
         mask = measured(physics, y)
         holes = None if bool((mask == 1).all()) else mask.expand_as(y)[0].amax(0) > 0
-        mean, std = samples[0].mean(0), samples[0].std(0) if count > 1 else None
-        reference, note = (None, misfit(physics, numbers["residual"])) if x0 is None else (x0[0], "")
+        mean, std = samples[0].mean(0), samples[0].std(0) if samples.shape[1] > 1 else None
+        reference, note = (None, misfit(physics, numbers["residual"])) if case.x0 is None else (case.x0[0], "")
         return Entry(case.name, reference, y[0], samples[0], mean, std, numbers, note, holes)
 
 
