@@ -6,17 +6,18 @@ Every method is tuned on validation digits (``--tune`` of them, by the class acc
 and measured on test digits, evenly spaced, with one sample of each. The classifier is a small network trained here on
 the 59000 training digits; the class accuracy is the share of samples that it gives the true class, and the Frechet
 distance is of its 32 features, between samples and the clean digits. LDPS, PSLD, P2L and TReg walk with the model
-before its distillation, ``--teacher``. Classifier and rows are kept in ``--folder``, and taken from there. Writes
+before its distillation, ``--teacher``. Classifier and numbers are kept in ``--folder`` as they are measured, and taken
+from there. Writes
 ``docs/results/latent_digits.json``.
 """
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from results import store
 from ud2m.bars import NetworkEvaluations
 from ud2m.data.mnist import NUMBERS, Digits, read_mnist
 from ud2m.evaluation.calibration import bootstrap_interval
+from ud2m.evaluation.cells import CellStore, Result
 from ud2m.evaluation.metrics import psnr
-from ud2m.files import write_json
 from ud2m.physics import GaussianBlur, OperatorFamily, Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior
 from ud2m.samplers.base import Sampler
 from ud2m.samplers.latent_latino import AnnealedSteps, LatentLatino
-from ud2m.samplers.latent_rivals import Ldps, P2l, Psld, Treg
+from ud2m.samplers.latent_rivals import LatentWalk, Ldps, P2l, Psld, Treg
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
 
@@ -46,7 +47,16 @@ PROBLEMS: dict[str, tuple[OperatorFamily, float]] = {
     "Gaussian blur, width 3": (GaussianBlur(3.0), 0.02),
 }
 SIDE, BATCH, FEATURES = 32, 50, 32
+TOLD = "LATINO, the right prompt"
 Make = Callable[..., Sampler]
+WEIGHTS = {"weight": [0.3, 1.0, 3.0]}
+RIVALS: dict[str, tuple[type[LatentWalk], int, dict[str, Sequence[Any]]]] = {
+    "TReg": (Treg, 200, {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
+    "LDPS": (Ldps, 1000, WEIGHTS),
+    "PSLD": (Psld, 1000, WEIGHTS),
+    "P2L": (P2l, 1000, WEIGHTS),
+}
+"""Walks of the model before its distillation, their largest number of steps, and the grids that they are tuned over."""
 
 
 class Classifier(nn.Module):
@@ -121,12 +131,8 @@ def methods(
         "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
     }
     if teacher is not None:
-        for name, kind, count, grid in (
-            ("LDPS", Ldps, steps, {"weight": [0.1, 0.3, 1.0]}),
-            ("PSLD", Psld, steps, {"weight": [0.1, 0.3, 1.0]}),
-            ("P2L", P2l, steps, {"weight": [0.1, 0.3, 1.0]}),
-            ("TReg", Treg, min(steps, 200), {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
-        ):
+        for name, (kind, longest, grid) in RIVALS.items():
+            count = min(steps, longest)
             found[name] = (
                 lambda kind=kind, count=count, **o: kind(teacher, PROMPT, count, chunk_size=BATCH, **o),
                 grid,
@@ -142,6 +148,7 @@ class Bench:
         self.classifier = trained_classifier(options.root, options.folder / "classifier.pt")
         self.test = digits(options.root, False, [k * 10000 // options.images for k in range(options.images)])
         self.validation = digits(options.root, True, [59000 + k * 1000 // options.tune for k in range(options.tune)])
+        self.cells = CellStore(options.folder)
 
     @torch.no_grad()
     def numbers(self, sampler: Sampler, problem: Problem, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -183,33 +190,38 @@ class Bench:
         if unknown:
             raise ValueError(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
         for name in self.options.problems or PROBLEMS:
-            file = self.options.folder / f"{name.replace(' ', '_')}.json"
-            kept = json.loads(file.read_text()) if file.is_file() else {}
-            settings = {key: str(value) for key, value in vars(self.options).items() if key != "problems"}
-            settings["prior"] = prior.fingerprint
-            if kept.get("settings") != settings:
-                kept = {"settings": settings, "rows": self.rows_of(name, known, prior)}
-                write_json(file, kept)
-            rows += kept["rows"]
+            problem, reference = Problem(*PROBLEMS[name]), None
+            for method in self.options.methods or known:
+                make, grid = known[method]
+                walks = {"teacher": teacher.fingerprint, "steps": self.options.steps} if method in RIVALS else {}
+                settings = {"problem": name, "method": method, "grid": grid, "prior": prior.fingerprint, **walks}
+                found = self.kept(settings, partial(self.tuned, make, grid, problem))
+                reference = found if method == "LATINO" else reference
+                rows.append({"problem": name, "method": method, **row_of(found, reference)})
+                print(rows[-1], flush=True)
+            settings = {"problem": name, "method": TOLD, "prior": prior.fingerprint}
+            found = self.kept(settings, partial(self.told, prior, problem))
+            rows.append({"problem": name, "method": TOLD, **row_of(found, None)})
         return rows
 
-    def rows_of(self, name: str, known: Mapping[str, Any], prior: LatentPrior) -> list[dict[str, Any]]:
-        """Return the rows of one problem."""
-        problem, rows = Problem(*PROBLEMS[name]), []
-        reference: dict[str, Any] | None = None
-        for method in self.options.methods or known:
-            make, grid = known[method]
-            setting = self.best(make, grid, problem)
-            found = self.numbers(make(**setting), problem, *self.test)
-            reference = found if method == "LATINO" else reference
-            rows.append({"problem": name, "method": method, **row_of(found, reference), "setting": str(setting)})
-            print(rows[-1], flush=True)
-        rows.append({"problem": name, "method": "LATINO, the right prompt", **self.told(prior, problem)})
-        print(rows[-1], flush=True)
-        return rows
+    def kept(self, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what was measured with these settings before, or measure and keep it."""
+        settings = {**settings, "images": self.options.images, "tune": self.options.tune}
+        known = self.cells.load(settings)
+        if known is None:
+            found = measure()
+            curves = {key: value.tolist() for key, value in found.items() if isinstance(value, Tensor)}
+            known = Result({key: value for key, value in found.items() if key not in curves}, curves, {})
+            self.cells.save(settings, known)
+        return {**known.row, **{key: torch.tensor(values) for key, values in known.curves.items()}}
+
+    def tuned(self, make: Make, grid: Mapping[str, Sequence[Any]], problem: Problem) -> dict[str, Any]:
+        """Return the numbers on test digits with the setting that is best on validation digits."""
+        setting = self.best(make, grid, problem)
+        return {**self.numbers(make(**setting), problem, *self.test), "setting": str(setting)}
 
     def told(self, prior: LatentPrior, problem: Problem) -> dict[str, Any]:
-        """Return the row of LATINO with the prompt that names each digit, which nobody knows: a bound."""
+        """Return the numbers of LATINO with the prompt that names each digit, which nobody knows: a bound."""
         images, labels = self.test
         parts = []
         for label in range(len(NUMBERS)):
@@ -217,7 +229,7 @@ class Bench:
             sampler = LatentLatino(prior, CLASSES[label], chunk_size=BATCH)
             parts.append(self.numbers(sampler, problem, images[chosen], labels[chosen]))
         joined = {key: torch.cat([part[key] for part in parts]) for key in ("psnr", "right")}
-        return row_of(joined | {"nfe": parts[0]["nfe"], "seconds": parts[0]["seconds"]}, None)
+        return {**joined, "nfe": parts[0]["nfe"], "seconds": parts[0]["seconds"]}
 
 
 def row_of(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -228,6 +240,7 @@ def row_of(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dic
         "PSNR": mean_text(found["psnr"], ".2f"),
         "Frechet": None if "frechet" not in found else f"{found['frechet']:.2f}",
         "seconds": f"{found['seconds']:.3f}",
+        "setting": found.get("setting"),
     }
     if reference is not None and reference is not found:
         row["class - LATINO"] = mean_text(found["right"] - reference["right"], "+.3f")

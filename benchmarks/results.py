@@ -301,8 +301,10 @@ SECTIONS = (
     Section(
         "latent_rivals",
         "Rivals with the latent prior before its distillation",
-        "As above, x8; LDPS and TReg walk with the model that `digits` was distilled from, in 100 steps (their authors "
-        "take 1000 and 200), with the same prompt. LATINO is the row from which differences are taken.",
+        "As above. LDPS, PSLD, P2L and TReg walk with the model that `digits` was distilled from, in 100 steps (their "
+        "authors take 1000, and 200 for TReg), with the same prompt; P2L and TReg have two evaluations a step. Weights "
+        "of 3 are the end of their grid. LATINO-PRO by scores is given ten prompts, and draws 40 images with each once "
+        "for all 200 digits: 2 of its NFE. LATINO is the row from which differences are taken.",
     ),
     Section(
         "pictures",

@@ -182,9 +182,9 @@ latent() {
     train digits_latent experiment=digits_latent training.vae=$RUNS/digits_vae/export
     train digits experiment=digits_consistency training.start_from=$RUNS/digits_latent/export
     "$PYTHON" benchmarks/latent_digits.py --images 200 --tune 20 --methods "A^dagger y" LATINO LATINO-PRO \
-        "LATINO-PRO, simplex" "LATINO-PRO, scores" "LATINO-PRO, transition"
-    "$PYTHON" benchmarks/latent_digits.py --name latent_rivals --folder results/latent_rivals --images 200 --tune 10 \
-        --steps 100 --teacher "$RUNS/digits_latent/export" --problems "super-resolution x8" --methods LATINO TReg LDPS
+        "LATINO-PRO, simplex" "LATINO-PRO, transition"
+    "$PYTHON" benchmarks/latent_digits.py --name latent_rivals --images 200 --tune 20 --steps 100 \
+        --teacher "$RUNS/digits_latent/export" --methods LATINO "LATINO-PRO, scores" TReg LDPS PSLD P2L
 }
 
 # The paper's columns with rivals: bridges, models for the operators that no shipped model is for, and models that go on

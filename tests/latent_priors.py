@@ -37,6 +37,9 @@ class GaussianLatentPrior:
     def check_size(self, height: int, width: int) -> None:
         assert height == width == SIDE
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return (NUMBERS,)
+
     def encode(self, x: Tensor) -> Tensor:
         return ((x.flatten(1) - 0.5) / 0.05) @ self.Q
 

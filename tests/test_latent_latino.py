@@ -16,7 +16,7 @@ from ud2m.priors.prior import denoise
 from ud2m.priors.schedule import VPSchedule
 from ud2m.random import randn_like
 from ud2m.samplers.latent_latino import PUBLISHED, AnnealedSteps, LatentLatino, PublishedSteps, StepRule
-from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
+from ud2m.samplers.latino_pro import SHRUNK, LatinoPro, PromptOptimizer, log_densities
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
@@ -184,20 +184,40 @@ def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
 @torch.no_grad()
 def test_scores_find_the_prompt_with_the_highest_likelihood():
     candidates, found, exact = tuple(str(k) for k in range(10)), [], []
-    for seed in range(6):
-        prior, observation, best, fisher = gaussian_problem(seed, str(seed))
-        # up to a constant log p(y | c) is -(c - best)^T F (c - best) / 2
-        offsets = prior.encode_prompt(candidates).embeds.flatten(1).double() - best
-        exact.append(torch.einsum("bi,ij,bj->b", offsets, fisher, offsets).argmin().item())
-        optimizer = PromptOptimizer("scores")
-        sampler = LatinoPro(prior, Prompt(torch.zeros(1, 1, WIDTH)), optimizer, candidates=candidates)
-        with NetworkEvaluations(sampler.networks) as counter:
+    sampler = LatinoPro(
+        GaussianLatentPrior(),
+        Prompt(torch.zeros(1, 1, WIDTH)),
+        PromptOptimizer("scores", pairs=4),
+        candidates=candidates,
+    )
+    with NetworkEvaluations(sampler.networks) as counter:
+        for seed in range(6):
+            prior, observation, best, fisher = gaussian_problem(seed, str(seed))
+            # up to a constant log p(y | c) is -(c - best)^T F (c - best) / 2
+            offsets = prior.encode_prompt(candidates).embeds.flatten(1).double() - best
+            exact.append(torch.einsum("bi,ij,bj->b", offsets, fisher, offsets).argmin().item())
             _, prompt, trace = sampler.estimate(observation, streams(1))
-        assert counter.count == 60
-        found.append(trace.weights[-1, 0].argmax().item())
-        torch.testing.assert_close(prompt.embeds[0], prior.encode_prompt((str(found[-1]),)).embeds[0])
+            found.append(trace.weights[-1, 0].argmax().item())
+            torch.testing.assert_close(prompt.embeds[0], prior.encode_prompt((str(found[-1]),)).embeds[0])
+    assert counter.count == 80  # 8 images of each prompt, once for all observations
     assert exact == list(range(6))
     assert found == exact
+
+
+def test_densities_of_the_scores_are_those_of_a_dense_student_distribution():
+    generator = torch.Generator().manual_seed(0)
+    measured = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    y, sigma_y, found = torch.randn(4, generator=generator, dtype=torch.float64), torch.tensor(0.3), []
+    residuals = measured - measured.mean(1, keepdim=True)
+    covariances = [r.T @ r / 5 for r in residuals]
+    shared = sum(covariances) / 3
+    for draws, own in zip(measured, covariances, strict=True):
+        scale = (own + shared) / 2 + (sigma_y.double() ** 2 + SHRUNK * shared.trace() / 4) * torch.eye(4)
+        offset = y - draws.mean(0)
+        distance = offset @ torch.linalg.solve(scale, offset)
+        found.append(-(4 + 6) / 2 * torch.log1p(distance / 6) - torch.logdet(scale) / 2)
+    ours = log_densities(y, measured, sigma_y.double())
+    torch.testing.assert_close(ours - ours[0], torch.stack(found) - found[0])
 
 
 def test_evaluations_are_those_of_the_paper():

@@ -138,6 +138,8 @@ class PublishedAscent(Ascent):
 
 ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "published": PublishedAscent}
 GRADIENTS = ("likelihood", "transition", "scores")
+SHRUNK = 0.01
+"""Share of the mean variance that is added in all directions."""
 CERTAIN = 1e4
 """theta of a corner of the simplex: softmax makes 1 of it, and 0 of all others."""
 
@@ -166,9 +168,9 @@ class PromptOptimizer:
     posterior of z_k, from which the chain draws; rho tempers what one evaluation of G cannot explain. Differs from
     [LATINO-PRO].
 
-    ``scores``, for given prompts: no gradient at all. A chain is run with each of them, then with the best ones again,
-    and prompt i has the weight w_i ~ exp(-(m / 2) mean_k log |A u_k - y|^2), the likelihood of Gaussian misfits of
-    unknown variance; the best one is taken. Differs from [LATINO-PRO].
+    ``scores``, for given prompts: no gradient at all. Images are drawn with each of them at the first time of a chain,
+    and y is compared with what the operator makes of them (``log_densities``); the best prompt is taken. Drawn once,
+    from a fixed seed: they know nothing of y, and serve all images of a size. Differs from [LATINO-PRO].
 
     Args:
         gradient: which of them.
@@ -176,6 +178,8 @@ class PromptOptimizer:
         ascent: ``adam`` or ``published``.
         rate: of the ascent; None: its own.
         checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
+        pairs: of images that ``scores`` draws with each prompt, with noise eps and -eps: their mean knows the mean of
+            all images four times better (digits) than that of two other ones.
 
     Raises:
         ValueError: for unknown names and numbers out of range.
@@ -188,6 +192,7 @@ class PromptOptimizer:
         ascent: str = "adam",
         rate: float | None = None,
         checkpoint: bool = False,
+        pairs: int = 20,
     ):
         if gradient not in GRADIENTS or ascent not in ASCENTS:
             raise ValueError(
@@ -198,7 +203,8 @@ class PromptOptimizer:
             check_count("evaluations", evaluations)
         if rate is not None:
             check_positive("rate", rate)
-        self.gradient, self.evaluations, self.checkpoint = gradient, evaluations, checkpoint
+        check_count("pairs", pairs)
+        self.gradient, self.evaluations, self.checkpoint, self.pairs = gradient, evaluations, checkpoint, pairs
         self.ascent, self.rate = ascent, rate
 
     def new_ascent(self) -> Ascent:
@@ -208,8 +214,6 @@ class PromptOptimizer:
 
     def uses(self, k: int, count: int) -> bool:
         """Return whether evaluation k (from 0) of a chain of ``count`` gives a gradient."""
-        if self.gradient == "scores":
-            return False
         if self.gradient == "transition":
             return k < min(count - 1, self.evaluations or count)
         return k < (self.evaluations or 2)
@@ -230,7 +234,8 @@ class LatinoPro(LatentSampler):
     """LATINO-PRO: estimates the prompt in short chains, and draws the sample in a last one with it.
 
     The end of each chain is where the next begins. Each sample estimates a prompt of its own, so that it does not
-    depend on its batch. Evaluations: num_chains x len(chain_times) + len(times), 68 by default.
+    depend on its batch. Evaluations: num_chains x len(chain_times) + len(times), 68 by default; of ``scores``
+    len(times), and 2 x pairs for each candidate once.
 
     Args:
         prior: as for ``LatentSampler``.
@@ -282,18 +287,17 @@ class LatinoPro(LatentSampler):
         self.num_chains, self.chain_times, self.listener = num_chains, tuple(chain_times), listener
         self.space: PromptSpace = Simplex(prior, candidates) if candidates else Ball(radius, fixed)
         self.space.first(self.prompt)
-        if self.optimizer.gradient == "scores" and not (0 < len(candidates) <= num_chains <= 2 * len(candidates)):
-            raise ValueError(
-                f"scores need candidates, and one or two chains for each, got {len(candidates)} of them and "
-                f"num_chains={num_chains}"
-            )
+        if self.optimizer.gradient == "scores" and not candidates:
+            raise ValueError("gradient=scores compares given prompts: set candidates")
+        self.drawn: dict[tuple[int, int], Tensor] = {}
         self.last = LatentLatino(prior, self.prompt, times, last_steps or self.steps, self.start, final, chunk_size)
         if self.optimizer.checkpoint:
             prior.checkpoint_layers()
 
     def nfe(self) -> int:
         """Return network evaluations of one sample."""
-        return self.num_chains * len(self.chain_times) + self.last.nfe()
+        scored = self.optimizer.gradient == "scores"
+        return self.last.nfe() + (0 if scored else self.num_chains * len(self.chain_times))
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
@@ -323,24 +327,36 @@ class LatinoPro(LatentSampler):
         self, prompt: Prompt, observation: Observation, streams: list[torch.Generator]
     ) -> tuple[Tensor, Prompt, Trace]:
         """Return what ``estimate`` does, of the candidate that explains y best."""
-        zero, begin = self.space.first(prompt), self.first(observation)
-        totals, counts = torch.zeros_like(zero), torch.zeros_like(zero)
-        numbers, residuals, weights = observation.y[0].numel(), [], []
-        ranking, x = torch.arange(zero.shape[1], device=zero.device).expand_as(zero), begin
-        for chain in range(self.num_chains):
-            if chain == zero.shape[1]:
-                ranking = (totals / counts).argsort(1)
-            index = ranking[:, chain % zero.shape[1]].unsqueeze(1)
-            corner = zero.scatter(1, index, CERTAIN)
-            x, _, misfits = self.chain(begin, prompt, corner, observation, streams)
-            totals = totals.scatter_add(1, index, misfits.log().mean(0).unsqueeze(1).to(totals))
-            counts = counts.scatter_add(1, index, torch.ones_like(totals[:, :1]))
-            residuals.append(misfits[0].sqrt())
-            known = torch.where(counts > 0, -totals / counts.clamp(min=1) * numbers / 2, -torch.inf)
-            weights.append(known.softmax(1))
-        best = zero.scatter(1, weights[-1].argmax(1, keepdim=True), CERTAIN)
-        trace = Trace(torch.stack(residuals), torch.stack(weights))
-        return x, prompt.with_embeds(self.space.embeds(best)), trace
+        images = self.candidate_images(observation)
+        count, draws = images.shape[:2]
+        scores, residuals = [], []
+        for row in range(len(observation)):
+            own = observation.rows(torch.full((count * draws,), row, device=images.device))
+            measured = own.physics.A(images.flatten(0, 1)).flatten(1).unflatten(0, (count, draws)).double()
+            y = observation.y[row].flatten().double()
+            scores.append(log_densities(y, measured, observation.sigma_y[row].double()))
+            residuals.append((measured.mean(1) - y).square().mean(1).sqrt()[scores[-1].argmax()])
+        weights = torch.stack(scores).softmax(1)
+        best = torch.zeros_like(weights).scatter(1, weights.argmax(1, keepdim=True), CERTAIN).float()
+        trace = Trace(torch.stack(residuals).unsqueeze(0).float(), weights.unsqueeze(0).float())
+        return self.first(observation), prompt.with_embeds(self.space.embeds(best)), trace
+
+    def candidate_images(self, observation: Observation) -> Tensor:
+        """Return images drawn with each candidate [P, 2 pairs, C, H, W], made once for a size of images."""
+        height, width = observation.image_shape[-2:]
+        if (height, width) not in self.drawn:
+            corners = CERTAIN * torch.eye(len(self.space.texts), device=observation.y.device)
+            candidates, t = self.space.embeds(corners), self.chain_times[0]
+            shape = (self.optimizer.pairs, *self.prior.latent_shape((height, width)))
+            generator, found = torch.Generator().manual_seed(0), []
+            for embeds in candidates:
+                noise = torch.randn(shape, generator=generator).to(observation.y)
+                for eps in torch.cat([noise, -noise]).split(self.chunk_size):
+                    prompt = self.prompt.expand(len(eps)).with_embeds(embeds.expand(len(eps), -1, -1))
+                    z0 = self.prior.estimate(self.prior.noised(torch.zeros_like(eps), t, eps), t, prompt)
+                    found.append(self.prior.decode(z0).clamp(0, 1))
+            self.drawn[height, width] = torch.cat(found).unflatten(0, (len(candidates), -1))
+        return self.drawn[height, width]
 
     def chain(
         self, x: Tensor, prompt: Prompt, theta: Tensor, observation: Observation, streams: list[torch.Generator]
@@ -379,3 +395,27 @@ class LatinoPro(LatentSampler):
 def gradient_of(values: Tensor, theta: Tensor) -> Tensor:
     """Return the gradient [B, ...] of each value [B] in its own row of theta."""
     return torch.autograd.grad(values, theta, torch.ones_like(values))[0]
+
+
+def log_densities(y: Tensor, measured: Tensor, sigma_y: Tensor) -> Tensor:
+    """Return log p(y | c_i) [P], up to one constant, of an observation y [m] from measured draws A u [P, n, m].
+
+    y given c_i is Student's t around the draws' mean, with n degrees of freedom as for a covariance that is known from
+    n draws, and the scale C_i = s^2 1 + (S_i + S) / 2: S_i of the draws of c_i, S the mean of all S_i, and s^2 =
+    sigma_y^2 + ``SHRUNK`` tr(S) / m for what so few draws leave out. C_i is never built: only its P n + n factors are.
+    """
+    count, draws, size = measured.shape
+    factors = (measured - measured.mean(1, keepdim=True)) / (2 * (draws - 1)) ** 0.5
+    shared = factors.flatten(0, 1) / count**0.5
+    noise = sigma_y**2 + SHRUNK * 2 * shared.square().sum() / size
+    found = []
+    for own, mean in zip(factors, measured.mean(1), strict=True):
+        rows, offset = torch.cat([own, shared]), y - mean
+        variances, vectors = torch.linalg.eigh(rows @ rows.T)
+        variances = variances.clamp(min=0)
+        # (s^2 1 + R^T R)^-1 by Woodbury's identity, in the eigenvectors of R R^T
+        within = (vectors.T @ (rows @ offset)).square() / (noise + variances)
+        distance = (offset.square().sum() - within.sum()) / noise
+        log_scale = (variances / noise).log1p().sum()
+        found.append(-((size + draws) * torch.log1p(distance / draws) + log_scale) / 2)
+    return torch.stack(found)
