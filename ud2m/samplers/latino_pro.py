@@ -345,7 +345,8 @@ class LatinoPro(LatentSampler):
         """Return images drawn with each candidate [P, 2 pairs, C, H, W], made once for a size of images."""
         height, width = observation.image_shape[-2:]
         if (height, width) not in self.drawn:
-            corners = CERTAIN * torch.eye(len(self.space.texts), device=observation.y.device)
+            first = self.space.first(self.prompt)
+            corners = CERTAIN * torch.eye(first.shape[1]).to(first)
             candidates, t = self.space.embeds(corners), self.chain_times[0]
             shape = (self.optimizer.pairs, *self.prior.latent_shape((height, width)))
             generator, found = torch.Generator().manual_seed(0), []
