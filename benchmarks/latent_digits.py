@@ -7,8 +7,7 @@ and measured on test digits, evenly spaced, with one sample of each. The classif
 the 59000 training digits; the class accuracy is the share of samples that it gives the true class, and the Frechet
 distance is of its 32 features, between samples and the clean digits. LDPS, PSLD, P2L and TReg walk with the model
 before its distillation, ``--teacher``. Classifier and numbers are kept in ``--folder`` as they are measured, and taken
-from there. Writes
-``docs/results/latent_digits.json``.
+from there. Writes ``docs/results/latent_digits.json``.
 """
 
 import argparse

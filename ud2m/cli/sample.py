@@ -542,7 +542,9 @@ class SamplingRun:
     def known(self, group: Group, number: int, place: Path) -> Numbers | None:
         """Return the record of an observation whose results are there already."""
         file = place / NUMBERS_FILE
-        record = cast(Numbers, parse_json(file.read_text())) if file.is_file() else {"file": ""}
+        if not file.is_file():
+            return None
+        record = cast(Numbers, parse_json(file.read_text()))
         return record if record["file"] == group.stamp(number) else None
 
     def results(self, group: Group, number: int, place: Path, bar: tqdm) -> Numbers:

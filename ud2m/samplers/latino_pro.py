@@ -310,22 +310,20 @@ class LatinoPro(LatentSampler):
         """Return the end of the last estimating chain, the prompt of each row, and how they came about."""
         prompt = self.prompt.expand(len(observation))
         if self.optimizer.gradient == "scores":
-            return self.score(prompt, observation, streams)
+            return self.score(prompt, observation)
         first = self.space.first(prompt)
         theta, ascent, x = first, self.optimizer.new_ascent(), self.first(observation)
         residuals, weights = [], []
         for chain in range(self.num_chains):
-            x, gradient, misfits = self.chain(x, prompt, theta, observation, streams)
+            x, gradient, misfit = self.chain(x, prompt, theta, observation, streams)
             theta = self.space.projected(ascent.step(theta, gradient, chain), first)
-            residuals.append(misfits[0].sqrt())
+            residuals.append(misfit.sqrt())
             if isinstance(self.space, Simplex):
                 weights.append(theta.softmax(1))
         trace = Trace(torch.stack(residuals), torch.stack(weights) if weights else theta.new_zeros(0))
         return x, prompt.with_embeds(self.space.embeds(theta).detach()), trace
 
-    def score(
-        self, prompt: Prompt, observation: Observation, streams: list[torch.Generator]
-    ) -> tuple[Tensor, Prompt, Trace]:
+    def score(self, prompt: Prompt, observation: Observation) -> tuple[Tensor, Prompt, Trace]:
         """Return what ``estimate`` does, of the candidate that explains y best."""
         images = self.candidate_images(observation)
         count, draws = images.shape[:2]
@@ -362,9 +360,9 @@ class LatinoPro(LatentSampler):
     def chain(
         self, x: Tensor, prompt: Prompt, theta: Tensor, observation: Observation, streams: list[torch.Generator]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the end of one chain, the sum of its gradients in theta, and the mean square misfits [times, B]."""
+        """Return the end of one chain, the sum of its gradients in theta, and its first mean square misfit [B]."""
         prior, optimizer, count = self.prior, self.optimizer, len(self.chain_times)
-        gradient, misfits = torch.zeros_like(theta), []
+        gradient, misfit = torch.zeros_like(theta), theta.new_zeros(len(x))
         z_t = self.noised(x, self.chain_times[0], streams)
         for k, t in enumerate(self.chain_times):
             moved = theta.detach().requires_grad_()
@@ -376,7 +374,8 @@ class LatinoPro(LatentSampler):
                 if torch.is_grad_enabled():
                     gradient = gradient + gradient_of(optimizer.likelihood(u, observation), moved)
             u = u.detach().clamp(0, 1)
-            misfits.append((observation.physics.A(u) - observation.y).flatten(1).square().mean(1))
+            if k == 0:
+                misfit = (observation.physics.A(u) - observation.y).flatten(1).square().mean(1)
             x = self.back_to_data(u, t, observation)
             if k + 1 == count:
                 break
@@ -385,7 +384,7 @@ class LatinoPro(LatentSampler):
                 with torch.enable_grad():
                     density = optimizer.transition(prior, z0, z_t, self.chain_times[k + 1])
                 gradient = gradient + gradient_of(density, moved)
-        return x, gradient, torch.stack(misfits)
+        return x, gradient, misfit
 
     def noised(self, x: Tensor, t: int, streams: list[torch.Generator]) -> Tensor:
         """Return z_t of images x."""
@@ -403,20 +402,21 @@ def log_densities(y: Tensor, measured: Tensor, sigma_y: Tensor) -> Tensor:
 
     y given c_i is Student's t around the draws' mean, with n degrees of freedom as for a covariance that is known from
     n draws, and the scale C_i = s^2 1 + (S_i + S) / 2: S_i of the draws of c_i, S the mean of all S_i, and s^2 =
-    sigma_y^2 + ``SHRUNK`` tr(S) / m for what so few draws leave out. C_i is never built: only its P n + n factors are.
+    sigma_y^2 + ``SHRUNK`` tr(S) / m for what so few draws leave out. C_i is never built: S_i and S are of the same P n
+    centred draws, with other weights, so that their one Gram matrix serves all prompts.
     """
     count, draws, size = measured.shape
-    factors = (measured - measured.mean(1, keepdim=True)) / (2 * (draws - 1)) ** 0.5
-    shared = factors.flatten(0, 1) / count**0.5
-    noise = sigma_y**2 + SHRUNK * 2 * shared.square().sum() / size
-    found = []
-    for own, mean in zip(factors, measured.mean(1), strict=True):
-        rows, offset = torch.cat([own, shared]), y - mean
-        variances, vectors = torch.linalg.eigh(rows @ rows.T)
-        variances = variances.clamp(min=0)
-        # (s^2 1 + R^T R)^-1 by Woodbury's identity, in the eigenvectors of R R^T
-        within = (vectors.T @ (rows @ offset)).square() / (noise + variances)
-        distance = (offset.square().sum() - within.sum()) / noise
-        log_scale = (variances / noise).log1p().sum()
-        found.append(-((size + draws) * torch.log1p(distance / draws) + log_scale) / 2)
-    return torch.stack(found)
+    means = measured.mean(1)
+    factors = ((measured - means.unsqueeze(1)) / (2 * (draws - 1)) ** 0.5).flatten(0, 1)
+    gram, offsets = factors @ factors.T, y - means
+    noise = sigma_y**2 + SHRUNK * 2 * gram.trace() / (count * size)
+    own = torch.eye(count).to(gram).repeat_interleave(draws, dim=1)
+    roots = (own + 1 / count).sqrt()
+    variances, vectors = torch.linalg.eigh(roots.unsqueeze(2) * gram * roots.unsqueeze(1))
+    variances = variances.clamp(min=0)
+    # (s^2 1 + R^T R)^-1 by Woodbury's identity, in the eigenvectors of R R^T, R the weighted draws
+    along = (vectors.mT @ (roots * (offsets @ factors.T)).unsqueeze(2)).squeeze(2)
+    within = along.square() / (noise + variances)
+    distances = (offsets.square().sum(1) - within.sum(1)) / noise
+    log_scales = (variances / noise).log1p().sum(1)
+    return -((size + draws) * torch.log1p(distances / draws) + log_scales) / 2
