@@ -15,7 +15,7 @@ class IdentityPrior:
     With ``stride`` above 1 the first latent frame is the first frame, and each further one the mean of so many.
     """
 
-    fingerprint, reference, latent_channels = "stub", "stub", 1
+    fingerprint, reference, latent_channels, channels = "stub", "stub", 1, 1
 
     def __init__(self, video: bool, stride: int = 1):
         self.video, self.stride = video, stride if video else None

@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +234,14 @@ def data_url(image: Image.Image, quality: int | None = None) -> str:
     buffer, kind = io.BytesIO(), "png" if quality is None else "webp"
     image.save(buffer, format=kind, quality=quality)  # PNG knows no quality
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def moving_url(frames: Sequence[Image.Image], milliseconds: int, quality: int | None = None) -> str:
+    """Return pictures of one size that follow one another for ever as ``data_url``: WebP; None: without loss."""
+    buffer, first, *others = io.BytesIO(), *frames
+    lossless = {"lossless": True} if quality is None else {"quality": quality}
+    first.save(buffer, "webp", save_all=True, append_images=others, duration=milliseconds, loop=0, **lossless)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _deep_png(levels: np.ndarray, profile: bytes | None) -> bytes:

@@ -31,6 +31,7 @@ LATENT = (
     "latent_rivals.Treg",
     "latino_pro.LatinoPro",
     "lvtino.Lvtino",
+    "video_rivals.FrameLatino",
     "video_rivals.VisionXl",
 )
 FUNCTIONS = {

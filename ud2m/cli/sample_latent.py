@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -41,25 +42,30 @@ class LatentRun(SamplingRun):
         chosen = given_operator(config)
         if chosen is None:
             raise ValueError("sampler=... needs an operator: add physics=super_resolution, or another of conf/physics")
-        if config.sampler.reference is None:
+        if config.sampler.get("reference", "") is None:
             raise ValueError("this sampler needs pipeline=...: a diffusers folder, a hub id, or wan_causvid")
-        if config.sampler.prompt is None:
+        if config.sampler.get("prompt", "") is None:
             raise ValueError('sampler=... needs prompt="words", or the file of a saved prompt')
         if config.compile is not None:
             raise ValueError("compile=... belongs to model=...; the pipeline of sampler=... is evaluated as it is")
         if config.compare:
             raise ValueError("compare=true belongs to model=...; ud2m evaluate compares methods with a latent prior")
-        self.sampler = build(config.sampler, "sampler", LatentSampler, device=self.device)
+        self.sampler = self.built()
         self.described = chosen.operator
         self.operator = build(chosen.operator, "physics.operator", OperatorFamily)
         noise_level = given_noise_level(config, chosen.sigma_y)
         self.problem = Problem(self.operator, noise_level, config.seed, chosen.get("noise"))
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
-        self.prior = self.sampler.prior
         self.found: list[tuple[Prompt, Trace]] = []
         if isinstance(self.sampler, LatinoPro):
             self.sampler.listener = lambda prompt, trace: self.found.append((prompt, trace))
         self.plan({"fingerprint": self.sampler.fingerprint})
+
+    def built(self) -> Any:
+        """Return the sampler, whose prior is that of the run."""
+        sampler = build(self.config.sampler, "sampler", LatentSampler, device=self.device)
+        self.prior = sampler.prior
+        return sampler
 
     @property
     def name(self) -> str:
@@ -69,9 +75,10 @@ class LatentRun(SamplingRun):
     def headline(self) -> tuple[str, str]:
         """Return title and summary of the report."""
         return (
-            f"{self.name}: {self.config.sampler.prompt}",
+            self.name + (f": {self.config.sampler.prompt}" if self.prior else ""),
             f"{self.config.num_samples} samples per observation, {self.sampler.nfe()} network evaluations each; "
-            f"pipeline {self.prior.reference}, {self.measurement}. Bright places of the standard deviation are "
+            + (f"pipeline {self.prior.reference}, " if self.prior else "")
+            + f"{self.measurement}. Bright places of the standard deviation are "
             "those that neither observation nor prompt determine.",
         )
 

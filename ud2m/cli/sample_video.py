@@ -1,6 +1,8 @@
 """Samples of videos: what ``sample.py sampler=lvtino`` runs, and every sampler where the operator acts on videos."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,17 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ud2m.cli.objects import build
-from ud2m.cli.sample import AUTO, METRICS, Case, Group, given_operator, scored
+from ud2m.cli.sample import AUTO, Case, Group, given_operator, scored
 from ud2m.cli.sample_latent import LatentRun
-from ud2m.data.module import evenly_spaced
 from ud2m.data.videos import INSTALL, can_write_videos, read_clip, write_frames, write_video
-from ud2m.evaluation.scores import Draws, Score, build_score, fitting_scores, motion_score
+from ud2m.evaluation.scores import Draws, Score, motion_score
 from ud2m.physics import Observation, OperatorFamily, estimate_sigma_y
+from ud2m.reports.clips import SHOWN, STD, flicker, strip
 from ud2m.reports.samples import Entry
+from ud2m.samplers.base import Sampler
 from ud2m.samplers.lvtino import Lvtino
-
-SHOWN = 8
-"""Frames of a clip that stand side by side in the report."""
 
 
 def run_of(config: DictConfig) -> type[LatentRun]:
@@ -52,6 +52,15 @@ class VideoRun(LatentRun):
         if not can_write_videos():
             tqdm.write(f"clips are written as frames alone; videos need {INSTALL}")
 
+    def built(self) -> Sampler:
+        """Return the sampler; one without a network, as ADMM-TV, has no prior and takes clips as they are."""
+        self.prior = None
+        has_prior = "reference" in self.config.sampler
+        sampler: Sampler = super().built() if has_prior else build(self.config.sampler, "sampler", Sampler)
+        if not sampler.draws:
+            self.config.num_samples = 1
+        return sampler
+
     def own_files(self) -> Group:
         """Return what the video of ``input`` asks for."""
         path = Path(self.config.input).expanduser()
@@ -62,9 +71,9 @@ class VideoRun(LatentRun):
 
     def file_case(self, path: Path, index: int) -> Case:
         """Return what the video asks for: an observation to be explained, or a clean clip to be degraded."""
-        channels, rate = self.prior.channels, self.config.fps
-        degraded = bool(self.config.degraded)
-        clip = read_clip(path, self.operator.y_channels(channels) if degraded else channels, rate)
+        channels, degraded = self.prior.channels if self.prior else None, bool(self.config.degraded)
+        seen = self.operator.y_channels(channels) if channels and degraded else channels
+        clip = read_clip(path, seen, self.config.fps)
         x = clip.frames.unsqueeze(0).to(self.device)
         try:
             if degraded:
@@ -89,26 +98,25 @@ class VideoRun(LatentRun):
         multiples = [prior.multiple for prior in (self.prior, *others) if prior is not None]
         return math.lcm(self.operator.multiple, *multiples)
 
+    def scores(self, num_samples: int, shape: Sequence[int], known: bool = True) -> list[Score]:
+        """Return fresh scores, with that of motion."""
+        return [*super().scores(num_samples, shape, known), *([motion_score()] if known else [])]
+
     @torch.no_grad()
     def entry(self, case: Case, samples: Tensor) -> Entry:
         """Return the clip's part of the report: strips of frames, and scores; those of images are means over frames."""
         observation, x0, y = case.observation, case.x0, case.observation.y
-        clips = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
-        of_clips: list[Score] = [build_score("residual")]
-        numbers: dict[str, float] = {}
+        draws = Draws(samples.mean(1) if x0 is None else x0, observation, self.problem.true_noise, samples)
+        numbers = scored(self.scores(samples.shape[1], observation.image_shape, x0 is not None), draws)
         if x0 is None:
             numbers["sigma_y"] = float(observation.sigma_y)
-        else:
-            of_clips.append(motion_score())
-            channels, _, height, width = observation.image_shape
-            frames = Draws(_frames(x0), observation, clips.noise, _frames(samples))
-            names = [*METRICS, *self.lpips, "r"]
-            numbers |= scored(fitting_scores(names, samples.shape[1], (channels, height, width)), frames)
-        numbers |= scored(of_clips, clips)
         mean, std = samples[0].mean(0), samples[0].std(0) if samples.shape[1] > 1 else None
+        clips = {} if x0 is None else {"Reference": x0[0]}
+        clips |= {"Observation y": y[0], "Sample 1": samples[0, 0], "Mean": mean} | ({} if std is None else {STD: std})
         drawn, reference = torch.stack([strip(sample) for sample in samples[0]]), None if x0 is None else strip(x0[0])
         seen, spread = strip(y[0], mean.shape[1]), None if std is None else strip(std)
-        return Entry(case.name, reference, seen, drawn, strip(mean), spread, numbers)
+        entry = Entry(case.name, reference, seen, drawn, strip(mean), spread, numbers)
+        return replace(entry, clips=clips, rate=self.rate, curves=curves(observation, samples, x0))
 
     def write(self, place: Path, case: Case, samples: Tensor, entry: Entry) -> None:
         """Write frames and videos of observation, samples, mean and standard deviation (white is the largest)."""
@@ -125,13 +133,11 @@ class VideoRun(LatentRun):
                 write_video(clip, place / f"{name}.mp4", rate)
 
 
-def _frames(clips: Tensor) -> Tensor:
-    """Return the frames of the one clip [1, C, T, H, W], or of its samples [1, S, C, T, H, W], as a batch [T, ...]."""
-    return clips[0].movedim(-3, 0)
-
-
-def strip(clip: Tensor, frames: int | None = None) -> Tensor:
-    """Return frames of a clip [C, T, H, W] side by side, [C, H, n W]: those at the times of a clip of so many."""
-    count = frames or clip.shape[1]
-    times = [k * clip.shape[1] // count for k in evenly_spaced(count, SHOWN)]
-    return torch.cat([clip[:, t] for t in times], -1)
+def curves(observation: Observation, samples: Tensor, x0: Tensor | None) -> dict[str, dict[str, list[float]]]:
+    """Return the residual of each frame of y, the mean over samples, and how much each frame differs from the last."""
+    y, sigma_y = observation.y[0], float(observation.sigma_y)
+    off = torch.stack([observation.physics.A(sample)[0] - y for sample in samples.unbind(1)])
+    residuals = off.square().mean((0, 1, 3, 4)).sqrt() / sigma_y
+    known = {} if x0 is None else {"Reference": flicker(x0[0])}
+    moved = known | {"Sample 1": flicker(samples[0, 0]), "Mean": flicker(samples[0].mean(0))}
+    return {"Residual of frames of y": {"Samples": residuals.tolist()}, "Change from frame to frame": moved}

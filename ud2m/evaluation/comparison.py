@@ -61,11 +61,11 @@ def best_settings(
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one data set.
+    """The images of one data set, or its videos.
 
     Attributes:
         label: how the set is called.
-        test: images [n, C, H, W].
+        test: images [n, C, H, W], or videos [n, C, T, H, W].
         validation: images on which settings are chosen.
         batch: how many are observed at once.
         names: of the test images.
@@ -78,10 +78,9 @@ class Images:
     names: Sequence[str]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.test.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W), or (C, T, H, W)."""
+        return tuple(self.test.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,10 @@ class Job:
 
     def row(self, result: Result) -> dict[str, Any]:
         """Return the row of ``metrics.json``."""
-        height, width = self.images.shape[1:]
         setting = {
             "method": self.label,
             "data": self.images.label,
-            "size": f"{height}x{width}",
+            "size": "x".join(map(str, self.images.shape[1:])),
             "operator": self.operator,
             "sigma_y": self.problem.sigma_y,
             "seed": self.problem.seed,

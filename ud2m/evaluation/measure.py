@@ -62,7 +62,9 @@ class Measurement:
                 observation.y, observation.physics, observation.sigma_y, self.num_samples, generator=generator
             )
         self.count += len(x0)
-        self.evaluations += counter.count
+        # of a clip the sampler's count: one evaluation on all frames, whatever windows and chunks they went through
+        passes = self.sampler.nfe() if observation.is_video else None
+        self.evaluations += counter.count if passes is None else passes * len(x0) * self.num_samples
         draws = Draws(x0, observation, self.problem.true_noise, samples)
         for score in self.scores:
             score.add(draws)

@@ -1,4 +1,6 @@
-"""Image metrics, one number per image; images [B, C, H, W] in [0, 1]."""
+"""Image metrics, one number per image; images [B, C, H, W] or videos [B, C, T, H, W], in [0, 1]."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,13 +12,12 @@ SSIM_WINDOW = 11
 def psnr(x: Tensor, reference: Tensor) -> Tensor:
     """Return -10 log10(mean square error) in dB per image [B], for a data range of 1; inf for equal images.
 
-    Of videos [B, C, T, H, W] over all frames.
+    Of videos over all frames.
 
     Raises:
         ValueError: when the shapes differ.
     """
-    if x.ndim != 5 or x.shape != reference.shape:
-        check_shapes(x, reference)
+    check_shapes(x, reference, (4, 5))
     return -10 * (x - reference).square().flatten(1).mean(1).log10()
 
 
@@ -44,16 +45,16 @@ def spread_and_error(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor
     infinitely many samples, E - reference.
 
     Args:
-        samples: [B, S, C, H, W], S >= 2.
-        reference: [B, C, H, W].
+        samples: [B, S, C, H, W] or [B, S, C, T, H, W], S >= 2.
+        reference: [B, C, H, W] or [B, C, T, H, W].
 
     Raises:
         ValueError: when the shapes do not fit or S < 2.
     """
-    if samples.ndim != 5 or samples.shape[1] < 2:
+    if samples.ndim not in (5, 6) or samples.shape[1] < 2:
         raise ValueError(f"calibration needs samples [B, S, C, H, W] with S >= 2, got shape {tuple(samples.shape)}")
     mean = samples.mean(1)
-    check_shapes(mean, reference)
+    check_shapes(mean, reference, (4, 5))
     variance = samples.var(1).flatten(1).mean(1)
     return variance, (mean - reference).square().flatten(1).mean(1) - variance / samples.shape[1]
 
@@ -82,9 +83,26 @@ def psnr_limit(samples: Tensor, reference: Tensor) -> Tensor:
     return -10 * spread_and_error(samples, reference)[1].clamp(min=1e-10).log10()
 
 
-def check_shapes(x: Tensor, reference: Tensor) -> None:
-    """Raise ValueError unless both are batches of images of one shape."""
-    if x.ndim != 4 or x.shape != reference.shape:
+def over_frames(distance: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a distance (images, references) -> [B] that takes videos too: there it is the mean over frames."""
+
+    def of(x: Tensor, reference: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return distance(x, reference)
+        check_shapes(x, reference, (5,))
+        return distance(frames_of(x), frames_of(reference)).unflatten(0, (len(x), -1)).mean(1)
+
+    return of
+
+
+def frames_of(videos: Tensor) -> Tensor:
+    """Return the frames [B T, C, H, W] of videos [B, C, T, H, W], one video after the other."""
+    return videos.transpose(1, 2).flatten(0, 1)
+
+
+def check_shapes(x: Tensor, reference: Tensor, dimensions: tuple[int, ...] = (4,)) -> None:
+    """Raise ValueError unless both are batches of one shape: of images, or of videos where these have 5 dimensions."""
+    if x.ndim not in dimensions or x.shape != reference.shape:
         raise ValueError(
             f"image and reference must both be [B, C, H, W], got {list(x.shape)} and {list(reference.shape)}"
         )

@@ -3,6 +3,7 @@
 Definitions with their sources: docs/evaluation.md.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,16 @@ from ud2m.evaluation.features import (
     check_weights,
     lpips_distance,
 )
-from ud2m.evaluation.metrics import SSIM_WINDOW, calibration_ratio, psnr, psnr_limit, spread_and_error, ssim
+from ud2m.evaluation.metrics import (
+    SSIM_WINDOW,
+    calibration_ratio,
+    frames_of,
+    over_frames,
+    psnr,
+    psnr_limit,
+    spread_and_error,
+    ssim,
+)
 from ud2m.names import unknown
 from ud2m.physics import Observation, measured, residual
 
@@ -59,17 +69,19 @@ RESAMPLED = 100
 """Bootstrap repeats of distances between sets of features."""
 RESAMPLED_WIDE = 20
 """The same with thousands of numbers per image, where each costs seconds."""
+FRECHET_VIDEO, TRIPLE = "frechet_video", 3
+"""The distance between sets of so many frames that follow one another."""
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """One batch: clean images, their observations, and samples.
+    """One batch: clean images or videos, their observations, and samples.
 
     Attributes:
-        x0: clean images [B, C, H, W].
+        x0: clean images [B, C, H, W], or videos [B, C, T, H, W].
         observation: of them.
         noise: level that y really has, image units.
-        samples: [B, S, C, H, W].
+        samples: [B, S, C, H, W] or [B, S, C, T, H, W].
     """
 
     x0: Tensor
@@ -82,18 +94,35 @@ class Draws:
         return torch.stack([distance(sample, self.x0) for sample in self.samples.unbind(1)]).mean(0)
 
 
+def frames_in(size: Sequence[int]) -> int:
+    """Return the frames of a video (C, T, H, W); 1 of an image (C, H, W)."""
+    return size[1] if len(size) == 4 else 1
+
+
+def what_it_is(size: Sequence[int]) -> str:
+    """Return a size in words."""
+    what = f"{size[-2]}x{size[-1]} images"
+    return what if len(size) == 3 else f"videos of {size[1]} {what}"
+
+
+def triples_of(videos: Tensor) -> Tensor:
+    """Return the three frames that begin at each but the last two, as the colours of [B (T - 2), 3, H, W], in grey."""
+    return videos.mean(1).unfold(1, TRIPLE, 1).movedim(-1, 2).flatten(0, 1)
+
+
 class Score(ABC):
     """Gathers one or more numbers of a sampler.
 
     ``modules`` are the networks that it judges with, ``smallest`` is the side of images in pixels below which there is
-    no number, ``least`` the number of samples of each observation that are needed, and ``channels`` those that images
-    may have; any, where it is empty.
+    no number, ``least`` the number of samples of each observation that are needed, ``channels`` those that images may
+    have; any, where it is empty, and ``frames`` those that a video has at least; pictures have one.
     """
 
     modules: tuple[nn.Module, ...] = ()
     smallest: int = 1
     least: int = 1
     channels: tuple[int, ...] = ()
+    frames: int = 1
 
     def __init__(self) -> None:
         self.gathered: dict[str, list[Tensor]] = {}
@@ -104,10 +133,15 @@ class Score(ABC):
             module.to(device)
         return self
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
-        """Raise ValueError where so many images, with so many samples each, give no number with an interval."""
-        if min(size[1:]) < self.smallest:
-            raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[1]}x{size[2]}")
+    def check(self, images: int, samples: int, size: Sequence[int]) -> None:
+        """Raise ValueError where so many images, with so many samples each, give no number with an interval.
+
+        ``size`` is (C, H, W), or (C, T, H, W) of videos.
+        """
+        if min(size[-2:]) < self.smallest:
+            raise ValueError(f"it needs images of at least {self.smallest} pixels a side, got {size[-2]}x{size[-1]}")
+        if frames_in(size) < self.frames:
+            raise ValueError(f"it needs videos of at least {self.frames} frames, got {what_it_is(size)}")
         if self.channels and size[0] not in self.channels:
             raise ValueError(f"it needs images of {' or '.join(map(str, self.channels))} channels, got {size[0]}")
         if samples < self.least:
@@ -148,6 +182,7 @@ class PerImage(Score):
         backend: written beside the numbers, by the name of the key.
         modules: see ``Score``.
         channels: see ``Score``.
+        frames: see ``Score``.
     """
 
     def __init__(
@@ -158,10 +193,11 @@ class PerImage(Score):
         backend: Mapping[str, str] | None = None,
         modules: Sequence[nn.Module] = (),
         channels: Sequence[int] = (),
+        frames: int = 1,
     ):
         super().__init__()
         self.of, self.smallest, self.least, self.backend = values, smallest, least, dict(backend or {})
-        self.modules, self.channels = tuple(modules), tuple(channels)
+        self.modules, self.channels, self.frames = tuple(modules), tuple(channels), frames
 
     def values(self, draws: Draws) -> Mapping[str, Tensor]:
         """Return the values of one batch."""
@@ -269,7 +305,7 @@ class Coverage(Score):
         """S."""
         return int(self.rows["samples"][0])
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+    def check(self, images: int, samples: int, size: Sequence[int]) -> None:
         """Raise ValueError where no interval of S samples is near to the highest level."""
         if samples < self.least:
             raise ValueError(
@@ -314,7 +350,7 @@ class Ranks(Score):
 
     least = 2
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+    def check(self, images: int, samples: int, size: Sequence[int]) -> None:
         """Raise ValueError where the expected counts of the test are below 5."""
         if images < PER_BIN * (samples + 1):
             raise ValueError(
@@ -343,10 +379,13 @@ class Ranks(Score):
 class FeatureDistances(Score):
     """Distances between the sets of samples and of references, in the features of a backbone.
 
+    Of videos the sets are those of all frames; for ``frechet_video`` of all three frames that follow one another, as
+    red, green and blue of one picture, so that their features depend on motion.
+
     Args:
         net: of ``ud2m.evaluation.features.NETS``.
-        kind: ``frechet`` (Heusel et al., 2017), ``kid`` (Binkowski et al., 2018) or ``cfid`` (Soloveitchik et al.,
-            2021).
+        kind: ``frechet`` (Heusel et al., 2017), ``frechet_video``, ``kid`` (Binkowski et al., 2018) or ``cfid``
+            (Soloveitchik et al., 2021).
         patch: images are cut into patches of this side first; 0: they are taken whole.
     """
 
@@ -358,20 +397,28 @@ class FeatureDistances(Score):
         self.modules = (self.features,)
         self.repeats = RESAMPLED_WIDE if net == INCEPTION else RESAMPLED
         self.name = f"{kind}_{net}" + (f"_{patch}" if patch else "")
-        self.backend = self.features.name + (f", {patch}x{patch}" if patch else "")
+        self.frames = TRIPLE if kind == FRECHET_VIDEO else 1
+        self.backend = self.features.name
+        self.backend += ", 3 frames as colours" if kind == FRECHET_VIDEO else ""
+        self.backend += f", {patch}x{patch}" if patch else ""
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+    def check(self, images: int, samples: int, size: Sequence[int]) -> None:
         """Raise ValueError where the number of images does not carry the distance."""
-        if self.patch and (size[1] % self.patch or size[2] % self.patch):
-            raise ValueError(f"patches of {self.patch} do not divide images of {size[1]}x{size[2]}")
-        if min(size[1:]) < self.features.smallest or 0 < self.patch < self.features.smallest:
+        height, width = size[-2:]
+        if self.patch and (height % self.patch or width % self.patch):
+            raise ValueError(f"patches of {self.patch} do not divide images of {height}x{width}")
+        if min(height, width) < self.features.smallest or 0 < self.patch < self.features.smallest:
             raise ValueError(f"it needs images and patches of at least {self.features.smallest} pixels a side")
-        count = images * (size[1] * size[2] // self.patch**2 if self.patch else 1)
+        frames = frames_in(size)
+        if frames < self.frames or (self.kind == "cfid" and len(size) == 4):
+            needed = "pictures" if self.kind == "cfid" else f"videos of at least {self.frames} frames"
+            raise ValueError(f"it needs {needed}, got {what_it_is(size)}")
+        count = images * (frames - self.frames + 1) * (height * width // self.patch**2 if self.patch else 1)
         width = self.features.num_features
-        least = {"frechet": width + 1, "kid": SMALLEST_KID, "cfid": 2 * width + 1}[self.kind]
+        least = {"kid": SMALLEST_KID, "cfid": 2 * width + 1}.get(self.kind, width + 1)
         if count < least:
             raise ValueError(
-                f"in {width} features it needs at least {least} {'patches' if self.patch else 'images'}, got {count}; "
+                f"in {width} features it needs at least {least} {self._items(size)}, got {count}; "
                 "take more images or smaller pieces"
             )
 
@@ -389,7 +436,15 @@ class FeatureDistances(Score):
         found = with_spread(self.name, self._distance, list(self.rows.values()), self.repeats)
         return found | {f"{self.name}_backend": self.backend}
 
+    def _items(self, size: Sequence[int]) -> str:
+        if self.patch:
+            return "patches"
+        return "images" if len(size) == 3 else "frames" if self.frames == 1 else f"sets of {self.frames} frames"
+
     def _features(self, images: Tensor) -> Tensor:
+        if images.ndim == 5:
+            parts = triples_of(images) if self.kind == FRECHET_VIDEO else frames_of(images)
+            return self._features(parts).unflatten(0, (len(images), -1)).flatten(1, -2)
         if not self.patch:
             return self.features(images)
         images = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch).permute(0, 2, 3, 1, 4, 5)
@@ -412,12 +467,12 @@ class ConditionalW2(Score):
     Truths, one sample of each observation, and y are taken for jointly Gaussian, as pcaGAN does on such data.
     """
 
-    def check(self, images: int, samples: int, size: tuple[int, int, int]) -> None:
+    def check(self, images: int, samples: int, size: Sequence[int]) -> None:
         """Raise ValueError for fewer images than the covariances need."""
-        least = 2 * size[0] * size[1] * size[2] + 1
+        least = 2 * math.prod(size) + 1
         if images < least:
             raise ValueError(
-                f"covariances of the pixels of {size[1]}x{size[2]} images given y need at least {least} images, got "
+                f"covariances of the pixels of {what_it_is(size)} given y need at least {least} images, got "
                 f"{images}; take more images or smaller ones"
             )
 
@@ -439,7 +494,8 @@ class ConditionalW2(Score):
 def lpips_score(net: str) -> PerImage:
     """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
     check_weights(net)
-    distance = lpips_distance(net)
+    network = lpips_distance(net)
+    distance = over_frames(network)
     suffix = "" if net == DEFAULT_NET else f"_{net}"
     against_truth = of_mean_and_samples("lpips", distance, suffix)
 
@@ -450,14 +506,14 @@ def lpips_score(net: str) -> PerImage:
             found[f"diversity_lpips{suffix}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
         return found
 
-    backend = {f"lpips{suffix}_backend": distance.name}
-    return PerImage(values, distance.smallest, backend=backend, modules=[distance], channels=(1, 3))
+    backend = {f"lpips{suffix}_backend": network.name}
+    return PerImage(values, network.smallest, backend=backend, modules=[network], channels=(1, 3))
 
 
 def dists_score() -> PerImage:
     """Return DISTS of the mean and of single samples."""
     distance = DISTSDistance()
-    values = of_mean_and_samples("dists", distance)
+    values = of_mean_and_samples("dists", over_frames(distance))
     backend = {"dists_backend": distance.name}
     return PerImage(values, distance.smallest, backend=backend, modules=[distance], channels=(1, 3))
 
@@ -470,7 +526,19 @@ def distance_score(name: str, distance: Callable[[Tensor, Tensor], Tensor]) -> P
 
 def motion_score() -> PerImage:
     """Return the PSNR of the differences between frames of videos: of the mean, and of single samples."""
-    return PerImage(of_mean_and_samples("psnr_motion", lambda x, x0: psnr(x.diff(dim=2), x0.diff(dim=2))))
+    return PerImage(of_mean_and_samples("psnr_motion", lambda x, x0: psnr(x.diff(dim=2), x0.diff(dim=2))), frames=2)
+
+
+def fvmd_score() -> Score:
+    """Refuse FVMD (Liu et al., 2024), in one line: no tracker of points is at hand, with which it is defined.
+
+    Raises:
+        FileNotFoundError: always.
+    """
+    raise FileNotFoundError(
+        "it follows points by the tracker PIPs++, whose code and weights are not here; frechet_video_alex depends on "
+        "motion too"
+    )
 
 
 def lpips_metric(net: str) -> str:
@@ -479,9 +547,9 @@ def lpips_metric(net: str) -> str:
 
 
 SCORES: dict[str, Callable[[], Score]] = {
-    "psnr": lambda: PerImage(of_mean_and_samples("psnr", psnr)),
+    "psnr": lambda: PerImage(of_mean_and_samples("psnr", over_frames(psnr))),
     "psnr_limit": lambda: PerImage(_psnr_limit, least=2),
-    "ssim": lambda: PerImage(of_mean_and_samples("ssim", ssim), smallest=SSIM_WINDOW),
+    "ssim": lambda: PerImage(of_mean_and_samples("ssim", over_frames(ssim)), smallest=SSIM_WINDOW),
     "residual": lambda: PerImage(_residual),
     "diversity": lambda: PerImage(_diversity, least=2),
     "energy": lambda: PerImage(_energy, least=2),
@@ -490,16 +558,18 @@ SCORES: dict[str, Callable[[], Score]] = {
     "sbc": Ranks,
     "cw2": ConditionalW2,
     "dists": dists_score,
+    "psnr_motion": motion_score,
+    "fvmd": fvmd_score,
     **{lpips_metric(net): lambda net=net: lpips_score(net) for net in BACKBONES},  # type: ignore[misc]
 }
 
 
-SETS = ("frechet", "kid", "cfid")
+SETS = ("frechet", FRECHET_VIDEO, "kid", "cfid")
 _OF_SETS = re.compile(rf"(?!cfid_\w+_\d)(?P<kind>{'|'.join(SETS)})_(?P<net>{'|'.join(NETS)})(?:_(?P<side>[1-9]\d*))?")
 
 
 def build_score(name: str) -> Score:
-    """Return a fresh score by its name: one of ``SCORES``, or ``frechet_NET``, ``kid_NET``, ``cfid_NET`` (``_SIDE``).
+    """Return a fresh score by its name: one of ``SCORES``, or of ``SETS`` with ``_NET`` (``_SIDE``).
 
     Raises:
         ValueError: for an unknown name, or without the package of its network.
@@ -520,7 +590,7 @@ def build_score(name: str) -> Score:
 
 
 def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> list[Score]:
-    """Return fresh scores for so many samples of images (C, H, W), without those that these do not allow.
+    """Return fresh scores for so many samples of images (C, H, W) or videos (C, T, H, W) that these allow.
 
     Left out too are those whose weights are not in the torch cache.
 
@@ -534,7 +604,8 @@ def fitting_scores(names: Sequence[str], samples: int, size: Sequence[int]) -> l
     return [
         score
         for score in found
-        if min(size[1:]) >= score.smallest
+        if min(size[-2:]) >= score.smallest
+        and frames_in(size) >= score.frames
         and samples >= score.least
         and (not score.channels or size[0] in score.channels)
     ]
@@ -551,7 +622,7 @@ def left_out(names: Sequence[str]) -> list[str]:
     return reasons
 
 
-def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, int, int]) -> None:
+def check_scores(names: Sequence[str], images: int, samples: int, size: tuple[int, ...]) -> None:
     """Raise ValueError or FileNotFoundError now for a metric that could not be computed at the end."""
     for name in names:
         score = build_score(name)

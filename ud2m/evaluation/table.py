@@ -53,7 +53,7 @@ class Column:
 COLUMNS = (
     Column("method", "Method"),
     Column("data", "Data"),
-    Column("size", "Size", "height x width of the images, in pixels"),
+    Column("size", "Size", "height x width of the images, in pixels; of videos frames before"),
     Column("operator", "Operator"),
     Column("sigma_y", "σ_y", "standard deviation of the noise in y; images lie in [0, 1]", "g"),
     Column("nfe", "NFE", "network evaluations for one sample", "g"),

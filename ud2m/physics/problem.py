@@ -90,6 +90,11 @@ class Observation:
     def _image(self) -> Tensor:
         return self.sigma_y.new_empty(1).expand(len(self), *self.image_shape)
 
+    @property
+    def is_video(self) -> bool:
+        """Whether it is one of videos."""
+        return len(self.image_shape) == 4
+
     def independent(self) -> "Observation":
         """Return the observation with the noise level that says as much of x0 if all noise is taken to be independent.
 

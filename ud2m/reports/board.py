@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.table import SETTING, by_setting, described_by
+from ud2m.reports.clips import RATE, playing, still
 from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import calibration, colour_of, scatter
@@ -91,14 +92,18 @@ def _strips(
 
     for number in sorted(results[0].pictures, key=uncertain, reverse=True):
         name = str(names.get(number, number))
-        x0, y = (results[0].pictures[number][kind] for kind in ("x0", "y"))
-        reference = figure(x0, "Reference", f"{name}: reference", kind="known")
-        rows = [[reference, observation_figure(y, x0.shape, f"{name}: observation")]]
+        shown = [result.pictures[number] for result in results]
+        x0, y = (shown[0][kind] for kind in ("x0", "y"))
+        reference = figure(still(x0), "Reference", f"{name}: reference", kind="known")
+        seen = still(y, None if y.ndim == 3 else x0.shape[1])
+        rows = [[reference, observation_figure(seen, still(x0).shape, f"{name}: observation")]]
         rows += [
-            _made(method, f"{name}: {method}", result.pictures[number], scale)
-            for method, result in zip(methods, results, strict=True)
+            _made(method, f"{name}: {method}", {kind: still(image) for kind, image in kinds.items()}, scale)
+            for method, kinds in zip(methods, shown, strict=True)
         ]
-        yield {"name": name, "rows": rows}
+        samples = {method: kinds["sample"] for method, kinds in zip(methods, shown, strict=True)}
+        clips = {} if x0.ndim == 3 else {"Reference": x0, "Observation y": y, **samples}
+        yield {"name": name, "rows": rows, "clips": playing(clips, RATE, scale, f"{name}: clips side by side")}
 
 
 def _made(method: str, about: str, kinds: Mapping[str, Tensor], scale: float) -> list[Picture]:

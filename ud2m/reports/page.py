@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ud2m.files import write_bytes
-from ud2m.images import data_url
+from ud2m.images import data_url, moving_url
 
 PAGE_BYTES = 5_000_000
 QUALITIES = (None, 90, 60, 30, 15)
@@ -66,4 +66,5 @@ _TEMPLATES = Environment(
 )
 _TEMPLATES.filters["indented_json"] = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
 _TEMPLATES.filters["data_url"] = data_url
+_TEMPLATES.filters["moving_url"] = moving_url
 _TEMPLATES.globals["zip"] = zip

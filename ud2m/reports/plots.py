@@ -83,6 +83,24 @@ def calibration(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, An
     }
 
 
+def over_frames(title: str, lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return lines of numbers, from 0 on, over the frames that they belong to, by their names."""
+    high = max((value for values in lines.values() for value in values), default=0) or 1.0
+    last = max(len(values) for values in lines.values())
+    across, up = _scale(1, max(last, 2), LEFT, RIGHT), _scale(0, 1.05 * high, BOTTOM, TOP)
+    return {
+        "title": title,
+        "x_title": "frame",
+        "x_ticks": [(across(tick), f"{tick:g}") for tick in dict.fromkeys((1, (last + 1) // 2, last))],
+        "y_ticks": [(up(tick), f"{tick:.3g}") for tick in (0, high / 2, high)],
+        "curves": [
+            ([(across(k), up(value)) for k, value in enumerate(values, start=1)], colour_of(number), name)
+            for number, (name, values) in enumerate(lines.items())
+        ],
+        "marks": [],
+    }
+
+
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Return the map from values in [low, high] to places from ``start`` to ``end``, to a tenth of a pixel."""
     return lambda value: round(start + (end - start) * (value - low) / (high - low), 1)

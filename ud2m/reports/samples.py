@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ud2m.evaluation.table import format_value, table_columns
 from ud2m.images import PixelFormat, write_values
+from ud2m.reports.clips import RATE, playing
 from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
+from ud2m.reports.plots import over_frames
 from ud2m.reports.tables import Rows, found_settings, meanings, page_columns, table_of
 
 MAX_SAMPLES = 8
@@ -35,6 +37,9 @@ class Entry:
         note: a remark shown under the heading.
         measured: [h, w], True where y was measured (inpainting); holes are coloured.
         rivals: what other methods made of y, by name, [C, H, W].
+        clips: what plays side by side (``ud2m.reports.clips.playing``) where the image is a strip of a video.
+        rate: their frames per second.
+        curves: numbers over frames: lines by their names, for each title.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Entry:
     note: str = ""
     measured: Tensor | None = None
     rivals: Mapping[str, Tensor] = field(default_factory=dict)
+    clips: Mapping[str, Tensor] = field(default_factory=dict)
+    rate: float = RATE
+    curves: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     def __post_init__(self):
         shape, size = tuple(self.mean.shape), tuple(self.observation.shape[1:])
@@ -154,6 +162,8 @@ def _entry(entry: Entry, scale: float) -> dict[str, Any]:
         "name": entry.name,
         "note": entry.note,
         "numbers": [(column.heading, format_value(column, entry.numbers[column.key])) for column in columns],
+        "clips": playing(entry.clips, entry.rate, scale, f"{entry.name}: clips side by side"),
+        "curves": [over_frames(title, lines) for title, lines in entry.curves.items()],
         "strip": [_summary(entry, scale), samples, rivals],
         "rest": f"{more} more samples are in the folder samples/." if more else "",
     }

@@ -130,6 +130,10 @@ class Sampler(ABC):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one image [C, H, W] for each row of the observation, from that row's stream: [rows, C, H, W]."""
 
+    def nfe(self) -> int | None:
+        """Return network evaluations of one sample; None: they are not known before, or there are none to be told."""
+        return None
+
     def evaluations_of(self, observation: Observation) -> int | None:
         """Return the network evaluations that one sample takes, those of tiles one by one; None: not known before."""
         return None

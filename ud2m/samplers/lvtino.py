@@ -154,12 +154,7 @@ class Lvtino(LatentSampler):
 
     def check(self, physics: DataTerm) -> None:
         """Raise ValueError for operators on images, and for frames that a prior cannot take."""
-        shape = getattr(physics, "img_size", ())
-        if len(shape) != 4:
-            raise ValueError("LVTINO restores videos; take an operator on videos, as physics=video_a")
-        self.prior.check_size(1, *shape[-2:])
-        if self.image_prior is not None and self.eta < 1:
-            self.image_prior.check_size(*shape[-2:])
+        check_video(self.title, physics, *filter(None, (self.prior, self.image_prior if self.eta < 1 else None)))
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
@@ -206,13 +201,31 @@ class Lvtino(LatentSampler):
     def of_images(self, prior: LatentPrior, x: Tensor, t: int, streams: list[torch.Generator]) -> Tensor:
         """Return the image prior's clipped estimate of each frame of x [B, C, T, H, W] after one noise for all."""
         eps = randn_like(x.new_empty(len(x), *prior.latent_shape(tuple(x.shape[3:]))), streams)
-        rows = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[2])
-        frames = x.transpose(1, 2).flatten(0, 1)
-        parts = [
-            prior.decode(prior.estimate(prior.noised(prior.encode(part), t, eps[row]), t, self.image_prompt))
-            for part, row in zip(frames.split(self.chunk_size), rows.split(self.chunk_size), strict=True)
-        ]
-        return torch.cat(parts).clamp(0, 1).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return frame_by_frame(prior, x, t, eps.repeat_interleave(x.shape[2], 0), self.image_prompt, self.chunk_size)
+
+
+def frame_by_frame(prior: LatentPrior, x: Tensor, t: int, eps: Tensor, prompt: Prompt, chunk_size: int) -> Tensor:
+    """Return an image prior's clipped estimate of each frame of x [B, C, T, H, W] after noise eps [B T, c, h, w]."""
+    frames = x.transpose(1, 2).flatten(0, 1)
+    parts = [
+        prior.decode(prior.estimate(prior.noised(prior.encode(part), t, noise), t, prompt))
+        for part, noise in zip(frames.split(chunk_size), eps.split(chunk_size), strict=True)
+    ]
+    return torch.cat(parts).clamp(0, 1).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def check_video(name: str, physics: DataTerm, *priors: LatentPrior) -> None:
+    """Raise ValueError for an operator on images, and for frames that a prior cannot take."""
+    shape: tuple[int, ...] = getattr(physics, "img_size", ())
+    if len(shape) != 4:
+        raise ValueError(f"{name} restores videos; take an operator on videos, as physics=video_a")
+    for prior in priors:
+        if prior.channels != shape[0]:
+            raise ValueError(
+                f"the pipeline {prior.reference} has frames of {prior.channels} channels and the clip {shape[0]}; take "
+                "another pipeline, or one for each prior (image_pipeline=...)"
+            )
+        prior.check_size(*([1] if prior.video else []), *shape[-2:])
 
 
 def fade(window: int, shared: int) -> Tensor:

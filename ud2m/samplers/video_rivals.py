@@ -1,4 +1,4 @@
-"""Published methods for videos, to compare LVTINO with: ADMM-TV and VISION-XL."""
+"""What LVTINO is compared with: ADMM-TV, VISION-XL, and LATINO frame by frame."""
 
 import math
 from collections.abc import Sequence
@@ -12,17 +12,10 @@ from ud2m.physics import DataTerm, Observation
 from ud2m.priors.latent import LatentPrior, Prompt
 from ud2m.random import randn_like
 from ud2m.samplers.base import Sampler, check_count, check_positive
-from ud2m.samplers.latent_latino import LatentSampler, check_times
+from ud2m.samplers.latent_latino import TIMES, LatentSampler, StepRule, check_times
+from ud2m.samplers.lvtino import check_video, frame_by_frame
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.total_variation import primal_dual
-
-
-def check_video(name: str, physics: DataTerm) -> tuple[int, ...]:
-    """Return (C, T, H, W) of the operator, or raise ValueError for one on images."""
-    shape = getattr(physics, "img_size", ())
-    if len(shape) != 4:
-        raise ValueError(f"{name} restores videos; take an operator on videos, as physics=video_a")
-    return tuple(shape)
 
 
 class AdmmTv(Sampler):
@@ -42,6 +35,7 @@ class AdmmTv(Sampler):
     """
 
     draws = False
+    title = "ADMM-TV"
 
     def __init__(
         self, space: float = 3.0, time: float = 3.0, delta: float = 1e-2, iterations: int = 100, inner: int = 20
@@ -59,7 +53,7 @@ class AdmmTv(Sampler):
 
     def check(self, physics: DataTerm) -> None:
         """Raise ValueError for operators on images."""
-        check_video("ADMM-TV", physics)
+        check_video(self.title, physics)
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return the minimum for each row."""
@@ -86,6 +80,7 @@ class VisionXl(LatentSampler):
         prompt: as for ``LatentSampler``.
         times: falling; the last 8 of 25 by default.
         eta: share of fresh noise, in [0, 1].
+        steps: as for ``LatentSampler``.
         chunk_size: as for ``LatentSampler``.
 
     Raises:
@@ -100,9 +95,10 @@ class VisionXl(LatentSampler):
         prompt: str | Prompt = "a high resolution photo",
         times: Sequence[int] = (281, 241, 201, 161, 121, 81, 41, 1),
         eta: float = 0.2,
+        steps: StepRule | None = None,
         chunk_size: int = 16,
     ):
-        super().__init__(prior, prompt, chunk_size=chunk_size)
+        super().__init__(prior, prompt, steps, chunk_size=chunk_size)
         check_times(times, prior)
         if prior.video or not 0 <= eta <= 1:
             raise ValueError(f"VISION-XL needs a pipeline of images and eta in [0, 1], got {prior.reference} and {eta}")
@@ -118,7 +114,7 @@ class VisionXl(LatentSampler):
 
     def check(self, physics: DataTerm) -> None:
         """Raise ValueError for operators on images, and for frames that the prior cannot take."""
-        self.prior.check_size(*check_video("VISION-XL", physics)[-2:])
+        check_video(self.title, physics, self.prior)
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row, of which there is one."""
@@ -138,6 +134,62 @@ class VisionXl(LatentSampler):
                 frames = low_pass(x[0].transpose(0, 1), 2**0.5 * float(self.prior.table.roots(torch.tensor([t]))[1]))
                 z0 = torch.cat([self.prior.encode(part) for part in frames.split(self.chunk_size)])
                 z = self.prior.noised(z0, later, (1 - self.eta**2) ** 0.5 * eps + self.eta * fresh)
+        return x
+
+
+class FrameLatino(LatentSampler):
+    """LATINO with an image prior on each frame, with noise of its own; frames meet in the data step alone.
+
+    Args:
+        prior: of images.
+        prompt: as for ``LatentSampler``.
+        times: as for ``LatentLatino``.
+        steps: as for ``LatentSampler``.
+        chunk_size: frames that the prior sees at once.
+
+    Raises:
+        ValueError: for a prior of videos, and times that do not fall.
+    """
+
+    title = "LATINO by frame"
+
+    def __init__(
+        self,
+        prior: LatentPrior,
+        prompt: str | Prompt = "",
+        times: Sequence[int] = TIMES,
+        steps: StepRule | None = None,
+        chunk_size: int = 16,
+    ):
+        super().__init__(prior, prompt, steps, chunk_size=chunk_size)
+        check_times(times, prior)
+        if prior.video:
+            raise ValueError(f"LATINO by frame needs a pipeline of images, got {prior.reference}")
+        self.times = tuple(times)
+
+    def nfe(self) -> int:
+        """Return network evaluations of each frame."""
+        return len(self.times)
+
+    def evaluations_of(self, observation: Observation) -> int:
+        """Return network evaluations of all frames."""
+        return len(self.times) * observation.image_shape[1]
+
+    def images_at_once(self, observation: Observation) -> int:
+        """Return how many clips are restored at once."""
+        return max(1, self.chunk_size // observation.image_shape[1])
+
+    def check(self, physics: DataTerm) -> None:
+        """Raise ValueError for operators on images, and for frames that the prior cannot take."""
+        check_video(self.title, physics, self.prior)
+
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        x = self.first(observation)
+        shape = (x.shape[2], *self.prior.latent_shape(tuple(x.shape[3:])))
+        for t in self.times:
+            eps = randn_like(x.new_empty(len(x), *shape), streams).flatten(0, 1)
+            x = self.back_to_data(frame_by_frame(self.prior, x, t, eps, self.prompt, self.chunk_size), t, observation)
         return x
 
 
