@@ -10,11 +10,12 @@ from hydra import compose, initialize_config_dir
 
 from ud2m.cli.pages import check_sampling
 from ud2m.cli.sample import main
-from ud2m.cli.sample_video import VideoRun, run_of, strip
+from ud2m.cli.sample_video import VideoRun, run_of
 from ud2m.data.videos import can_write_videos, read_clip, write_frames, write_video
 from ud2m.evaluation.scores import Draws, motion_score
 from ud2m.images import read_image, write_image
 from ud2m.physics import Problem, SuperResolution, VideoOperator
+from ud2m.reports.clips import strip
 
 SIDE = 32
 
@@ -116,6 +117,19 @@ def test_bad_input_is_one_line_and_nothing_is_written(pipes, frames, tmp_path, c
         assert message in error
         assert not out.exists()
         assert not out.with_name("out.unfinished").exists()
+
+
+@pytest.mark.slow
+def test_admm_tv_needs_no_pipeline_and_its_clips_play(frames, tmp_path):
+    out = tmp_path / "out"
+    sample(f"input={frames}", f"output={out}", "sampler.iterations=5", sampler=["sampler=admm_tv"])
+    row = json.loads((out / "metrics.json").read_text())[0]
+    assert (row["method"], row["nfe"]) == ("ADMM-TV", 0)
+    assert [path.name for path in (out / "samples").iterdir() if path.is_dir()] == ["000"]
+    page = (out / "report.html").read_text()
+    assert "<h1>ADMM-TV</h1>" in page
+    for text in ('class="playing"', "Residual of frames of y", "Change from frame to frame"):
+        assert text in page
 
 
 def test_images_and_videos_choose_their_run():

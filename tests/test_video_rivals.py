@@ -13,7 +13,7 @@ from video_priors import VP, GaussianPrior, IdentityPrior
 from ud2m.bars import NetworkEvaluations
 from ud2m.physics import Denoising, Observation, Problem, SpaceTime, SuperResolution, VideoOperator
 from ud2m.samplers.latent_latino import AnnealedSteps
-from ud2m.samplers.video_rivals import AdmmTv, VisionXl
+from ud2m.samplers.video_rivals import AdmmTv, FrameLatino, VisionXl
 from ud2m.unfolded.total_variation import total_variation
 from ud2m.unfolded.warm_start import PinvStart
 
@@ -108,3 +108,35 @@ def test_vision_xl_counts_its_evaluations_and_refuses_videos():
         VisionXl(IdentityPrior(True))
     with pytest.raises(ValueError, match="VISION-XL restores videos"):
         sampler(torch.rand(1, 1, 4, 4), SuperResolution(2).draw(1, (1, 8, 8)), 0.05)
+
+
+def test_latino_by_frame_is_a_second_implementation_and_counts_passes():
+    prior, observation, times = GaussianPrior(False, 4, 4, seed=2), observed(), (700, 200)
+    sampler = FrameLatino(prior, times=times, steps=AnnealedSteps(1.3), chunk_size=4)
+    sampler.start, noise = PinvStart(), [generator(k) for k in range(2)]
+    found = sampler.draw(observation, [generator(k) for k in range(2)])
+    abar = (1 - torch.linspace(VP["beta_start"] ** 0.5, VP["beta_end"] ** 0.5, 1000).double() ** 2).cumprod(0)
+    x = observation.physics.A_dagger(observation.y).clamp(0, 1)
+    for t in times:
+        a, b, u = abar[t].sqrt(), (1 - abar[t]).sqrt(), torch.zeros_like(x)
+        gain = a * prior.covariance @ torch.linalg.inv(a**2 * prior.covariance + b**2 * torch.eye(16))
+        for row in range(2):
+            eps = torch.randn(6, 1, 4, 4, generator=noise[row], dtype=torch.float64)
+            for frame in range(6):
+                z = a * 4 * (x[row, 0, frame].flatten() - 0.5) + b * eps[frame].flatten()
+                u[row, 0, frame] = (0.5 + (prior.mean + gain @ (z - a * prior.mean)) / 4).clamp(0, 1).view(4, 4)
+        gamma = float((1.3 * b / 2) ** 2) / 0.05**2
+        x = observation.physics.prox_l2(u, observation.y, gamma).clamp(0, 1)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
+    with NetworkEvaluations(sampler.networks) as counter:
+        sampler.sample(observation, 2)
+    assert counter.count == 4 * sampler.evaluations_of(observation) == 4 * 2 * 6
+    assert sampler.nfe() == 2
+    with pytest.raises(ValueError, match="LATINO by frame needs a pipeline of images"):
+        FrameLatino(IdentityPrior(True))
+
+
+def test_frames_of_other_channels_than_a_prior_has_are_refused():
+    physics = VideoOperator(SuperResolution(2, "box")).draw(1, (3, 4, 4, 4))
+    with pytest.raises(ValueError, match="pipeline stub has frames of 1 channels and the clip 3"):
+        FrameLatino(IdentityPrior(False)).check(physics)

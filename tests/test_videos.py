@@ -20,7 +20,7 @@ def moving(frames: int = 6, channels: int = 3, height: int = 32, width: int = 48
     return torch.stack(planes)
 
 
-def written(path, frames, format="rgb24", codec="libx264", pix_fmt="yuv420p", audio=False, rate=30):
+def written(path, frames, format="rgb24", codec="libx264", pix_fmt="yuv420p", audio=False, rate=30, matrix=None):
     """Write arrays with av, as others would."""
     import av
 
@@ -28,6 +28,7 @@ def written(path, frames, format="rgb24", codec="libx264", pix_fmt="yuv420p", au
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
+        stream.set_display_matrix(matrix)
         sound = container.add_stream("aac", rate=44100) if audio else None
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format)))
@@ -106,6 +107,25 @@ def test_audio_is_left_out_and_said(tmp_path):
     assert read.remark == "audio is left out"
     assert read.frames.shape[1] == 6
     assert read.rate == 30
+
+
+@needs_av
+def test_the_rotation_tag_is_honoured(tmp_path):
+    """The matrix [a b u; c d v; x y w] of the file format puts pixel (p, q) at (a p + c q + x, b p + d q + y)."""
+    one, clip = 1 << 16, moving(3)
+    p, q = torch.meshgrid(torch.arange(48), torch.arange(32), indexing="xy")
+    for name, (a, b, c, d) in {"left": (0, -1, 1, 0), "right": (0, 1, -1, 0), "over": (-1, 0, 0, -1)}.items():
+        column, row = a * p + c * q, b * p + d * q
+        column, row = column - column.min(), row - row.min()
+        expected = torch.zeros(3, 3, int(row.max()) + 1, int(column.max()) + 1)
+        expected[:, :, row, column] = clip
+        matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
+        found = read_clip(written(tmp_path / f"{name}.mp4", arrays(clip), matrix=matrix)).frames
+        assert found.shape == expected.shape
+        assert (found - expected).abs().mean() < 0.03
+    matrix = [46341, 46341, 0, -46341, 46341, 0, 0, 0, 1 << 30]
+    with pytest.raises(ValueError, match=r"aslant\.mp4 is to be turned by -?45 degrees; write it with multiples of 90"):
+        read_clip(written(tmp_path / "aslant.mp4", arrays(clip), matrix=matrix))
 
 
 @needs_av

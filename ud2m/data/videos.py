@@ -36,6 +36,8 @@ class Clip:
 def read_clip(path: str | Path, channels: int | None = 3, rate: float | None = None) -> Clip:
     """Read a folder of frames (``read_image``, by the order of their names), or a video file, by ``av``.
 
+    Frames of a file are turned as its rotation tag says; that it mirrors them, which tags may say too, is not seen.
+
     Args:
         path: of the folder or file.
         channels: 3 repeats grey; 1 takes the luma of colour; None keeps what a folder's files have.
@@ -103,12 +105,15 @@ def _decoded(path: Path, channels: int | None, rate: float | None) -> Clip:
 
 
 def _pixels(frame: Any, path: Path) -> Tensor:
-    """Return a decoded frame as [3, H, W]."""
+    """Return a decoded frame as [3, H, W], turned as its file asks players to."""
     if any(component.is_alpha for component in frame.format.components):
         raise ValueError(f"{path} has transparent pixels ({frame.format.name}); put it on a background first")
     deep = frame.format.components[0].bits > 8
     values = frame.to_ndarray(format="rgb48le" if deep else "rgb24").astype(np.float32)
-    return torch.from_numpy(values / (65535 if deep else 255)).permute(2, 0, 1)
+    turns, rest = divmod(frame.rotation, 90)  # counterclockwise, as rot90
+    if rest:
+        raise ValueError(f"{path} is to be turned by {frame.rotation} degrees; write it with multiples of 90 alone")
+    return torch.from_numpy(values / (65535 if deep else 255)).permute(2, 0, 1).rot90(turns, (1, 2))
 
 
 def write_frames(clip: Tensor, folder: Path) -> None:

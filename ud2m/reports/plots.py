@@ -83,7 +83,7 @@ def calibration(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, An
     }
 
 
-def over_frames(title: str, lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def frame_lines(title: str, lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Return lines of numbers, from 0 on, over the frames that they belong to, by their names."""
     high = max((value for values in lines.values() for value in values), default=0) or 1.0
     last = max(len(values) for values in lines.values())

@@ -14,7 +14,7 @@ from ud2m.images import PixelFormat, write_values
 from ud2m.reports.clips import RATE, playing
 from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
-from ud2m.reports.plots import over_frames
+from ud2m.reports.plots import frame_lines
 from ud2m.reports.tables import Rows, found_settings, meanings, page_columns, table_of
 
 MAX_SAMPLES = 8
@@ -163,7 +163,7 @@ def _entry(entry: Entry, scale: float) -> dict[str, Any]:
         "note": entry.note,
         "numbers": [(column.heading, format_value(column, entry.numbers[column.key])) for column in columns],
         "clips": playing(entry.clips, entry.rate, scale, f"{entry.name}: clips side by side"),
-        "curves": [over_frames(title, lines) for title, lines in entry.curves.items()],
+        "curves": [frame_lines(title, lines) for title, lines in entry.curves.items()],
         "strip": [_summary(entry, scale), samples, rivals],
         "rest": f"{more} more samples are in the folder samples/." if more else "",
     }
