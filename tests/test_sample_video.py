@@ -109,7 +109,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(pipes, frames, tmp_path, c
         ("input=null", "an operator on videos needs input=..."),
         ("physics.operator.stride=8", "the clip has 6 frames and the operator makes one of 8"),
         ("fps=0", "fps"),
-        ("pipeline=null", "needs pipeline=..."),
+        ("pipeline=null", "frames of 3 channels and the clip 1"),
     ):
         with pytest.raises((SystemExit, ValueError)) as raised:
             sample(*good, change)
@@ -137,8 +137,8 @@ def test_images_and_videos_choose_their_run():
         video, image = (compose("sample", ["sampler=lvtino", f"physics={p}"]) for p in ("video_c", "denoising"))
     assert run_of(video) is VideoRun
     assert run_of(image) is not VideoRun
-    assert (video.sampler.reference, video.sampler.image_reference) == (None, None)
-    assert video.sampler.prompt == "a high resolution video"
+    assert (video.sampler.reference, video.sampler.image_reference) == ("moving_digits", "digits")
+    assert video.sampler.prompt == "a video of a digit"
 
 
 def test_the_motion_score_ignores_what_stands_still():
@@ -153,3 +153,14 @@ def test_the_motion_score_ignores_what_stands_still():
     assert found[0] > 100
     assert found[1] == pytest.approx(-10 * x0.diff(dim=2).square().mean().log10().item(), abs=1e-4)
     assert strip(x0[0]).shape == (1, 4, 20)
+
+
+@pytest.mark.slow
+def test_the_shipped_pipelines_restore_a_clip_of_any_length_without_further_settings(tmp_path):
+    write_frames(clip(13)[:1], tmp_path / "frames")
+    out = tmp_path / "out"
+    given = [f"input={tmp_path / 'frames'}", "num_samples=1", f"output={out}", "lpips=null", "physics=video_a"]
+    sample(*given, "physics.operator.exposure=4", "physics.operator.stride=4", sampler=["sampler=lvtino"])
+    assert json.loads((out / "metrics.json").read_text())[0]["nfe"] == 7
+    assert len(list((out / "samples/000").iterdir())) == 13
+    assert (out / "report.html").stat().st_size < 1_000_000

@@ -42,8 +42,6 @@ class LatentRun(SamplingRun):
         chosen = given_operator(config)
         if chosen is None:
             raise ValueError("sampler=... needs an operator: add physics=super_resolution, or another of conf/physics")
-        if config.sampler.get("reference", "") is None:
-            raise ValueError("this sampler needs pipeline=...: a diffusers folder, a hub id, or wan_causvid")
         if config.sampler.get("prompt", "") is None:
             raise ValueError('sampler=... needs prompt="words", or the file of a saved prompt')
         if config.compile is not None:
