@@ -5,6 +5,8 @@ allocates, by torch's profiler; weights are there before. ``clip`` is one copy o
 """
 
 import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +17,15 @@ from ud2m.physics import Problem, SuperResolution, VideoOperator
 from ud2m.samplers.lvtino import Lvtino
 
 LENGTHS = (17, 33, 65, 129)
-WINDOWS = (9, None)
+WINDOWS = {"windows of 9 frames": 9, "all frames at once": None}
 SIDE, MEGABYTE = 32, 1e6
 
 
-def row(window: int | None, frames: int) -> dict[str, Any]:
-    """Return the peak of one sample of a clip of so many frames, in MB."""
+def held(window: int | None, x0: torch.Tensor) -> float:
+    """Return the peak of one sample of clips x0, in MB."""
     sampler = Lvtino.from_pretrained("moving_digits", "a video of a digit", image_reference="digits", window=window)
-    x0 = torch.rand(1, 1, frames, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     observation = Problem(VideoOperator(SuperResolution(4), 4, 4), 0.001).observe(x0)
-    held = peak(lambda: sampler.sample(observation, 1, torch.Generator().manual_seed(0)))
-    clip = x0.nelement() * x0.element_size()
-    return {"window": window or "all", "frames": frames, "peak [MB]": held / MEGABYTE, "clip [MB]": clip / MEGABYTE}
+    return peak(lambda: sampler.sample(observation, 1, torch.Generator().manual_seed(0))) / MEGABYTE
 
 
 def main() -> None:
@@ -34,11 +33,18 @@ def main() -> None:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--store", action="store_true", help="write docs/results/video_memory.json")
     options = found.parse_args()
-    rows = [row(window, frames) for window in WINDOWS for frames in LENGTHS]
-    for line in rows:
-        print(line)
+    clips = {n: torch.rand(1, 1, n, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) for n in LENGTHS}
+    rows: list[dict[str, Any]] = [{"method": "clip"} | row(lambda x: x.nbytes / MEGABYTE, clips)]
+    for name, window in WINDOWS.items():
+        rows.append({"method": name} | row(partial(held, window), clips))
+        print(rows[-1])
     if options.store:
         print(store("video_memory", "python benchmarks/video_memory.py --store", {}, rows))
+
+
+def row(measured: Callable[[torch.Tensor], float], clips: Mapping[int, torch.Tensor]) -> dict[str, str]:
+    """Return a number for each clip."""
+    return {f"{frames} frames [MB]": f"{measured(x):.1f}" for frames, x in clips.items()}
 
 
 if __name__ == "__main__":

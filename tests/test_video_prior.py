@@ -192,14 +192,27 @@ def test_what_a_video_prior_cannot_take_is_one_line(prior):
 
 
 @pytest.mark.slow
-def test_the_estimate_of_wan_has_the_published_sizes():
+def test_the_estimate_of_wan_and_sdxl_has_the_published_sizes():
+    given = ["sampler=lvtino", "pipeline=wan_causvid", "precision=bfloat16", "chunk_size=1", "estimate=true"]
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = compose("sample", ["sampler=lvtino", "pipeline=wan_causvid", "precision=bfloat16", "estimate=true"])
-    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in latent_estimate(config).splitlines())
-    # Wan 2.1 T2V 1.3B as diffusers' conversion has it, its autoencoder, and the encoder of UMT5-XXL
-    assert rows["parameters, transformer"] == "1,418,996,800"
-    assert rows["parameters, vae"] == "126,892,531"
-    assert rows["parameters, text_encoder"] == "5,680,910,336"
-    assert rows["video"] == "25x768x1280, 3 channels"
+        both = compose("sample", [*given, "image_pipeline=sdxl_dmd2"])
+        alone, mixed = (compose("sample", [*given, *more]) for more in (["sampler.eta=1"], []))
+        none = compose("sample", ["sampler=admm_tv", "estimate=true"])
+    tables = latent_estimate(both).split("\n\n")
+    video, image = (dict(re.split(r"\s{2,}", line, maxsplit=1) for line in rows.splitlines()) for rows in tables)
+    # Wan 2.1 T2V 1.3B as diffusers' conversion has it, its autoencoder, and the encoder of UMT5-XXL; SDXL's network
+    assert video["parameters, transformer"] == "1,418,996,800"
+    assert video["parameters, vae"] == "126,892,531"
+    assert video["parameters, text_encoder"] == "5,680,910,336"
+    assert image["parameters, unet"] == "2,567,463,684"
+    assert (video["video"], image["image"]) == ("25x768x1280, 3 channels", "768x1280, 3 channels")
+    weights, memory = (float(found.split()[0]) for found in (image["weights"], image["memory of one video"]))
+    only_video = latent_estimate(alone).splitlines()[-1]
+    assert only_video.startswith("memory of one video")
     # the authors' 25 GB for these frames; of our larger part is the text model, which they may set aside
-    assert 14 < float(rows["memory of one video"].split()[0]) < 45
+    assert 14 < float(only_video.split()[-2]) < 45
+    assert memory == pytest.approx(float(only_video.split()[-2]) + weights, abs=0.11)
+    with pytest.raises(ValueError, match="the pipeline digits has frames of 1 channels and the clip 3"):
+        latent_estimate(mixed)
+    with pytest.raises(ValueError, match="estimate=true belongs to samplers with a pipeline"):
+        latent_estimate(none)

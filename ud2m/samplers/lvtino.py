@@ -220,12 +220,17 @@ def check_video(name: str, physics: DataTerm, *priors: LatentPrior) -> None:
     if len(shape) != 4:
         raise ValueError(f"{name} restores videos; take an operator on videos, as physics=video_a")
     for prior in priors:
-        if prior.channels != shape[0]:
-            raise ValueError(
-                f"the pipeline {prior.reference} has frames of {prior.channels} channels and the clip {shape[0]}; take "
-                "another pipeline, or one for each prior (image_pipeline=...)"
-            )
+        check_channels(prior, shape[0])
         prior.check_size(*([1] if prior.video else []), *shape[-2:])
+
+
+def check_channels(prior: LatentPrior, channels: int) -> None:
+    """Raise ValueError for a prior whose frames have other channels than a clip."""
+    if prior.channels != channels:
+        raise ValueError(
+            f"the pipeline {prior.reference} has frames of {prior.channels} channels and the clip {channels}; take "
+            "another pipeline, or one for each prior (image_pipeline=...)"
+        )
 
 
 def fade(window: int, shared: int) -> Tensor:
