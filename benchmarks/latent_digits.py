@@ -38,6 +38,7 @@ from ud2m.samplers.latent_latino import AnnealedSteps, LatentLatino
 from ud2m.samplers.latent_rivals import LatentWalk, Ldps, P2l, Psld, Treg
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
+from ud2m.samplers.latino_scores import LatinoScores
 
 PROMPT = "a photo of a digit"
 CLASSES = [f"a photo of the digit {name}" for name in NUMBERS]
@@ -120,13 +121,16 @@ def methods(
         optimizer = PromptOptimizer(gradient, rate=rate)
         return LatinoPro(prior, PROMPT, optimizer, steps=AnnealedSteps(width), chunk_size=BATCH, **options)
 
+    def scores(width: float = 1.0) -> Sampler:
+        return LatinoScores(prior, PROMPT, CLASSES, steps=AnnealedSteps(width), chunk_size=BATCH)
+
     both = {"width": [2.0], "rate": [0.5, 1.5]}
     found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
         "A^dagger y": (PseudoInverse, {}),
         "LATINO": (latino, width),
         "LATINO-PRO": (pro, both),
         "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
-        "LATINO-PRO, scores": (lambda **o: pro(gradient="scores", candidates=CLASSES, **o), {"width": [2.0]}),
+        "LATINO-PRO, scores": (scores, {"width": [2.0]}),
         "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
     }
     if teacher is not None:

@@ -34,8 +34,8 @@ class GaussianLatentPrior:
         rows = [torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(int(text))) for text in texts]
         return Prompt(torch.stack(rows), texts=tuple(texts))
 
-    def check_size(self, height: int, width: int) -> None:
-        assert height == width == SIDE
+    def check_image(self, channels: int, height: int, width: int) -> None:
+        assert (channels, height, width) == (1, SIDE, SIDE)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         return (NUMBERS,)

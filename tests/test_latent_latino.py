@@ -16,7 +16,8 @@ from ud2m.priors.prior import denoise
 from ud2m.priors.schedule import VPSchedule
 from ud2m.random import randn_like
 from ud2m.samplers.latent_latino import PUBLISHED, AnnealedSteps, LatentLatino, PublishedSteps, StepRule
-from ud2m.samplers.latino_pro import SHRUNK, LatinoPro, PromptOptimizer, log_densities
+from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
+from ud2m.samplers.latino_scores import SHRUNK, LatinoScores, log_densities
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
@@ -129,6 +130,15 @@ def test_published_steps_give_the_prox_of_the_authors(name):
         torch.testing.assert_close(ours[row].flatten().double(), ((solved + 1) / 2).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_an_operator_of_images_that_the_autoencoder_cannot_take_is_refused_before_any_evaluation():
+    prior = LatentPrior(tiny_latent.pipeline("sd"))
+    with NetworkEvaluations([prior.network, prior.vae]) as counter:
+        for shape, message in (((3, 20, 12), "multiples of 8, got 20x12"), ((1, 16, 16), "3 channels, got 1")):
+            with pytest.raises(ValueError, match=message):
+                LatentLatino(prior, "a").sample(observed(shape=shape), 1)
+    assert counter.count == 0
+
+
 def test_the_rule_of_steps_is_free_of_size_and_operator():
     prior = LatentPrior(tiny_latent.pipeline("sd"))
     small = AnnealedSteps(0.5).variance(prior, 499, torch.rand(2, 3, 8, 8), observed())
@@ -184,12 +194,7 @@ def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
 @torch.no_grad()
 def test_scores_find_the_prompt_with_the_highest_likelihood():
     candidates, found, exact = tuple(str(k) for k in range(10)), [], []
-    sampler = LatinoPro(
-        GaussianLatentPrior(),
-        Prompt(torch.zeros(1, 1, WIDTH)),
-        PromptOptimizer("scores", pairs=4),
-        candidates=candidates,
-    )
+    sampler = LatinoScores(GaussianLatentPrior(), Prompt(torch.zeros(1, 1, WIDTH)), candidates, pairs=4)
     with NetworkEvaluations(sampler.networks) as counter:
         for seed in range(6):
             prior, observation, best, fisher = gaussian_problem(seed, str(seed))

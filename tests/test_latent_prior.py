@@ -128,6 +128,9 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="neither an existing folder, nor shipped, nor a hub"):
         LatentPrior.from_pretrained("nobody/nothing-of-this-name")
+    for place in ("weights.bin", "/nowhere/dmd2/weights.bin"):
+        with pytest.raises(FileNotFoundError, match="neither a file nor OWNER/NAME/FILE"):
+            LatentPrior.from_pretrained("digits", unet_weights=place)
 
 
 def test_a_pipeline_without_autoencoder_or_text_model_is_refused():

@@ -79,6 +79,14 @@ def test_evaluations_and_batches(prior, kind, count):
     torch.testing.assert_close(alone, samples, rtol=1e-3, atol=1e-3)
 
 
+def test_guidance_of_a_model_that_has_it_inside_is_refused():
+    distilled = LatentPrior(tiny_latent.pipeline("distilled"))
+    for make in (lambda: Treg(distilled, "a", STEPS), lambda: Ldps(distilled, "a", STEPS, guidance=2.0)):
+        with pytest.raises(ValueError, match="distilled into it"):
+            make()
+    Ldps(distilled, "a", STEPS)
+
+
 def test_numbers_out_of_range_are_refused(prior):
     for make in (
         lambda: Ldps(prior, "a", 1001),

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_latent
@@ -15,6 +17,7 @@ from ud2m.cli.pages import check_sampling
 from ud2m.cli.sample import main
 from ud2m.cli.sample_latent import LatentRun
 from ud2m.images import read_image, write_image
+from ud2m.priors.latent import LatentPrior
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,13 @@ def test_an_estimated_prompt_is_written_shown_and_taken_again(pipe, picture, tmp
         "sampler.num_chains=1",
         f"output={tmp_path / 'simplex'}",
     )
-    assert "Weights of the prompts: a " in (tmp_path / "simplex" / "report.html").read_text()
+    scores = ["sampler=latino_scores", "prompt=a b", "sampler.candidates=[a cat,a dog]", "sampler.pairs=2"]
+    sample(*common, *scores, f"output={tmp_path / 'scores'}")
+    for name in ("simplex", "scores"):
+        assert "Weights of the prompts: a " in (tmp_path / name / "report.html").read_text()
+    chosen = load_file(tmp_path / "scores" / "prompt.safetensors")["embeds"]
+    prior = LatentPrior.from_pretrained(pipe)
+    assert any(torch.equal(chosen, prior.encode_prompt(text).embeds) for text in ("a cat", "a dog"))
 
 
 @pytest.mark.slow
@@ -89,11 +98,27 @@ def test_the_estimate_of_sdxl_has_the_published_sizes(capsys):
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(pipe, picture, tmp_path, capsys):
+    others, odd, without = tmp_path / "other.safetensors", tmp_path / "odd.png", {}
+    other = LatentPrior(tiny_latent.pipeline("distilled", seed=1))
+    other.save_prompt(other.encode_prompt("a"), others)
+    write_image(torch.rand(3, 20, 20), odd)
+    for name in ("vae", "text_encoder", "tokenizer"):
+        without[name] = Path(shutil.copytree(pipe, tmp_path / f"without_{name}"))
+        shutil.rmtree(without[name] / name)
     good = [f"pipeline={pipe}", f"input={picture}", "prompt=a", "sampler=latino", f"output={tmp_path / 'out'}"]
     for change, message in (
         ("prompt=null", "needs prompt="),
         ("prompt=nine letters here", "the model's tokenizer takes 8"),
         ("sampler.guidance=3", "distilled into it"),
+        ("sampler.guidance=0.5", "at least 1"),
+        ("precision=float16", "float16 on a CPU"),
+        ("sampler.vae_dtype=float16", "float16 on a CPU"),
+        (f"prompt={others}", "made by another model"),
+        (f"input={odd}", "multiples of 8, got 20x20"),
+        (f"pipeline={without['vae']}", "without vae, which a latent prior needs"),
+        (f"pipeline={without['text_encoder']}", "without text_encoder"),
+        (f"pipeline={without['tokenizer']}", "without tokenizer"),
+        ("sampler=latino_scores", "must be two at least"),
         ("sampler.times=[1,2]", "whole numbers that fall"),
         ("sampler.final=none", "prox, autoencoded"),
         ("compare=true", "ud2m evaluate"),

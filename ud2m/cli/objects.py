@@ -30,6 +30,7 @@ LATENT = (
     "latent_rivals.Psld",
     "latent_rivals.Treg",
     "latino_pro.LatinoPro",
+    "latino_scores.LatinoScores",
     "lvtino.Lvtino",
     "video_rivals.FrameLatino",
     "video_rivals.VisionXl",

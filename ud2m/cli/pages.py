@@ -45,7 +45,7 @@ def check_sampling(config: DictConfig) -> None:
         return
     for key in ("prompt", "pipeline", "image_pipeline", "estimate"):
         if config[key]:
-            raise ValueError(f"{key}=... belongs to a latent prior: add sampler=latino or sampler=latino_pro")
+            raise ValueError(f"{key}=... belongs to a latent prior: add sampler=latino, or another of conf/sampler")
     check_reference("model", str(config.model))
     if config.prior is not None:
         check_reference("prior", str(config.prior))

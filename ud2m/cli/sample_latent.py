@@ -17,7 +17,7 @@ from ud2m.physics import OperatorFamily, Problem
 from ud2m.priors.latent import Prompt
 from ud2m.reports.samples import Entry, Section, write_pictures
 from ud2m.samplers.latent_latino import LatentSampler
-from ud2m.samplers.latino_pro import LatinoPro, Trace
+from ud2m.samplers.latino_pro import PromptEstimator, Trace
 
 DRAWN = 8
 """Pictures from the prior that the report shows, before and after a prompt was estimated."""
@@ -55,7 +55,7 @@ class LatentRun(SamplingRun):
         self.problem = Problem(self.operator, noise_level, config.seed, chosen.get("noise"))
         self.lpips = [] if config.lpips is None else [lpips_metric(config.lpips)]
         self.found: list[tuple[Prompt, Trace]] = []
-        if isinstance(self.sampler, LatinoPro):
+        if isinstance(self.sampler, PromptEstimator):
             self.sampler.listener = lambda prompt, trace: self.found.append((prompt, trace))
         self.plan({"fingerprint": self.sampler.fingerprint})
 
@@ -95,13 +95,14 @@ class LatentRun(SamplingRun):
         """Write the mean of the samples' prompts, and pictures from the prior with the first prompt and with it."""
         if not self.found:
             return
+        first = self.sampler.prompt
         embeds = torch.cat([prompt.embeds for prompt, _ in self.found]).mean(0, keepdim=True)
-        estimated = self.sampler.prompt.with_embeds(embeds)
+        pooled = [prompt.pooled for prompt, _ in self.found if prompt.pooled is not None]
+        estimated = Prompt(embeds, torch.cat(pooled).mean(0, keepdim=True) if pooled else None, first.texts)
         self.prior.save_prompt(estimated, place / PROMPT_FILE)
         size, device = (entry.mean.shape[1], entry.mean.shape[2]), case.observation.y.device
-        first = f"{case.name}: {self.config.prompt}"
         for folder, title, prompt, note in (
-            (FIRST, first, self.sampler.prompt, ""),
+            (FIRST, f"{case.name}: {self.config.prompt}", first, ""),
             (ESTIMATED, f"{case.name}: estimated", estimated, self.told()),
         ):
             streams = [torch.Generator(device).manual_seed(self.config.seed + k) for k in range(DRAWN)]
@@ -120,7 +121,7 @@ class LatentRun(SamplingRun):
         if not weights:
             return text
         last = torch.cat(weights, 1)[-1].mean(0)
-        ranked = sorted(zip(last.tolist(), self.sampler.space.texts, strict=True), reverse=True)
+        ranked = sorted(zip(last.tolist(), self.sampler.texts, strict=True), reverse=True)
         return f"{text}. Weights of the prompts: " + ", ".join(f"{name} {weight:.2f}" for weight, name in ranked)
 
     def further_sections(self, folder: Path) -> list[Section]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,17 +224,7 @@ class LatentPrior(nn.Module):
         super().__init__()
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         name = type(pipeline).__name__
-        missing = [
-            what
-            for what, there in (
-                ("vae", "vae" in parts),
-                ("text_encoder", any(part.startswith("text_encoder") for part in parts)),
-                ("unet or transformer", "unet" in parts or "transformer" in parts),
-            )
-            if not there
-        ]
-        if missing:
-            raise ValueError(f"{reference or name} is a {name} without {', '.join(missing)}; a latent prior needs them")
+        check_parts(reference or name, name, parts, PARTS)
         if "transformer_2" in parts or pipeline.config.get("expand_timesteps"):
             raise ValueError(
                 f"{reference or name} has a second network, or a time for each pixel, as Wan 2.2; a latent prior needs "
@@ -248,13 +238,7 @@ class LatentPrior(nn.Module):
         self.table = NoiseTable(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
         self.takes_guidance = getattr(self.network.config, "time_cond_proj_dim", None) is not None
         self.guidance = float(guidance if guidance is not None else 8.0 if self.takes_guidance else 1.0)
-        if not self.guidance >= 1:
-            raise ValueError(f"guidance must be at least 1 (none), got {guidance}")
-        if self.distilled and not self.takes_guidance and self.guidance > 1:
-            raise ValueError(
-                f"guidance={guidance} on a model that has its guidance distilled into it ({name} with "
-                f"{type(pipeline.scheduler).__name__}); leave it out"
-            )
+        self.check_guidance(self.guidance)
         self.stride = getattr(pipeline, "vae_scale_factor_temporal", None)
         self.channels = int(pipeline.vae.config.in_channels) // (pipeline.vae.config.get("patch_size") or 1) ** 2
         self._call = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
@@ -300,6 +284,8 @@ class LatentPrior(nn.Module):
         parts: dict[str, Any] = {}
         if vae is not None:
             parts["vae"] = _reached(AutoModel.from_pretrained, vae, torch_dtype=decoder_dtype)
+        config = _reached(DiffusionPipeline.load_config, where)
+        check_parts(where, config["_class_name"], [*parts, *parts_in(where, config)], (*PARTS, ("tokenizer",)))
         pipeline = _reached(DiffusionPipeline.from_pretrained, where, torch_dtype=network_dtype, **parts)
         if unet_weights is not None:
             _take_weights(pipeline, unet_weights)
@@ -443,6 +429,22 @@ class LatentPrior(nn.Module):
                 f"{before + self.stride}"
             )
 
+    def check_image(self, *shape: int) -> None:
+        """Raise ValueError when the model cannot take images (C, H, W), or videos (C, T, H, W)."""
+        self.check_size(*shape[1:])
+        if shape[0] != self.channels:
+            raise ValueError(f"the latent prior's images have {self.channels} channels, got {shape[0]}")
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raise ValueError for no weight of classifier-free guidance, or one where it is distilled into the network."""
+        if not guidance >= 1:
+            raise ValueError(f"guidance must be at least 1 (none), got {guidance}")
+        if guidance > 1 and self.distilled and not self.takes_guidance:
+            raise ValueError(
+                f"guidance={guidance:g} on a model that has its guidance distilled into it ({self.reference or 'this'} "
+                f"with {type(self.pipeline.scheduler).__name__}); leave it out, or take 1"
+            )
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents E(x), float32 at least, of images x [B, C, H, W] or videos [B, C, T, H, W] in [0, 1].
 
@@ -450,9 +452,7 @@ class LatentPrior(nn.Module):
             ValueError: for a size or number of channels that the autoencoder cannot take.
             FloatingPointError: when the autoencoder returns values that are not finite.
         """
-        self.check_size(*x.shape[2:])
-        if x.shape[1] != self.channels:
-            raise ValueError(f"the latent prior's images have {self.channels} channels, got {x.shape[1]}")
+        self.check_image(*x.shape[1:])
         output = self.vae.encode(2 * x.to(self._vae_dtype) - 1)
         latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
         latents = latents.to(torch.promote_types(x.dtype, torch.float32))
@@ -630,6 +630,23 @@ class LatentPrior(nn.Module):
         return super().train(False)
 
 
+PARTS = (("vae",), ("text_encoder",), ("unet", "transformer"))
+"""Parts of a pipeline that a latent prior needs: one of each group, whose names begin so."""
+
+
+def check_parts(reference: str, kind: str, names: Collection[str], needed: Sequence[tuple[str, ...]]) -> None:
+    """Raise ValueError when a pipeline of class ``kind`` with parts ``names`` lacks a needed one."""
+    missing = [" or ".join(group) for group in needed if not any(name.startswith(group) for name in names)]
+    if missing:
+        raise ValueError(f"{reference} is a {kind} without {', '.join(missing)}, which a latent prior needs")
+
+
+def parts_in(reference: str, config: Mapping[str, Any]) -> list[str]:
+    """Return the parts that a ``model_index.json`` names, of a folder those that lie in it."""
+    named = [name for name, entry in config.items() if isinstance(entry, list | tuple) and entry[0] is not None]
+    return [name for name in named if not Path(reference).is_dir() or (Path(reference) / name).is_dir()]
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     check_precision(name)
     if name == "float16" and device.type == "cpu":
@@ -646,16 +663,18 @@ def _reached(load: Any, reference: str, **arguments: Any) -> Any:
         if Path(reference).is_dir():
             raise ValueError(f"{reference} cannot be loaded by diffusers: {reason}") from error
         raise FileNotFoundError(
-            f"no pipeline at {reference!r}: it is neither an existing folder, nor shipped, nor a hub repository that "
-            f"can be reached from here ({reason}); fetch it where there is a network, and give the folder"
+            f"nothing at {reference!r}: it is neither an existing folder, nor shipped, nor a hub repository that can "
+            f"be reached from here ({reason}); fetch it where there is a network, and give the folder"
         ) from error
 
 
 def _take_weights(pipeline: DiffusionPipeline, place: str) -> None:
     path = Path(place)
     if not path.is_file():
-        owner, name, *file = place.split("/")
-        path = Path(_reached(lambda repository: hf_hub_download(repository, "/".join(file)), f"{owner}/{name}"))
+        owner, name, file = (*place.split("/", 2), "", "")[:3]
+        if not (owner and name and file):
+            raise FileNotFoundError(f"no weights at {place!r}: it is neither a file nor OWNER/NAME/FILE of the hub")
+        path = Path(_reached(lambda repository: hf_hub_download(repository, file), f"{owner}/{name}"))
     state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     try:
         getattr(pipeline, _network_name(pipeline)).load_state_dict(_renamed(state))

@@ -164,7 +164,7 @@ class LatentSampler(Sampler):
         """Raise ValueError where images of the operator's size cannot be taken."""
         shape = getattr(physics, "img_size", None)
         if shape is not None and len(shape) == 3:
-            self.prior.check_size(*shape[-2:])
+            self.prior.check_image(*shape)
 
     def first(self, observation: Observation) -> Tensor:
         """Return where a chain begins [B, C, H, W]."""

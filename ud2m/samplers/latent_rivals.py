@@ -38,6 +38,7 @@ class LatentWalk(LatentSampler):
     ):
         super().__init__(prior, prompt, chunk_size=chunk_size)
         check_count("num_steps", num_steps)
+        prior.check_guidance(guidance)
         if num_steps > prior.table.num_times:
             raise ValueError(
                 f"num_steps must be at most {prior.table.num_times}, the times of the prior, got {num_steps}"

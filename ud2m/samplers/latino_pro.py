@@ -66,6 +66,13 @@ class Ball(PromptSpace):
         return first + offset * (self.radius / length.clamp(min=TINY)).clamp(max=1)
 
 
+def check_prompts(candidates: Sequence[str]) -> tuple[str, ...]:
+    """Return given prompts, or raise ValueError for fewer than two."""
+    if isinstance(candidates, str) or len(candidates) < 2:
+        raise ValueError(f"candidates, the given prompts, must be two at least, got {candidates!r}")
+    return tuple(candidates)
+
+
 class Simplex(PromptSpace):
     """Mixtures of given prompts: states sum_i w_i e_i, w = softmax(theta), at first all equal. Readable in a report.
 
@@ -75,9 +82,7 @@ class Simplex(PromptSpace):
     """
 
     def __init__(self, prior: LatentPrior, candidates: Sequence[str]):
-        if len(candidates) < 2:
-            raise ValueError(f"the simplex needs two prompts at least, got {list(candidates)}")
-        self.texts = tuple(candidates)
+        self.texts = check_prompts(candidates)
         with torch.no_grad():
             self.corners = prior.encode_prompt(self.texts).embeds.float()
 
@@ -137,11 +142,7 @@ class PublishedAscent(Ascent):
 
 
 ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "published": PublishedAscent}
-GRADIENTS = ("likelihood", "transition", "scores")
-SHRUNK = 0.01
-"""Share of the mean variance that is added in all directions."""
-CERTAIN = 1e4
-"""theta of a corner of the simplex: softmax makes 1 of it, and 0 of all others."""
+GRADIENTS = ("likelihood", "transition")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ class Trace:
 
     Attributes:
         residuals: |A u - y| / sqrt(m) of the first estimate of each chain [chains, B], image units.
-        weights: of a simplex's prompts after each chain [chains, B, prompts]; empty for a ball.
+        weights: of given prompts after each chain [chains, B, prompts]; empty where none are given.
     """
 
     residuals: Tensor
@@ -168,18 +169,12 @@ class PromptOptimizer:
     posterior of z_k, from which the chain draws; rho tempers what one evaluation of G cannot explain. Differs from
     [LATINO-PRO].
 
-    ``scores``, for given prompts: no gradient at all. Images are drawn with each of them at the first time of a chain,
-    and y is compared with what the operator makes of them (``log_densities``); the best prompt is taken. Drawn once,
-    from a fixed seed: they know nothing of y, and serve all images of a size. Differs from [LATINO-PRO].
-
     Args:
         gradient: which of them.
         evaluations: first evaluations of a chain that give a gradient. None: 2 of ``likelihood``, all transitions else.
         ascent: ``adam`` or ``published``.
         rate: of the ascent; None: its own.
         checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
-        pairs: of images that ``scores`` draws with each prompt, with noise eps and -eps: their mean knows the mean of
-            all images four times better (digits) than that of two other ones.
 
     Raises:
         ValueError: for unknown names and numbers out of range.
@@ -192,7 +187,6 @@ class PromptOptimizer:
         ascent: str = "adam",
         rate: float | None = None,
         checkpoint: bool = False,
-        pairs: int = 20,
     ):
         if gradient not in GRADIENTS or ascent not in ASCENTS:
             raise ValueError(
@@ -203,8 +197,7 @@ class PromptOptimizer:
             check_count("evaluations", evaluations)
         if rate is not None:
             check_positive("rate", rate)
-        check_count("pairs", pairs)
-        self.gradient, self.evaluations, self.checkpoint, self.pairs = gradient, evaluations, checkpoint, pairs
+        self.gradient, self.evaluations, self.checkpoint = gradient, evaluations, checkpoint
         self.ascent, self.rate = ascent, rate
 
     def new_ascent(self) -> Ascent:
@@ -230,35 +223,84 @@ class PromptOptimizer:
         return -((z_next - a * z0) ** 2 / (2 * b**2)).flatten(1).sum(1)
 
 
-class LatinoPro(LatentSampler):
-    """LATINO-PRO: estimates the prompt in short chains, and draws the sample in a last one with it.
+class PromptEstimator(LatentSampler):
+    """Estimates a prompt for each sample, so that none depends on its batch, and draws the sample with it by LATINO.
 
-    The end of each chain is where the next begins. Each sample estimates a prompt of its own, so that it does not
-    depend on its batch. Evaluations: num_chains x len(chain_times) + len(times), 68 by default; of ``scores``
-    len(times), and 2 x pairs for each candidate once.
+    A new one writes ``estimate``.
 
     Args:
         prior: as for ``LatentSampler``.
-        prompt: as for ``LatentSampler``; the first one.
-        optimizer: gradients and steps.
-        radius: of ``Ball``.
-        fixed: of ``Ball``.
-        candidates: prompts of ``Simplex``, in place of the ball.
-        num_chains: M, that estimate.
-        chain_times: of each.
-        times: of the last chain.
-        steps: as for ``LatentSampler``, in all chains.
-        last_steps: those of the last chain, where they are others.
+        prompt: as for ``LatentSampler``.
+        times: of the chain that draws.
+        steps: as for ``LatentSampler``.
+        last_steps: of the chain that draws, where they are others.
         start: as for ``LatentSampler``.
         final: as for ``LatentLatino``.
         chunk_size: as for ``LatentSampler``.
         listener: is given the estimated prompts and the ``Trace`` of every batch.
 
     Raises:
-        ValueError: as ``LatentLatino``, and for numbers out of range.
+        ValueError: as ``LatentLatino``.
     """
 
     title = "LATINO-PRO"
+    texts: tuple[str, ...] = ()
+    """The prompts that ``Trace.weights`` are of."""
+
+    def __init__(
+        self,
+        prior: LatentPrior,
+        prompt: str | Prompt = "",
+        times: Sequence[int] = TIMES,
+        steps: StepRule | None = None,
+        last_steps: StepRule | None = None,
+        start: Start | None = None,
+        final: str = "prox",
+        chunk_size: int = 16,
+        listener: Callable[[Prompt, Trace], None] | None = None,
+    ):
+        super().__init__(prior, prompt, steps, start, chunk_size)
+        self.last = LatentLatino(prior, self.prompt, times, last_steps or self.steps, self.start, final, chunk_size)
+        self.listener = listener
+
+    @abstractmethod
+    def estimate(self, observation: Observation, streams: list[torch.Generator]) -> tuple[Tensor, Prompt, Trace]:
+        """Return where the last chain begins, the prompt of each row, and how they came about."""
+
+    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
+        """Return one sample for each row."""
+        x, prompt, trace = self.estimate(observation, streams)
+        if self.listener is not None:
+            self.listener(prompt, trace)
+        return self.last.chain(x, prompt, observation, streams)
+
+
+class LatinoPro(PromptEstimator):
+    """LATINO-PRO: estimates the prompt in short chains, and draws the sample in a last one with it.
+
+    The end of each chain is where the next begins. Evaluations: num_chains x len(chain_times) + len(times), 68 by
+    default.
+
+    Args:
+        prior: as for ``PromptEstimator``.
+        prompt: as for ``PromptEstimator``; the first one.
+        optimizer: gradients and steps.
+        radius: of ``Ball``.
+        fixed: of ``Ball``.
+        candidates: prompts of ``Simplex``, in place of the ball.
+        num_chains: M, that estimate.
+        chain_times: of each.
+        times: as for ``PromptEstimator``, as the next ones.
+        steps: in all chains.
+        last_steps: those of the last chain, where they are others.
+        start: of the first chain.
+        final: of the last chain.
+        chunk_size: as for ``PromptEstimator``, as the next one.
+        listener: told of every batch.
+
+    Raises:
+        ValueError: as ``PromptEstimator``, and for numbers out of range.
+    """
 
     def __init__(
         self,
@@ -278,39 +320,25 @@ class LatinoPro(LatentSampler):
         chunk_size: int = 16,
         listener: Callable[[Prompt, Trace], None] | None = None,
     ):
-        super().__init__(prior, prompt, steps, start, chunk_size)
+        super().__init__(prior, prompt, times, steps, last_steps, start, final, chunk_size, listener)
         check_count("num_chains", num_chains)
         check_times(chain_times, prior)
         self.optimizer = optimizer or PromptOptimizer()
         if self.optimizer.gradient == "transition" and len(chain_times) < 2:
             raise ValueError("the gradient of transitions needs two times a chain at least; or take likelihood")
-        self.num_chains, self.chain_times, self.listener = num_chains, tuple(chain_times), listener
+        self.num_chains, self.chain_times, self.texts = num_chains, tuple(chain_times), tuple(candidates)
         self.space: PromptSpace = Simplex(prior, candidates) if candidates else Ball(radius, fixed)
         self.space.first(self.prompt)
-        if self.optimizer.gradient == "scores" and not candidates:
-            raise ValueError("gradient=scores compares given prompts: set candidates")
-        self.drawn: dict[tuple[int, int], Tensor] = {}
-        self.last = LatentLatino(prior, self.prompt, times, last_steps or self.steps, self.start, final, chunk_size)
         if self.optimizer.checkpoint:
             prior.checkpoint_layers()
 
     def nfe(self) -> int:
         """Return network evaluations of one sample."""
-        scored = self.optimizer.gradient == "scores"
-        return self.last.nfe() + (0 if scored else self.num_chains * len(self.chain_times))
-
-    def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
-        """Return one sample for each row."""
-        x, prompt, trace = self.estimate(observation, streams)
-        if self.listener is not None:
-            self.listener(prompt, trace)
-        return self.last.chain(x, prompt, observation, streams)
+        return self.num_chains * len(self.chain_times) + self.last.nfe()
 
     def estimate(self, observation: Observation, streams: list[torch.Generator]) -> tuple[Tensor, Prompt, Trace]:
         """Return the end of the last estimating chain, the prompt of each row, and how they came about."""
         prompt = self.prompt.expand(len(observation))
-        if self.optimizer.gradient == "scores":
-            return self.score(prompt, observation)
         first = self.space.first(prompt)
         theta, ascent, x = first, self.optimizer.new_ascent(), self.first(observation)
         residuals, weights = [], []
@@ -318,44 +346,10 @@ class LatinoPro(LatentSampler):
             x, gradient, misfit = self.chain(x, prompt, theta, observation, streams)
             theta = self.space.projected(ascent.step(theta, gradient, chain), first)
             residuals.append(misfit.sqrt())
-            if isinstance(self.space, Simplex):
+            if self.texts:
                 weights.append(theta.softmax(1))
         trace = Trace(torch.stack(residuals), torch.stack(weights) if weights else theta.new_zeros(0))
         return x, prompt.with_embeds(self.space.embeds(theta).detach()), trace
-
-    def score(self, prompt: Prompt, observation: Observation) -> tuple[Tensor, Prompt, Trace]:
-        """Return what ``estimate`` does, of the candidate that explains y best."""
-        images = self.candidate_images(observation)
-        count, draws = images.shape[:2]
-        scores, residuals = [], []
-        for row in range(len(observation)):
-            own = observation.rows(torch.full((count * draws,), row, device=images.device))
-            measured = own.physics.A(images.flatten(0, 1)).flatten(1).unflatten(0, (count, draws)).double()
-            y = observation.y[row].flatten().double()
-            scores.append(log_densities(y, measured, observation.sigma_y[row].double()))
-            residuals.append((measured.mean(1) - y).square().mean(1).sqrt()[scores[-1].argmax()])
-        weights = torch.stack(scores).softmax(1)
-        best = torch.zeros_like(weights).scatter(1, weights.argmax(1, keepdim=True), CERTAIN).float()
-        trace = Trace(torch.stack(residuals).unsqueeze(0).float(), weights.unsqueeze(0).float())
-        return self.first(observation), prompt.with_embeds(self.space.embeds(best)), trace
-
-    def candidate_images(self, observation: Observation) -> Tensor:
-        """Return images drawn with each candidate [P, 2 pairs, C, H, W], made once for a size of images."""
-        height, width = observation.image_shape[-2:]
-        if (height, width) not in self.drawn:
-            first = self.space.first(self.prompt)
-            corners = CERTAIN * torch.eye(first.shape[1]).to(first)
-            candidates, t = self.space.embeds(corners), self.chain_times[0]
-            shape = (self.optimizer.pairs, *self.prior.latent_shape((height, width)))
-            generator, found = torch.Generator().manual_seed(0), []
-            for embeds in candidates:
-                noise = torch.randn(shape, generator=generator).to(observation.y)
-                for eps in torch.cat([noise, -noise]).split(self.chunk_size):
-                    prompt = self.prompt.expand(len(eps)).with_embeds(embeds.expand(len(eps), -1, -1))
-                    z0 = self.prior.estimate(self.prior.noised(torch.zeros_like(eps), t, eps), t, prompt)
-                    found.append(self.prior.decode(z0).clamp(0, 1))
-            self.drawn[height, width] = torch.cat(found).unflatten(0, (len(candidates), -1))
-        return self.drawn[height, width]
 
     def chain(
         self, x: Tensor, prompt: Prompt, theta: Tensor, observation: Observation, streams: list[torch.Generator]
@@ -395,28 +389,3 @@ class LatinoPro(LatentSampler):
 def gradient_of(values: Tensor, theta: Tensor) -> Tensor:
     """Return the gradient [B, ...] of each value [B] in its own row of theta."""
     return torch.autograd.grad(values, theta, torch.ones_like(values))[0]
-
-
-def log_densities(y: Tensor, measured: Tensor, sigma_y: Tensor) -> Tensor:
-    """Return log p(y | c_i) [P], up to one constant, of an observation y [m] from measured draws A u [P, n, m].
-
-    y given c_i is Student's t around the draws' mean, with n degrees of freedom as for a covariance that is known from
-    n draws, and the scale C_i = s^2 1 + (S_i + S) / 2: S_i of the draws of c_i, S the mean of all S_i, and s^2 =
-    sigma_y^2 + ``SHRUNK`` tr(S) / m for what so few draws leave out. C_i is never built: S_i and S are of the same P n
-    centred draws, with other weights, so that their one Gram matrix serves all prompts.
-    """
-    count, draws, size = measured.shape
-    means = measured.mean(1)
-    factors = ((measured - means.unsqueeze(1)) / (2 * (draws - 1)) ** 0.5).flatten(0, 1)
-    gram, offsets = factors @ factors.T, y - means
-    noise = sigma_y**2 + SHRUNK * 2 * gram.trace() / (count * size)
-    own = torch.eye(count).to(gram).repeat_interleave(draws, dim=1)
-    roots = (own + 1 / count).sqrt()
-    variances, vectors = torch.linalg.eigh(roots.unsqueeze(2) * gram * roots.unsqueeze(1))
-    variances = variances.clamp(min=0)
-    # (s^2 1 + R^T R)^-1 by Woodbury's identity, in the eigenvectors of R R^T, R the weighted draws
-    along = (vectors.mT @ (roots * (offsets @ factors.T)).unsqueeze(2)).squeeze(2)
-    within = along.square() / (noise + variances)
-    distances = (offsets.square().sum(1) - within.sum(1)) / noise
-    log_scales = (variances / noise).log1p().sum(1)
-    return -((size + draws) * torch.log1p(distances / draws) + log_scales) / 2
