@@ -419,7 +419,7 @@ def test_missing_and_damaged_json_is_reported(folder, file):
     with pytest.raises(ValueError, match=rf"{file} must hold a JSON object"):
         Prior.from_pretrained(folder)
     (folder / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {file}; is it a diffusers UNet2DModel folder"):
+    with pytest.raises(FileNotFoundError, match=f"has no {file}; is it a folder of diffusers"):
         Prior.from_pretrained(folder)
 
 

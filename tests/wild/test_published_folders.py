@@ -83,7 +83,7 @@ def test_what_a_file_leaves_out_is_as_its_class_has_it(name, tmp_path):
     [
         {"beta_schedule": "sigmoid"},
         {"beta_schedule": "laplace"},
-        {"trained_betas": [0.01, 0.02, 0.05, 0.2]},
+        {"trained_betas": [0.01, 0.02, 0.05, 0.2], "num_train_timesteps": 4},
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
         {"rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         {"clip_sample": False, "variance_type": "learned_range", "timestep_spacing": "trailing", "thresholding": True},

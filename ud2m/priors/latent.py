@@ -4,7 +4,7 @@ import copy
 import hashlib
 import inspect
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +12,30 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import AutoModel, DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, LCMScheduler
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ud2m.files import read_tensors
 from ud2m.precision import DTYPES, check_precision, chosen_precision
-from ud2m.priors.latent_parts import CLASS, assemble_on_meta, encode_texts, latent_channels, latent_scale
+from ud2m.priors.latent_parts import encode_texts, latent_scale
+from ud2m.priors.pipelines import (
+    CLASS,
+    PARTS,
+    assemble_on_meta,
+    check_parts,
+    check_scale,
+    latent_channels,
+    load_pipeline,
+    load_vae,
+    network_name,
+    take_lora,
+    take_weights,
+)
 from ud2m.priors.prior import LoraSpec
-from ud2m.priors.schedule import VPSchedule
+from ud2m.priors.schedulers import DEFAULT, DISTILLED, FLOWS, VARIANCE_PRESERVING, make_scheduler, read_scheduler
 from ud2m.priors.shipped import ARCHITECTURES, PIPELINES, shipped_folder, subfolder
+from ud2m.priors.store import read_weights
 
 MADE_BY = "latent_prior"
 """Key of the metadata of a saved prompt: the fingerprint of the model that made it."""
@@ -117,23 +128,31 @@ class NoiseTable:
     Args:
         config: of the pipeline's own scheduler.
         kind: name of the scheduler's class, unless the configuration has it (as those of files). ``LCMScheduler`` has
-            the boundary scalings of a consistency model; those whose name begins with ``FlowMatch`` belong to flows.
+            the boundary scalings of a consistency model.
+        where: its prior, for messages.
 
     Raises:
-        ValueError: for a kind of prediction that is not known.
+        ValueError: for noise or a prediction that is not known (``read_scheduler``).
     """
 
-    def __init__(self, config: Mapping[str, Any], kind: str | None = None):
+    def __init__(self, config: Mapping[str, Any], kind: str | None = None, where: str = ""):
         self.config = config
-        kind = kind or str(config.get(CLASS, ""))
-        flow = kind.startswith("FlowMatch")
-        self.prediction = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
-        if self.prediction not in ESTIMATES:
-            raise ValueError(f"the model predicts {self.prediction!r}; known are {', '.join(ESTIMATES)}")
-        self.num_times = int(config.get("num_train_timesteps", 1000))
-        self.scaling = float(config.get("timestep_scaling", 10.0)) if kind == "LCMScheduler" else None
-        with torch.device("cpu"):
-            self.schedule = None if self.prediction == "flow_prediction" else VPSchedule.from_config(config)
+        kind = str(kind or config.get(CLASS, DEFAULT))
+        self.scaling = None
+        if kind in FLOWS or (kind in VARIANCE_PRESERVING and config.get("prediction_type") == FLOW):
+            self.schedule, self.prediction = None, FLOW
+            self.num_times = make_scheduler(kind, config, where).config.num_train_timesteps
+            if type(self.num_times) is not int or self.num_times < 1:
+                raise ValueError(f"the prior {where} has num_train_timesteps={self.num_times!r}; it is a count")
+        else:
+            with torch.device("cpu"):
+                options, allowed = {**config, CLASS: kind}, VARIANCE_PRESERVING + DISTILLED
+                self.schedule, self.prediction = read_scheduler(options, where, allowed)
+            self.num_times = self.schedule.num_times
+        if kind == "LCMScheduler":
+            self.scaling = config.get("timestep_scaling", 10.0)
+            if type(self.scaling) not in (int, float) or not 0 < self.scaling < math.inf:
+                raise ValueError(f"the prior {where} has timestep_scaling={self.scaling!r}; it is a number above 0")
 
     def roots(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b of times t [B], float64: sqrt(abar_t) and sqrt(1 - abar_t), or 1 - t/T and t/T of a flow."""
@@ -192,11 +211,12 @@ class NoiseTable:
         return (z_t - a * z0) / b
 
 
+FLOW = "flow_prediction"
 ESTIMATES = {
     "epsilon": lambda z, o, a, b: (z - b * o) / a,
     "v_prediction": lambda z, o, a, b: a * z - b * o,
     "sample": lambda z, o, a, b: o,
-    "flow_prediction": lambda z, o, a, b: z - b * o,
+    FLOW: lambda z, o, a, b: z - b * o,
 }
 SIGMA_DATA = 0.5
 """Of the boundary scalings, as in ``LCMScheduler``."""
@@ -233,9 +253,17 @@ class LatentPrior(nn.Module):
         self.parts = nn.ModuleDict(parts).requires_grad_(False).eval()
         self.pipeline, self.reference = pipeline, reference
         pipeline.set_progress_bar_config(disable=True)
-        self.network: Any = parts[_network_name(pipeline)]
+        self.network: Any = parts[network_name(pipeline)]
         self.vae: Any = parts["vae"]
-        self.table = NoiseTable(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
+        check_scale(self.vae, reference or name)
+        config: Any = self.network.config
+        taken, channels = config.in_channels, latent_channels(self.vae)
+        if taken != channels:
+            raise ValueError(
+                f"the network of {reference or name} takes {taken} channels, and its autoencoder's latents have "
+                f"{channels}: they do not fit"
+            )
+        self.table = NoiseTable(pipeline.scheduler.config, type(pipeline.scheduler).__name__, reference or name)
         self.takes_guidance = getattr(self.network.config, "time_cond_proj_dim", None) is not None
         self.guidance = float(guidance if guidance is not None else 8.0 if self.takes_guidance else 1.0)
         self.check_guidance(self.guidance)
@@ -283,14 +311,12 @@ class LatentPrior(nn.Module):
         where = str(shipped_folder(str(reference)) or reference)
         parts: dict[str, Any] = {}
         if vae is not None:
-            parts["vae"] = _reached(AutoModel.from_pretrained, vae, torch_dtype=decoder_dtype)
-        config = _reached(DiffusionPipeline.load_config, where)
-        check_parts(where, config["_class_name"], [*parts, *parts_in(where, config)], (*PARTS, ("tokenizer",)))
-        pipeline = _reached(DiffusionPipeline.from_pretrained, where, torch_dtype=network_dtype, **parts)
+            parts["vae"] = load_vae(vae, decoder_dtype)
+        pipeline = load_pipeline(where, network_dtype, **parts)
         if unet_weights is not None:
-            _take_weights(pipeline, unet_weights)
+            take_weights(pipeline, unet_weights)
         if lora is not None:
-            _reached(pipeline.load_lora_weights, lora)
+            take_lora(pipeline, lora)
         if scheduler is not None:
             pipeline.scheduler = _few_steps(pipeline.scheduler, scheduler)
         prior = cls(pipeline, str(reference), guidance).to(device)
@@ -320,7 +346,7 @@ class LatentPrior(nn.Module):
         """Return the prior with a scheduler of ``FEW_STEPS``; the network is the same if ``shared``, else a copy."""
         pipeline = copy.copy(self.pipeline)
         if not shared:
-            setattr(pipeline, _network_name(pipeline), copy.deepcopy(self.network))
+            setattr(pipeline, network_name(pipeline), copy.deepcopy(self.network))
         pipeline.scheduler = _few_steps(self.pipeline.scheduler)
         return LatentPrior(pipeline, self.reference)
 
@@ -353,7 +379,7 @@ class LatentPrior(nn.Module):
     def save_lora(self, folder: Path) -> None:
         """Write a LoRA in the format of diffusers, for ``from_pretrained(..., lora=folder)``."""
         layers = {name: value.half() for name, value in peft.get_peft_model_state_dict(self.network).items()}
-        named = {f"{_network_name(self.pipeline)}_lora_layers": layers}
+        named = {f"{network_name(self.pipeline)}_lora_layers": layers}
         self.pipeline.save_lora_weights(str(folder), **named, safe_serialization=True)
 
     # --- images and latents --------------------------------------------------------------------------------------
@@ -591,17 +617,22 @@ class LatentPrior(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no saved prompt {path}")
-        try:
-            tensors = load_file(path)
-            with safe_open(path, "pt") as stream:
-                about = stream.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no saved prompt: {error}") from error
-        if about.get(MADE_BY) != self.fingerprint or "embeds" not in tensors:
+        tensors = read_weights(path)
+        with safe_open(path, "pt") as stream:
+            about = stream.metadata() or {}
+        if about.get(MADE_BY) != self.fingerprint:
             raise ValueError(
                 f"the prompt {path} was made by another model than {self.reference}; give the one it was made with, or "
                 "words"
             )
+        with torch.no_grad():
+            blank = self.encode_prompt([""])
+        found = {name: list(value.shape) for name, value in tensors.items()}
+        count = (found.get("embeds") or [0])[0]
+        own = {"embeds": blank.embeds, "pooled": blank.pooled}
+        expected = {name: [count, *value.shape[1:]] for name, value in own.items() if value is not None}
+        if count < 1 or found != expected:
+            raise ValueError(f"{path} holds tensors {found}; prompts of this model are {expected}")
         texts = tuple(about.get("texts", "").split("\n"))
         embeds = tensors["embeds"].to(self.device)
         pooled = tensors["pooled"].to(self.device) if "pooled" in tensors else None
@@ -630,76 +661,11 @@ class LatentPrior(nn.Module):
         return super().train(False)
 
 
-PARTS = (("vae",), ("text_encoder",), ("unet", "transformer"))
-"""Parts of a pipeline that a latent prior needs: one of each group, whose names begin so."""
-
-
-def check_parts(reference: str, kind: str, names: Collection[str], needed: Sequence[tuple[str, ...]]) -> None:
-    """Raise ValueError when a pipeline of class ``kind`` with parts ``names`` lacks a needed one."""
-    missing = [" or ".join(group) for group in needed if not any(name.startswith(group) for name in names)]
-    if missing:
-        raise ValueError(f"{reference} is a {kind} without {', '.join(missing)}, which a latent prior needs")
-
-
-def parts_in(reference: str, config: Mapping[str, Any]) -> list[str]:
-    """Return the parts that a ``model_index.json`` names, of a folder those that lie in it."""
-    named = [name for name, entry in config.items() if isinstance(entry, list | tuple) and entry[0] is not None]
-    return [name for name in named if not Path(reference).is_dir() or (Path(reference) / name).is_dir()]
-
-
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     check_precision(name)
     if name == "float16" and device.type == "cpu":
         raise ValueError("float16 on a CPU is not supported by its networks; take bfloat16 or float32")
     return DTYPES[chosen_precision(name, device)] or torch.float32
-
-
-def _reached(load: Any, reference: str, **arguments: Any) -> Any:
-    """Return what a loader of diffusers finds; a missing or foreign thing is one line."""
-    try:
-        return load(reference, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if Path(reference).is_dir():
-            raise ValueError(f"{reference} cannot be loaded by diffusers: {reason}") from error
-        raise FileNotFoundError(
-            f"nothing at {reference!r}: it is neither an existing folder, nor shipped, nor a hub repository that can "
-            f"be reached from here ({reason}); fetch it where there is a network, and give the folder"
-        ) from error
-
-
-def _take_weights(pipeline: DiffusionPipeline, place: str) -> None:
-    path = Path(place)
-    if not path.is_file():
-        owner, name, file = (*place.split("/", 2), "", "")[:3]
-        if not (owner and name and file):
-            raise FileNotFoundError(f"no weights at {place!r}: it is neither a file nor OWNER/NAME/FILE of the hub")
-        path = Path(_reached(lambda repository: hf_hub_download(repository, file), f"{owner}/{name}"))
-    state = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
-    try:
-        getattr(pipeline, _network_name(pipeline)).load_state_dict(_renamed(state))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{place} holds no weights of the pipeline's network: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return weights under the names of diffusers.
-
-    Those of CausVid lie in a dictionary under ``generator``, below the name of the wrapper that they were trained in,
-    with the names of Wan's own code; diffusers knows how to rename these.
-    """
-    state = dict(state.get("generator", state))
-    if not any(name.endswith("self_attn.q.weight") for name in state):
-        return state
-    for wrapper in ("_fsdp_wrapped_module.", "model."):
-        state = {name.replace(wrapper, ""): value for name, value in state.items()}
-    return convert_wan_transformer_to_diffusers(state)
-
-
-def _network_name(pipeline: DiffusionPipeline) -> str:
-    return "unet" if pipeline.components.get("unet") is not None else "transformer"
 
 
 FEW_STEPS = (LCMScheduler, FlowMatchLCMScheduler)

@@ -6,13 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
-    AutoModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -29,17 +26,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
 from ud2m.files import parse_json, write_json
-from ud2m.priors.shipped import shipped_folder
+from ud2m.priors.pipelines import CLASS, latent_channels
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """How CLIP's tokenizer cuts a text into words (Radford et al., 2021)."""
 BYTES = 512
 """Tokens of all bytes, within a word and at its end: no text is unknown to the tokenizer."""
-
-
-CLASS = "_class_name"
-"""The key of options that names the class, as in the configurations of diffusers."""
 
 
 def build_vae(options: Mapping[str, Any]) -> Any:
@@ -150,23 +143,6 @@ def assemble(
     )
 
 
-def load_vae(reference: str) -> Any:
-    """Return the autoencoder of its own folder, of a pipeline's, or of a hub id, in float32.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
-    where = str(shipped_folder(reference) or reference)
-    part = {"subfolder": "vae"} if (Path(where) / "vae").is_dir() or not Path(where).is_dir() else {}
-    try:
-        return AutoModel.from_pretrained(where, torch_dtype=torch.float32, **part)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no autoencoder at {reference!r}: it is neither the folder of one, nor that of a pipeline, nor a hub "
-            f"repository that can be reached from here ({' '.join(str(error).split())[:160]})"
-        ) from error
-
-
 def latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     """Return m and s of the scaled latents (z - m) s, from the autoencoder's configuration."""
     config = vae.config
@@ -175,11 +151,6 @@ def latent_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
         mean, std = (like.new_tensor(config[key]).view(shape) for key in ("latents_mean", "latents_std"))
         return mean, config.get("scaling_factor") or 1 / std
     return config.get("shift_factor") or 0.0, config.scaling_factor
-
-
-def latent_channels(vae: Any) -> int:
-    """Return the channels of the latents."""
-    return int(vae.config.get("z_dim") or vae.config.latent_channels)
 
 
 def begin_clear(vae: Any) -> None:
@@ -251,30 +222,6 @@ def longest_prompt(pipeline: DiffusionPipeline) -> int | None:
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
     lengths = [tokenizer.model_max_length for tokenizer in tokenizers if tokenizer is not None]
     return min(parameter.default, max(lengths, default=parameter.default))
-
-
-def assemble_on_meta(folder: Path) -> DiffusionPipeline:
-    """Return the pipeline of a diffusers folder without values and without tokenizers; no weights need to be there."""
-    index = parse_json((folder / "model_index.json").read_text())
-    parts: dict[str, Any] = {}
-    for name, entry in index.items():
-        library, kind = entry if isinstance(entry, list) else ("", "")
-        if library == "diffusers" and name == "scheduler":
-            parts[name] = getattr(diffusers, kind).from_config(
-                parse_json((folder / name / "scheduler_config.json").read_text())
-            )
-        elif library in ("diffusers", "transformers") and (folder / name / "config.json").is_file():
-            config = parse_json((folder / name / "config.json").read_text())
-            with torch.device("meta"):
-                parts[name] = (
-                    getattr(diffusers, kind).from_config(config)
-                    if library == "diffusers"
-                    else getattr(transformers, kind)(getattr(transformers, kind).config_class.from_dict(config))
-                )
-    pipeline = getattr(diffusers, index["_class_name"])
-    optional = {"tokenizer": None, "tokenizer_2": None, "safety_checker": None, "feature_extractor": None}
-    taken = inspect.signature(pipeline.__init__).parameters
-    return pipeline(**{name: value for name, value in optional.items() if name in taken}, **parts)
 
 
 def save_half(part: Any, folder: Path) -> None:

@@ -25,7 +25,7 @@ from ud2m.priors.plug_and_play import PriorDenoiser
 from ud2m.priors.schedule import VPSchedule, abar
 from ud2m.priors.schedulers import PREDICTIONS, read_scheduler
 from ud2m.priors.shipped import ARCHITECTURES, SCHEDULER_FILE, shipped_folder, subfolder
-from ud2m.priors.store import LABEL, _read_json, find_files, fingerprint, load_unet, read_weights
+from ud2m.priors.store import LABEL, find_files, fingerprint, load_network, read_object, read_weights
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,11 @@ class Prior(nn.Module):
         on_meta = torch.get_default_device().type == "meta"
         where = str((on_meta and subfolder(ARCHITECTURES, reference)) or shipped_folder(reference) or reference)
         architecture_file, scheduler_file, inside = find_files(where)
-        architecture, scheduler = _read_json(architecture_file), _read_json(scheduler_file)
+        architecture, scheduler = read_object(architecture_file), read_object(scheduler_file)
         network = NETWORKS.get(str(architecture.get("_class_name")))
         if network is None:
             raise ValueError(f"{reference} holds a {architecture.get('_class_name')!r}; a UNet2DModel is needed")
-        unet = network.from_config(architecture) if on_meta else load_unet(network, where, reference, inside)
+        unet = network.from_config(architecture) if on_meta else load_network(network, where, reference, inside)
         with torch.device("cpu"):
             schedule, prediction = read_scheduler(scheduler, reference)
         label = scheduler.get(LABEL) if label is None else label
@@ -157,7 +157,7 @@ class Prior(nn.Module):
         if self.reference is None:
             raise ValueError("the scheduler of a prior is in its folder, and this one comes from none")
         reference = str(shipped_folder(self.reference) or self.reference)
-        scheduler = DDPMScheduler.from_config(_read_json(find_files(reference)[1]))
+        scheduler = DDPMScheduler.from_config(read_object(find_files(reference)[1]))
         return DDPMPipeline(network, scheduler)
 
     def denoiser(self) -> PriorDenoiser:
@@ -262,7 +262,7 @@ class Prior(nn.Module):
             self.unet.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
             path = folder / "adapter_config.json"
-            config = _read_json(path)
+            config = read_object(path)
             # peft notes where the prior lay on this machine, and keeps a set: any order
             config["base_model_name_or_path"] = self.reference
             config["target_modules"] = sorted(config["target_modules"])
@@ -276,14 +276,13 @@ class Prior(nn.Module):
         """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
 
         Raises:
-            ValueError: when it is not an adapter of this one's ``LoraSpec``.
+            ValueError: when it is damaged, or not an adapter of this one's ``LoraSpec``.
             OSError: when a file is missing.
-            SafetensorError: when one is damaged.
         """
         spec = self.lora
         if isinstance(self.unet, peft.PeftModel) and spec is not None:
             # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
-            stored = _read_json(Path(folder) / CONFIG_NAME)
+            stored = read_object(Path(folder) / CONFIG_NAME)
             state = read_weights(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
             if (stored.get("r"), stored.get("lora_alpha")) != (spec.rank, spec.alpha):
                 raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {spec}")

@@ -17,7 +17,7 @@ from ud2m.physics import DataTerm, Observation
 from ud2m.physics.rows import per_sample
 from ud2m.precision import find_device
 from ud2m.priors.shipped import SCHEDULER_FILE
-from ud2m.priors.store import load_unet, save_prior, weights_fingerprint
+from ud2m.priors.store import load_network, save_prior, weights_fingerprint
 from ud2m.random import randn_like
 from ud2m.samplers.base import Sampler, check_count
 from ud2m.unfolded.denoisers import in_precision
@@ -127,7 +127,7 @@ class Bridge(nn.Module):
             raise ValueError(f"{folder} is a {settings.get('_class_name')}, not a bridge (train.py training=bridge)")
         schedule = BridgeSchedule(settings["beta_min"], settings["beta_max"])
         return cls(
-            load_unet(UNet2DModel, str(folder)), schedule, SmoothingStart(settings["scales"], settings["deviation"])
+            load_network(UNet2DModel, str(folder)), schedule, SmoothingStart(settings["scales"], settings["deviation"])
         )
 
 

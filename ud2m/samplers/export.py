@@ -9,7 +9,6 @@ from typing import Any, cast
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ud2m.files import atomic_folder, parse_json
@@ -83,7 +82,7 @@ def read_export(reference: str, prior: str | Path | None = None) -> tuple[Unfold
         base.load_adapter(folder, lora)
         network = build_network(base, spec)
         network.load_own_state(read_weights(folder / PSI_FILE))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the export {folder} is damaged or incomplete ({error}); export the model again") from error
     base.merge_adapter()
     return network.requires_grad_(False).eval(), config
@@ -118,7 +117,7 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
             raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
         prior.read_adapter(folder)
         network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
     if theirs != prior.fingerprint:
         warnings.warn(

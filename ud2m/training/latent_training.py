@@ -21,9 +21,7 @@ from ud2m.priors.latent_parts import (
     build_vae,
     decode_unclipped,
     encode_texts,
-    latent_channels,
     learn_tokenizer,
-    load_vae,
     measured_scale,
     merges_of,
     save_half,
@@ -31,6 +29,7 @@ from ud2m.priors.latent_parts import (
     to_latents,
     tokenizer_of,
 )
+from ud2m.priors.pipelines import latent_channels, load_vae
 from ud2m.random import rand, randn_like
 from ud2m.training.ema import Ema
 from ud2m.training.random_streams import stream
