@@ -49,7 +49,7 @@ def load_pipeline(where: str, dtype: torch.dtype, **given: Any) -> DiffusionPipe
 
 
 def pipeline_classes(where: str | Path) -> tuple[type[DiffusionPipeline], dict[str, type]]:
-    """Return the class of a pipeline and those of its parts, as the ``model_index.json`` of a folder or hub id has them.
+    """Return the class of a pipeline and those of its parts, by the ``model_index.json`` of a folder or hub id.
 
     They are classes of diffusers and transformers alone, and nothing is called here. The parts of a folder lie in it,
     and the files that configure them are JSON objects.
