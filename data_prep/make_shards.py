@@ -12,7 +12,9 @@ Images are reduced as those that the published ADM priors were trained on: halve
 side is at least twice the wanted one, then brought to it by bicubic interpolation, then cropped to a square. Their
 order is shuffled, so that a shard holds a mixture of classes. In a shard, image number n of this order is
 ``NNNNNNNN-name.png`` (or ``.jpg``), and the number of its class ``NNNNNNNN-name.cls``: the place of its folder, or of
-the tar around it, in the list ``classes`` of ``index.json``. Without any such folders there are no ``.cls`` files.
+the tar around it, in the list ``classes`` of ``index.json``. Without any such folders there are no ``.cls`` files. With
+``--captions`` each image has a text file of its name beside it, captions one a line, which becomes
+``NNNNNNNN-name.txt``.
 
 The same source and settings give the same bytes. Started again after an interruption, the script goes on behind the
 last whole shard. ``index.json`` is written last: a folder without it is unfinished. Images that cannot be read are
@@ -30,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
@@ -40,6 +42,7 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from ud2m.data.captions import CAPTION_SUFFIX, parse_captions
 from ud2m.data.shard_index import (
     IMAGE_SUFFIXES,
     INDEX_FILE,
@@ -75,6 +78,7 @@ class Settings:
         quality: of JPEG, 1 to 100, from 90 on without subsampling of colours; 95 for PNG, where it means nothing.
         shard_mb: a shard is closed before its images would take more than so many MiB; a larger image has one alone.
         seed: of the order and of random crops. pillow: version of the library that resizes and encodes.
+        captions: whether each image has captions beside it, which go along.
 
     Raises:
         ValueError: for numbers and words that are not allowed.
@@ -87,6 +91,7 @@ class Settings:
     shard_mb: float = 256.0
     seed: int = 0
     pillow: str = PIL.__version__
+    captions: bool = False
 
     def __post_init__(self) -> None:
         require(self.size >= 1, "--size must be at least 1 pixel", self.size)
@@ -102,7 +107,7 @@ class Entry:
     """One image of the source: a whole file, or ``length`` bytes of a tar from ``offset`` on.
 
     ``name`` is its path inside the source, with ``/``; a tar counts as a folder of its name without ``.tar``. Where
-    ``path`` is an LMDB folder, ``key`` says which of its values the image is.
+    ``path`` is an LMDB folder, ``key`` says which of its values the image is. ``caption`` is the file of its captions.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Entry:
     offset: int
     length: int
     key: bytes = b""
+    caption: "Entry | None" = None
 
     @property
     def class_name(self) -> str:
@@ -117,7 +123,7 @@ class Entry:
         return self.name.rpartition("/")[0]
 
     def read(self) -> bytes:
-        """Return the encoded image."""
+        """Return the encoded image, or the text."""
         if self.key:
             with kept_lmdb(self.path).begin() as transaction:
                 return transaction.get(self.key)
@@ -128,41 +134,67 @@ class Entry:
 
 @dataclass(frozen=True)
 class Made:
-    """Image number ``number`` of the order, encoded; or, with empty ``data``, why it is ``broken``."""
+    """Image number ``number`` of the order, encoded, with captions; or, with empty ``data``, why it is ``broken``."""
 
     number: int
     entry: Entry
     data: bytes = b""
     broken: str = ""
+    captions: bytes = b""
 
 
 # ------------------------------------------------------------------------------------------------- the source
 
 
-def list_source(source: Path) -> list[Entry]:
-    """Return all images of a folder or tar, sorted by name; hidden ones are passed over.
+def list_source(source: Path, captions: bool = False) -> list[Entry]:
+    """Return all images of a folder or tar, with their captions if asked, sorted by name; hidden ones are passed over.
 
     Raises:
         FileNotFoundError: when the source does not exist.
-        ValueError: when it is neither a folder nor an uncompressed tar, or holds no images.
+        ValueError: when it is neither a folder nor an uncompressed tar, holds no images, or lacks captions of some.
     """
+    suffixes = (*SUFFIXES, CAPTION_SUFFIX) if captions else SUFFIXES
     if not source.exists():
         raise FileNotFoundError(f"no such folder or tar of images: {source} (looked in {Path.cwd()})")
     if source.is_dir():
-        entries = list(folder_entries(source))
+        entries = list(folder_entries(source, suffixes))
     elif source.suffix.lower() == ".tar":
         with source.open("rb") as stream:
-            entries = list(tar_entries(stream, source, 0, ""))
+            entries = list(tar_entries(stream, source, 0, "", suffixes))
     else:
         raise ValueError(f"{source} is neither a folder nor a .tar file; name the folder that the images lie in")
+    if captions:
+        entries = captioned_entries(entries, source)
     if not entries:
         raise ValueError(f"no image in {source}; expected files that end in {', '.join(SUFFIXES)}, or tars of them")
     return sorted(entries, key=lambda entry: (entry.name, entry.offset))
 
 
-def folder_entries(folder: Path) -> Iterator[Entry]:
-    """Yield the images below a folder and in the tars below it; what is passed over is printed."""
-    found = list_files(folder, (*SUFFIXES, ".tar", LMDB_FILE))
+def captioned_entries(entries: Sequence[Entry], source: Path) -> list[Entry]:
+    """Return the images among images and texts, each with the text of its name.
+
+    Raises:
+        ValueError: for images without one.
+    """
+    texts = {entry.name[: -len(CAPTION_SUFFIX)]: entry for entry in entries if is_text(entry)}
+    images = [replace(e, caption=texts.get(e.name.rpartition(".")[0])) for e in entries if not is_text(e)]
+    bare = [entry.name for entry in images if entry.caption is None]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(images)} images in {source} have no captions: {', '.join(bare[:4])}; write them into "
+            f"a {CAPTION_SUFFIX} file of the same name beside each, one a line, or leave --captions out"
+        )
+    return images
+
+
+def is_text(entry: Entry) -> bool:
+    """Whether an entry holds captions."""
+    return not entry.key and entry.name.lower().endswith(CAPTION_SUFFIX)
+
+
+def folder_entries(folder: Path, suffixes: Sequence[str]) -> Iterator[Entry]:
+    """Yield the files of some endings below a folder and in the tars below it; what is passed over is printed."""
+    found = list_files(folder, (*suffixes, ".tar", LMDB_FILE))
     if found.passed:
         print(f"{folder}: passed over {found.others}", flush=True)
     for name in found.names:
@@ -171,8 +203,8 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
             yield from lmdb_entries(path.parent, name[: -len(LMDB_FILE)])
         elif path.suffix.lower() == ".tar":
             with path.open("rb") as stream:
-                yield from tar_entries(stream, path, 0, name[: -len(".tar")] + "/")
-        elif path.suffix.lower() in SUFFIXES:
+                yield from tar_entries(stream, path, 0, name[: -len(".tar")] + "/", suffixes)
+        elif path.suffix.lower() in suffixes:
             yield Entry(name, path, 0, path.stat().st_size)
 
 
@@ -205,8 +237,8 @@ kept_lmdb = cache(open_lmdb)
 """The same, kept open by the process that reads images."""
 
 
-def tar_entries(stream: IO[bytes], path: Path, start: int, prefix: str) -> Iterator[Entry]:
-    """Yield the images of a tar that lies ``start`` bytes from the beginning of ``path``, by reading its headers.
+def tar_entries(stream: IO[bytes], path: Path, start: int, prefix: str, suffixes: Sequence[str]) -> Iterator[Entry]:
+    """Yield the files of some endings in a tar that lies ``start`` bytes from the beginning of ``path``.
 
     Args:
         stream: the bytes of the tar alone. prefix: goes before the names.
@@ -221,10 +253,12 @@ def tar_entries(stream: IO[bytes], path: Path, start: int, prefix: str) -> Itera
                 suffix = PurePosixPath(name).suffix.lower()
                 if not member.isreg() or is_hidden(name):
                     continue
-                if suffix in SUFFIXES:
+                if suffix in suffixes:
                     yield Entry(name, path, start + member.offset_data, member.size)
                 elif suffix == ".tar" and (inner := tar.extractfile(member)) is not None:
-                    yield from tar_entries(inner, path, start + member.offset_data, name[: -len(".tar")] + "/")
+                    yield from tar_entries(
+                        inner, path, start + member.offset_data, name[: -len(".tar")] + "/", suffixes
+                    )
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no whole uncompressed tar: {error}; fetch it again or decompress it") from error
 
@@ -235,9 +269,9 @@ def is_hidden(name: str) -> bool:
 
 
 def source_digest(entries: Sequence[Entry]) -> str:
-    """Return the SHA-256 of the names and sizes in bytes of all images: no path of this machine, no times."""
+    """Return the SHA-256 of names and sizes in bytes of images and captions: no path of this machine, no times."""
     digest = hashlib.sha256()
-    for entry in entries:
+    for entry in (part for image in entries for part in (image, image.caption) if part is not None):
         digest.update(f"{entry.length}\t{entry.name}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -250,12 +284,13 @@ def make_image(settings: Settings, item: tuple[int, Entry]) -> Made:
     number, entry = item
     try:
         image = decode(entry.read())
+        texts = "" if entry.caption is None else parse_captions(entry.caption.read(), entry.caption.name)
     except UnidentifiedImageError:
         return Made(number, entry, broken=f"not an image of {', '.join(FORMATS)}")
     except Exception as error:  # Pillow raises errors of many types for damaged files; each is listed and counted
         return Made(number, entry, broken=" ".join(str(error).split()) or type(error).__name__)
     image = crop(resize(image, settings.size), settings, number)
-    return Made(number, entry, encode(image, settings))
+    return Made(number, entry, encode(image, settings), captions=texts.encode())
 
 
 def decode(data: bytes) -> Image.Image:
@@ -416,7 +451,7 @@ def make_shards(source: Path, out: Path, settings: Settings, workers: int = 2, m
     """
     require(workers >= 1, "--workers must be at least 1", workers)
     require(max_broken >= 0, "--max-broken must be at least 0", max_broken)
-    entries = list_source(source)
+    entries = list_source(source, settings.captions)
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"the output {out} lies inside the source {source}; choose a folder outside of it")
     identity = {"settings": asdict(settings), "source": {"digest": source_digest(entries), "images": len(entries)}}
@@ -505,7 +540,7 @@ def check_identity(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     other = [
         f"{key} {settings.get(key)}, now {value}"
         for key, value in new["settings"].items()
-        if settings.get(key) != value
+        if settings.get(key, getattr(Settings, key)) != value  # what is younger than the folder had its default
     ]
     other += [] if old["source"] == new["source"] else ["another list of source images"]
     if other:
@@ -542,6 +577,7 @@ def files_of(made: Made, settings: Settings, classes: dict[str, int]) -> list[tu
     """Return names and contents of the files of one image in a shard."""
     key = f"{made.number:08d}-{key_name(made.entry.name)}"
     files = [(key + IMAGE_SUFFIXES[settings.format], made.data)]
+    files += [(key + CAPTION_SUFFIX, made.captions)] if made.captions else []
     return files + ([(key + ".cls", str(classes[made.entry.class_name]).encode())] if classes else [])
 
 
@@ -603,6 +639,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="processes that resize")
     parser.add_argument("--max-broken", type=int, default=10, help="unreadable images that are skipped and listed")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of random crops")
+    parser.add_argument("--captions", action="store_true", help="text files beside the images go along")
     parser.add_argument("--verify", type=Path, metavar="OUT", help="re-check the shards of a folder by their hashes")
     return parser
 
@@ -619,7 +656,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     require(options.out is not None, "name a source and an output folder, or --verify a folder", options.source)
     quality = options.quality if options.format == "jpg" else Settings.quality
-    settings = Settings(options.size, options.crop, options.format, quality, options.shard_mb, options.seed)
+    settings = Settings(
+        options.size, options.crop, options.format, quality, options.shard_mb, options.seed, captions=options.captions
+    )
     index = make_shards(options.source, options.out, settings, options.workers, options.max_broken)
     print(f"{index.images} images in {len(index.shards)} shards in {options.out}, {index.source['broken']} broken")
 

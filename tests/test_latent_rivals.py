@@ -62,6 +62,27 @@ def test_treg_without_data_is_ddim(prior):
 
 
 @torch.no_grad()
+def test_tregs_guidance_leads_away_from_its_null_prompt(prior):
+    """With G linear in what the network says: G_null + w (G - G_null), here by direct calls of the network."""
+    observation, weight = observed(), 3.0
+    z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in streams()])
+    embeds = {text: prior.encode_prompt(text).embeds.expand(2, -1, -1) for text in ("a", "blur", "")}
+    plain = Treg(prior, "a", STEPS, gamma=0.0, guidance=weight)
+    sampler = Treg(prior, "a", STEPS, gamma=0.0, guidance=weight, null_prompt="blur")
+    for t, t_next in zip(sampler.times, sampler.times[1:], strict=False):
+        said = {text: prior.network(z, t, encoder_hidden_states=states).sample for text, states in embeds.items()}
+        v = said["blur"] + weight * (said["a"] - said["blur"])
+        (a, b), (a_next, b_next) = sampler.roots(t), sampler.roots(t_next)
+        z = a_next * (a * z - b * v) + b_next * (b * z + a * v)
+    found = sampler.draw(observation, streams())
+    torch.testing.assert_close(found, prior.decode(z), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain.draw(observation, streams()), found, atol=1e-3)
+    # without guidance no prompt is left to lead away from
+    one = [Treg(prior, "a", STEPS, 1.0, 0.0, null_prompt=text).draw(observation, streams()) for text in ("", "blur")]
+    assert torch.equal(*one)
+
+
+@torch.no_grad()
 def test_tregs_data_step_keeps_the_variance_of_the_noise(prior):
     """(1 - abar')^2 + abar' (1 - abar') = 1 - abar'."""
     a, b = Treg(prior, "a", STEPS).roots(499)

@@ -1,10 +1,14 @@
 """The three trainings of a latent prior, in miniature: losses against their formulas, exports, and resumption."""
 
+import importlib
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_latent
 import torch
+from conftest import REPOSITORY
 from diffusers import StableDiffusionPipeline
 from hydra.utils import instantiate
 from PIL import Image
@@ -12,7 +16,7 @@ from tiny_training import composed, write_images
 from torch import nn
 
 import ud2m.cli  # noqa: F401  # its resolvers
-from ud2m.data import FolderData, MnistData
+from ud2m.data import FolderData, MnistData, ShardData
 from ud2m.data.mnist import captions_of
 from ud2m.priors.latent import LatentPrior
 from ud2m.priors.latent_parts import learn_tokenizer, merges_of, tokenizer_of
@@ -21,6 +25,9 @@ from ud2m.random import randn_like
 from ud2m.training import AutoencoderModule, ConsistencyModule, LatentModule
 from ud2m.training.consistency import energy_distance
 from ud2m.training.random_streams import row_streams
+
+sys.path.insert(0, str(REPOSITORY / "data_prep"))
+make_shards = importlib.import_module("make_shards")
 
 VAE = {
     "sample_size": 16,
@@ -80,6 +87,37 @@ def test_captions_of_a_folder_lie_beside_its_images(tmp_path):
     plain = FolderData(tmp_path, channels=3, crop_size=16, batch_size=2)
     with pytest.raises(ValueError, match=r"data\.captions=true"):
         plain.all_captions()
+
+
+def test_captions_of_shards_follow_their_images(tmp_path):
+    source, colours = tmp_path / "source", {"red": 0, "lime": 1, "blue": 2}
+    source.mkdir()
+    for number in range(12):
+        name = list(colours)[number % 3]
+        Image.new("RGB", (16, 16), name).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"a {name} square\nnumber {number}")
+    settings = make_shards.Settings(size=16, shard_mb=0.01, captions=True)
+    for place in ("train", "held_out", "bare"):
+        chosen = replace(settings, captions=place != "bare")
+        shards = make_shards.make_shards(source, tmp_path / place, chosen, workers=1)
+    assert len(shards.shards) > 1
+    given = {"channels": 3, "crop_size": 16, "batch_size": 3, "samples_per_epoch": 12}
+    data = ShardData(
+        tmp_path / "train", tmp_path / "held_out", scales=[1.0], probabilities=[1.0], captions=True, **given
+    )
+    assert sorted(data.all_captions()) == sorted((source / f"{k}.txt").read_text() for k in range(12))
+    crops, held_out = data.train_set(), data.evaluation_set("val")
+    items = [crops[i] for i in range(24)] + [held_out[i] for i in range(6)]
+    for crop, text in items:
+        assert crop.flatten(1).mean(1).argmax() == colours[text.split()[1]]
+    assert len({text for _, text in items[:12]}) == 12  # a pass has each of them once
+    images, texts = next(iter(data.train_dataloader()))
+    assert images.shape == (3, 3, 16, 16)
+    assert all(text[-1].isdigit() for text in texts)
+    with pytest.raises(ValueError, match="hold no captions; make them again with --captions"):
+        ShardData(tmp_path / "bare", tmp_path / "held_out", captions=True, **given).train_set()
+    with pytest.raises(ValueError, match=r"data\.captions=true"):
+        ShardData(tmp_path / "train", tmp_path / "held_out", **given).all_captions()
 
 
 def test_digits_are_named_by_their_captions(shared):

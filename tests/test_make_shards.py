@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import lmdb
 import numpy as np
@@ -50,6 +51,50 @@ def members(folder):
                 assert member.name not in found
                 found[member.name] = tar.extractfile(member).read()
     return found
+
+
+# --------------------------------------------------------------------------------------------------- captions
+
+
+def test_captions_lie_beside_their_images_in_folders_and_tars_alike(source, tmp_path):
+    texts = {}
+    for file in source.rglob("*.png"):
+        texts[file.stem] = f"a {file.parent.name}\nnumber {file.stem}"
+        file.with_suffix(".txt").write_text(f"\n {texts[file.stem]}\n\n", encoding="utf-8")
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:
+        tar.add(source, arcname=".")
+    captions = replace(SMALL, captions=True)
+    make_shards(source, tmp_path / "out", captions, workers=1)
+    found = members(tmp_path / "out")
+    keys = [name.removesuffix(".png") for name in found if name.endswith(".png")]
+    assert len(keys) == 50
+    for key in keys:
+        number = next(stem for stem in texts if make_shards_module.key_name(f"{stem}.png") == key.partition("-")[2])
+        assert found[f"{key}.txt"].decode() == texts[number]
+    make_shards(tmp_path / "source.tar", tmp_path / "of_tar", captions, workers=2)
+    assert content(tmp_path / "of_tar") == content(tmp_path / "out")
+    # without the word they stay where they are, and make another list of files
+    make_shards(source, tmp_path / "without", SMALL, workers=1)
+    assert {name: data for name, data in found.items() if not name.endswith(".txt")} == members(tmp_path / "without")
+    with pytest.raises(ValueError, match="begun with captions False, now True; another list"):
+        make_shards(source, tmp_path / "without", captions, workers=1)
+
+
+def test_images_without_captions_are_named_before_anything_is_written(source, tmp_path):
+    files = sorted(source.rglob("*.png"))
+    for file in files[1:]:
+        file.with_suffix(".txt").write_text("a cat")
+    captions = replace(SMALL, captions=True)
+    with pytest.raises(ValueError, match=r"1 of 50 images in .*source have no captions: .*; write them into a \.txt"):
+        make_shards(source, tmp_path / "out", captions)
+    assert not (tmp_path / "out").exists()
+    files[0].with_suffix(".txt").write_bytes(b"\n\xff")
+    files[1].with_suffix(".txt").write_bytes(b" \n")
+    index = make_shards(source, tmp_path / "out", captions, workers=1)
+    assert (index.images, index.source["broken"]) == (48, 2)
+    reasons = (tmp_path / "out" / "broken.txt").read_text()
+    assert "holds no UTF-8 text" in reasons
+    assert "is empty; write captions into it" in reasons
 
 
 # ----------------------------------------------------------------------------------------------------- pixels

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ud2m.bars import progress_bar
 from ud2m.data.augmentation import Augmentation
+from ud2m.data.captions import read_captions
 from ud2m.data.crops import PROBABILITIES, SCALES, RandomCrops, Tiles
 from ud2m.data.module import ImageDataModule, NamedImages, Split
 from ud2m.images import image_files, read_image
@@ -93,25 +94,6 @@ class FolderData(ImageDataModule):
 
     def _captions(self, images: "FolderImages") -> list[str] | None:
         return [read_captions(self.root / name) for name in images.names] if self.captions else None
-
-
-def read_captions(image: Path) -> str:
-    """Return the captions of an image file, one a line, from the text file of the same name beside it.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it is empty or no text.
-    """
-    file = image.with_suffix(".txt")
-    if not file.is_file():
-        raise FileNotFoundError(f"{image} has no captions: write them into {file.name} beside it, one a line")
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} holds no UTF-8 text: {error}; save it as plain text") from error
-    if not any(lines):
-        raise ValueError(f"{file} is empty; write captions into it, one a line")
-    return "\n".join(line for line in lines if line)
 
 
 class FolderImages:

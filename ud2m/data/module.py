@@ -92,8 +92,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             ValueError: for data without captions.
         """
         raise ValueError(
-            f"{type(self).__name__} gives no captions here, and a text model needs them: data=folder or mnist with "
-            "data.captions=true"
+            f"{type(self).__name__} gives no captions here, and a text model needs them: data=folder, webdataset or "
+            "mnist with data.captions=true"
         )
 
     def evaluation_set(self, split: Split) -> "EvenSubset":

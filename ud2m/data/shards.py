@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ud2m.data.augmentation import Augmentation
+from ud2m.data.captions import CAPTION_SUFFIX, parse_captions
 from ud2m.data.crops import (
     PROBABILITIES,
     SCALES,
@@ -34,6 +35,8 @@ MID_EPOCH = ("readers", "buffer")
 """Settings that decide the order within an epoch, but not which samples it has."""
 HELD_OUT_CACHE = 2**28
 """Bytes of decoded validation or test images that a process keeps."""
+ENOUGH_CAPTIONS = 100_000
+"""Captions of so many images tell the words of all: shards are mixtures, and those behind an address are large."""
 
 
 class ShardData(ImageDataModule):
@@ -62,6 +65,7 @@ class ShardData(ImageDataModule):
         check_hashes: compare the SHA-256 of all shards with the index before anything starts. Otherwise only that
             they are there and have the right size; those behind an address are compared when they come.
         cache: folder that shards behind an address are kept in.
+        captions: items are pairs of a crop and the captions of its image, one a line; shards made with ``--captions``.
         common: the arguments of ``ImageDataModule``; ``channels`` 1 turns colour into grey.
     """
 
@@ -78,6 +82,7 @@ class ShardData(ImageDataModule):
         buffer: int = 1000,
         check_hashes: bool = False,
         cache: str | Path = CACHE,
+        captions: bool = False,
         **common: Any,
     ):
         super().__init__(**common)
@@ -85,7 +90,7 @@ class ShardData(ImageDataModule):
         self.lists: dict[str, str | Path | None] = {"val": val_list, "test": test_list}
         self.scales, self.probabilities = tuple(scales), tuple(probabilities)
         self.augmentation, self.candidates = Augmentation(**(augment or {})), candidates
-        self.buffer, self.check_hashes = buffer, check_hashes
+        self.buffer, self.check_hashes, self.captions = buffer, check_hashes, captions
 
     @cached_property
     def train_index(self) -> ShardIndex:
@@ -103,7 +108,23 @@ class ShardData(ImageDataModule):
             self.probabilities,
             self.augmentation,
             self.candidates,
+            self.captions,
         )
+
+    def all_captions(self) -> Sequence[str]:
+        """Return the captions of the first training images, of whole shards: ``ENOUGH_CAPTIONS`` where there are more.
+
+        Raises:
+            ValueError: without ``captions``.
+        """
+        if not self.captions:
+            return super().all_captions()
+        reader, found = ShardReader(self.train_index, self.channels), list[str]()
+        for shard, entry in enumerate(self.train_index.shards):
+            found += [reader.captions(shard, number) for number in range(entry.images)]
+            if len(found) >= ENOUGH_CAPTIONS:
+                break
+        return found
 
     def train_sampler(self, dataset: Dataset[Tensor]) -> "ShardSampler":
         """Return the positions of this rank from the trainer's position on.
@@ -136,7 +157,8 @@ class ShardData(ImageDataModule):
         elif listed:
             taken = {number for found in listed.values() for number in found}
             numbers = [number for number in numbers if number not in taken]
-        return Tiles(ShardImages(index, numbers, self.channels), self.tile_size, HELD_OUT_CACHE)
+        images = ShardImages(index, numbers, self.channels)
+        return Tiles(images, self.tile_size, HELD_OUT_CACHE, images.captions() if self.captions else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the training batches besides the position."""
@@ -151,6 +173,8 @@ class ShardData(ImageDataModule):
         else:
             index = read_index(Path(place).expanduser())
             found = faults(index) if self.check_hashes else quick_faults(index)
+        if self.captions and not index.settings.get("captions"):
+            raise ValueError(f"the shards in {index.folder} hold no captions; make them again with --captions")
         return checked(index, side, found)
 
     @property
@@ -288,6 +312,7 @@ class ShardReader:
         self.index, self.channels = index, channels
         self.suffix = IMAGE_SUFFIXES[index.settings["format"]]
         self.members: dict[int, list[tuple[str, int, int]]] = {}  # name, offset and length of each image of a shard
+        self.texts: dict[int, dict[str, tuple[int, int]]] = {}  # offset and length of captions, by the key of the image
 
     def load(self, shard: int, number: int) -> Tensor:
         """Return an image, float32 [C, H, W] in [0, 1]."""
@@ -296,10 +321,19 @@ class ShardReader:
 
     def read(self, shard: int, number: int) -> bytes:
         """Return the encoded image."""
-        _, offset, length = self._members(shard)[number]
-        with self.path(shard).open("rb") as stream:
-            stream.seek(offset)
-            return stream.read(length)
+        return self._bytes(shard, *self._members(shard)[number][1:])
+
+    def captions(self, shard: int, number: int) -> str:
+        """Return the captions of an image, one a line.
+
+        Raises:
+            ValueError: when there are none.
+        """
+        key = self.name(shard, number)
+        name, place = f"{key}{CAPTION_SUFFIX} in {self.path(shard)}", self.texts[shard].get(key)
+        if place is None:
+            raise ValueError(f"there is no {name}; {ADVICE}")
+        return parse_captions(self._bytes(shard, *place), name)
 
     def name(self, shard: int, number: int) -> str:
         """Return the key of an image: its name in the shard without the ending."""
@@ -309,25 +343,32 @@ class ShardReader:
         """Return the file of a shard, which may have to be fetched."""
         return shard_path(self.index, self.index.shards[shard])
 
+    def _bytes(self, shard: int, offset: int, length: int) -> bytes:
+        with self.path(shard).open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(length)
+
     def _members(self, shard: int) -> list[tuple[str, int, int]]:
         if shard not in self.members:
-            self.members[shard] = self._scan(shard)
+            self._scan(shard)
         return self.members[shard]
 
-    def _scan(self, shard: int) -> list[tuple[str, int, int]]:
+    def _scan(self, shard: int) -> None:
         path, expected = self.path(shard), self.index.shards[shard].images
         try:
             with tarfile.open(path, "r:") as tar:
-                members = ((m, plain_name(m.name, "an image in a shard")) for m in tar)
-                found = [(name, m.offset_data, m.size) for m, name in members if name.endswith(self.suffix)]
+                members = [(plain_name(m.name, "an image in a shard"), m.offset_data, m.size) for m in tar]
         except (tarfile.TarError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
+        found = [member for member in members if member[0].endswith(self.suffix)]
         if len(found) != expected:
             raise ValueError(f"{path} holds {len(found)} images, the index says {expected}; {ADVICE}")
-        return found
+        texts = (member for member in members if member[0].endswith(CAPTION_SUFFIX))
+        self.texts[shard] = {name.removesuffix(CAPTION_SUFFIX): (offset, size) for name, offset, size in texts}
+        self.members[shard] = found
 
 
-class ShardCrops(Dataset[Tensor]):
+class ShardCrops(Dataset[Any]):
     """Endless random crops of the images of a stream: item q is cut from the image at position q.
 
     It is a pure function of (shards, settings, seed, q), and the same crop that ``RandomCrops`` of that image alone
@@ -342,6 +383,7 @@ class ShardCrops(Dataset[Tensor]):
         probabilities: see ``RandomCrops``.
         augmentation: further random changes; none by default.
         candidates: see ``RandomCrops``.
+        captions: items are pairs of a crop and the captions of its image.
 
     Returns (per item):
         float32 [C, crop_size, crop_size] in [0, 1].
@@ -357,16 +399,18 @@ class ShardCrops(Dataset[Tensor]):
         probabilities: Sequence[float] = PROBABILITIES,
         augmentation: Augmentation | None = None,
         candidates: int = 1,
+        captions: bool = False,
     ):
         check_levels(scales, probabilities)
         check_candidates(candidates)
         self.stream, self.reader = stream, reader
         self.crop_size, self.seed, self.candidates = crop_size, seed, candidates
         self.scales, self.probabilities = scales, probabilities
-        self.augmentation = augmentation or Augmentation()
+        self.augmentation, self.captions = augmentation or Augmentation(), captions
 
-    def __getitem__(self, position: int) -> Tensor:
-        image = self.reader.load(*self.stream[position])
+    def __getitem__(self, position: int) -> Any:
+        place = self.stream[position]
+        image = self.reader.load(*place)
         rng = np.random.default_rng([self.seed, position])
         which, flip = rng.random(2)
         size = (image.shape[1], image.shape[2])
@@ -374,7 +418,8 @@ class ShardCrops(Dataset[Tensor]):
         _, scale = levels[int(np.searchsorted(cumulative, which, side="right"))]
         level = image if scale == 1 else downscale(image, scale)
         crop = detailed_crop(level, self.crop_size, self.candidates, rng)
-        return self.augmentation(crop.flip(2) if flip < 0.5 else crop, rng)
+        item = self.augmentation(crop.flip(2) if flip < 0.5 else crop, rng)
+        return (item, self.reader.captions(*place)) if self.captions else item
 
 
 class ShardImages:
@@ -392,6 +437,10 @@ class ShardImages:
     def load(self, index: int) -> Tensor:
         """Return image number ``index`` of these."""
         return self.reader.load(*self.places[index])
+
+    def captions(self) -> list[str]:
+        """Return the captions of all, one a line each."""
+        return [self.reader.captions(*place) for place in self.places]
 
     def _size(self, place: tuple[int, int]) -> tuple[int, int]:
         name = f"{self.reader.name(*place)} in {self.reader.path(place[0])}"

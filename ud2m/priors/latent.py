@@ -512,7 +512,14 @@ class LatentPrior(nn.Module):
 
     # --- the network ---------------------------------------------------------------------------------------------
 
-    def estimate(self, z_t: Tensor, t: Tensor | float, prompt: Prompt, guidance: float | None = None) -> Tensor:
+    def estimate(
+        self,
+        z_t: Tensor,
+        t: Tensor | float,
+        prompt: Prompt,
+        guidance: float | None = None,
+        null_prompt: Prompt | None = None,
+    ) -> Tensor:
         """Return G(z_t, t, c), float32 at least: the estimate of z from z_t = a z + b eps.
 
         Args:
@@ -520,6 +527,7 @@ class LatentPrior(nn.Module):
             t: times, one or [B]: whole numbers in [0, T), or numbers in [0, T] of a flow.
             prompt: one, or one for each.
             guidance: instead of that of the prior.
+            null_prompt: which classifier-free guidance leads away from; no words unless given.
 
         Raises:
             ValueError: for times outside of the table.
@@ -533,10 +541,10 @@ class LatentPrior(nn.Module):
         doubled = weight > 1 and not self.takes_guidance
         arguments: dict[str, Any] = {"prompt_embeds": prompt.embeds.to(self.dtype)}
         if doubled:
-            empty = self.encode_prompt([""]).expand(len(z_t))
-            arguments["negative_prompt_embeds"] = empty.embeds.to(self.dtype)
-            if empty.pooled is not None:
-                arguments["negative_pooled_prompt_embeds"] = empty.pooled.to(self.dtype)
+            null = (null_prompt or self.encode_prompt([""])).expand(len(z_t))
+            arguments["negative_prompt_embeds"] = null.embeds.to(self.dtype)
+            if null.pooled is not None:
+                arguments["negative_pooled_prompt_embeds"] = null.pooled.to(self.dtype)
         if self.stride:
             arguments["num_frames"] = (z_t.shape[2] - 1) * self.stride + 1
         if prompt.pooled is not None:

@@ -250,8 +250,9 @@ class Treg(LatentWalk):
     """TReg (Kim et al., ICLR 2025): classifier-free guidance, and the data in every third of the first 85 % of steps.
 
     There x = prox of the data at D(z0) with gamma, z0 <- abar' E(x) + (1 - abar') z0 and the step's noise is
-    (1 - abar') eps + sqrt(abar' (1 - abar')) times a fresh one. Differs from the paper: its null prompt learns from the
-    features of a CLIP image tower, which a pipeline does not have; here it stays.
+    (1 - abar') eps + sqrt(abar' (1 - abar')) times a fresh one. The guidance leads away from a null prompt, "out of
+    focus, depth of field" in the paper. Differs from the paper: there it goes on to learn from the features of a CLIP
+    image tower, which a pipeline does not have; here it stays.
 
     Args:
         prior: as for ``LatentWalk``.
@@ -261,6 +262,7 @@ class Treg(LatentWalk):
         gamma: of the prox; 0: no data at all.
         every: steps between two with the data.
         share: of the steps, from the first, that may have them.
+        null_prompt: words, or a prompt; as long as the model's tokenizer takes.
         chunk_size: as for ``LatentWalk``.
     """
 
@@ -273,6 +275,7 @@ class Treg(LatentWalk):
         gamma: float = 1e4,
         every: int = 3,
         share: float = 0.85,
+        null_prompt: str | Prompt = "",
         chunk_size: int = 16,
     ):
         super().__init__(prior, prompt, num_steps, guidance, chunk_size)
@@ -280,6 +283,8 @@ class Treg(LatentWalk):
         if not gamma >= 0 or not 0 <= share <= 1:
             raise ValueError(f"TReg needs gamma >= 0 and share in [0, 1], got {gamma} and {share}")
         self.gamma, self.every, self.share = gamma, every, share
+        with torch.no_grad():
+            self.null_prompt = prior.prompt(null_prompt)
 
     def step(
         self,
@@ -292,7 +297,7 @@ class Treg(LatentWalk):
         memory: dict[str, Any],
     ) -> tuple[Tensor, Prompt]:
         """Return latents after one step."""
-        z0 = self.prior.estimate(z, times[0], prompt, self.guidance)
+        z0 = self.prior.estimate(z, times[0], prompt, self.guidance, self.null_prompt)
         if not self.gamma or (k + 1) % self.every or k >= self.share * self.num_steps:
             return self.ddim(z0, z, times), prompt
         (a, b), (a_next, b_next) = self.roots(times[0]), self.roots(times[1])
