@@ -47,9 +47,9 @@ LVTINO = ["sampler=lvtino", "prompt=a", "sampler.image_prompt=a", "sampler.times
 LVTINO += ["sampler.image_times=[249]"]
 
 
-def sample(*overrides: str, sampler: list[str] = LVTINO) -> None:
+def sample(*overrides: str, sampler: list[str] = LVTINO, operator: list[str] = OPERATOR) -> None:
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = compose("sample", [*OPERATOR, *sampler, *overrides])
+        config = compose("sample", [*operator, *sampler, *overrides])
         check_sampling(config)
         main(config, run_of(config))
 
@@ -108,7 +108,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(pipes, frames, tmp_path, c
         (f"input={tmp_path / 'none.mp4'}", "there is no video"),
         ("input=null", "an operator on videos needs input=..."),
         ("physics.operator.stride=8", "the clip has 6 frames and the operator makes one of 8"),
-        ("fps=0", "fps"),
+        ("fps=0", "fps must be a number from 0.001 to 1000 or null, got 0"),
+        ("fps=1e-9", "fps must be a number from 0.001 to 1000 or null, got 1e-09"),
         ("pipeline=null", "frames of 3 channels and the clip 1"),
     ):
         with pytest.raises((SystemExit, ValueError)) as raised:
@@ -130,6 +131,13 @@ def test_admm_tv_needs_no_pipeline_and_its_clips_play(frames, tmp_path):
     assert "<h1>ADMM-TV</h1>" in page
     for text in ('class="playing"', "Residual of frames of y", "Change from frame to frame"):
         assert text in page
+
+
+def test_admm_tv_of_images_is_one_line(frames, capsys):
+    with pytest.raises(SystemExit):
+        sample(f"input={frames}", "physics=denoising", sampler=["sampler=admm_tv", "lpips=null"], operator=[])
+    expected = "error: this sampler restores videos; take an operator on videos, as physics=video_a"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
 
 
 def test_images_and_videos_choose_their_run():

@@ -102,6 +102,28 @@ def test_a_video_comes_back(tmp_path, height, width, channels):
 
 
 @needs_av
+@pytest.mark.parametrize("rate", [0.001 / 16, 0.3, 29.97, 1000.0])
+def test_slow_and_fast_videos_keep_their_rate(tmp_path, rate):
+    write_video(moving(2), tmp_path / "clip.mp4", rate)
+    if rate < 0.001:
+        with pytest.raises(
+            ValueError, match=r"clip\.mp4 has 1/16000 frames per second; give fps=\.\.\., 0\.001 to 1000"
+        ):
+            read_clip(tmp_path / "clip.mp4")
+        assert read_clip(tmp_path / "clip.mp4", rate=1.0).rate == 1
+    else:
+        assert read_clip(tmp_path / "clip.mp4").rate == pytest.approx(rate, rel=1e-4)
+
+
+@needs_av
+def test_a_file_whose_frames_change_their_size_is_one_clear_line(tmp_path):
+    parts = [written(tmp_path / f"{side}.ts", arrays(moving(3, height=side))).read_bytes() for side in (32, 64)]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match=r"both\.ts differ: frame 0 is 48x32 with 3 channels, frame \d is 48x64 with"):
+        read_clip(tmp_path / "both.ts")
+
+
+@needs_av
 def test_audio_is_left_out_and_said(tmp_path):
     read = read_clip(written(tmp_path / "clip.mp4", arrays(moving()), audio=True))
     assert read.remark == "audio is left out"

@@ -60,7 +60,13 @@ class LatentRun(SamplingRun):
         self.plan({"fingerprint": self.sampler.fingerprint})
 
     def built(self) -> Any:
-        """Return the sampler, whose prior is that of the run."""
+        """Return the sampler, whose prior is that of the run.
+
+        Raises:
+            ValueError: for one without a prior, which images do not do without.
+        """
+        if "reference" not in self.config.sampler:
+            raise ValueError("this sampler restores videos; take an operator on videos, as physics=video_a")
         sampler = build(self.config.sampler, "sampler", LatentSampler, device=self.device)
         self.prior = sampler.prior
         return sampler

@@ -98,7 +98,7 @@ class SampleSettings(Settings):
     sampler: Page | None = None
     pipeline: Text | None
     image_pipeline: Text | None
-    fps: Positive | None
+    fps: Scale | None
     prompt: Text | None
     estimate: Flag
     skip_broken: Flag

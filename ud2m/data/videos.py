@@ -14,6 +14,8 @@ from ud2m.images import list_images, read_image, viewable, with_channels, write_
 
 FRAME_RATE = 25.0
 """Frames per second of a folder of frames, which does not say it."""
+RATES = (0.001, 1000)
+"""The least and the most frames per second of a video file."""
 INSTALL = "pip install 'ud2m[video]', which brings av"
 CODEC = "libx264"
 
@@ -46,7 +48,7 @@ def read_clip(path: str | Path, channels: int | None = 3, rate: float | None = N
     Raises:
         FileNotFoundError: when there is nothing.
         ValueError: for fewer than 2 frames, frames that differ in size or are transparent, a damaged file, one without
-            a video, or without ``av``.
+            a video or whose frames per second are none of ``RATES``, or without ``av``.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -97,8 +99,11 @@ def _decoded(path: Path, channels: int | None, rate: float | None) -> Clip:
         raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from error
     if len(frames) < max(declared, 1):
         raise ValueError(f"{path} is damaged: {len(frames)} of {declared} frames can be decoded")
-    if not told:
-        raise ValueError(f"{path} does not say its frames per second; give fps=...")
+    if not told or not RATES[0] <= told <= RATES[1]:
+        low, high = RATES
+        raise ValueError(
+            f"{path} has {told or 'an unknown number of'} frames per second; give fps=..., {low} to {high}"
+        )
     if deep:
         notes.append("more than 8 bits are read; videos that are written have 8, frames and arrays all")
     return Clip(_stacked(frames, path), float(told), "; ".join(notes))
@@ -143,7 +148,7 @@ def write_video(clip: Tensor, path: Path, rate: float) -> None:
     height, width = clip.shape[-2:]
     aside = path.with_name(f".{path.name}.incomplete")
     with av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream(CODEC, rate=Fraction(rate).limit_denominator(1001), options={"crf": "10"})
+        stream = container.add_stream(CODEC, rate=_fraction(rate), options={"crf": "10"})
         stream.width, stream.height = width, height
         # chroma of half the size needs even sides
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
@@ -153,3 +158,8 @@ def write_video(clip: Tensor, path: Path, rate: float) -> None:
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     os.replace(aside, path)
+
+
+def _fraction(rate: float) -> Fraction:
+    """Return a rate in small numbers, those of slow ones too, as files hold it."""
+    return Fraction(rate).limit_denominator(1001) if rate >= 1 else 1 / _fraction(1 / rate)
