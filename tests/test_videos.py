@@ -1,5 +1,6 @@
 """Video files and folders of frames: what is read is what was written, and what is no video is one clear line."""
 
+import errno
 import sys
 
 import numpy as np
@@ -198,3 +199,123 @@ def test_files_that_are_no_videos_of_frames_are_one_clear_line(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(ValueError, match=r"sound\.m4a holds no video"):
         read_clip(tmp_path / "sound.m4a")
+
+
+# --- files of strangers ------------------------------------------------------------------------------------------
+
+
+@needs_av
+@pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list.ffconcat", "list.sdp"])
+def test_playlists_open_no_further_file(name, tmp_path):
+    """FFmpeg recognises them by their content or their name, and would show the other file, or ask an address."""
+    other = written(tmp_path / "other.mp4", arrays(moving()))
+    texts = {
+        "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{other}\n#EXT-X-ENDLIST\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    }
+    path = tmp_path / name
+    for text in (f"ffconcat version 1.0\nfile '{other.name}'\n", *texts.values()):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"{name} cannot be decoded: .*formats that are read: mov, mp4") as caught:
+            read_clip(path)
+        assert "\n" not in str(caught.value)
+
+
+@needs_av
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("avi", "mpeg4"), ("ts", "libx264"), ("mpg", "mpeg2video"), ("mov", "png")]
+)
+def test_formats_of_videos_are_read(ending, codec, tmp_path):
+    pixels = "rgb24" if codec == "png" else "yuv420p"
+    read = read_clip(written(tmp_path / f"clip.{ending}", arrays(moving()), codec=codec, pix_fmt=pixels))
+    assert (read.frames - moving()).abs().mean() < 0.03
+
+
+@needs_av
+def test_a_second_video_is_refused_and_a_cover_is_none(tmp_path):
+    import av
+
+    for name, cover in (("two.mp4", False), ("cover.mp4", True)):
+        with av.open(str(tmp_path / name), "w") as container:
+            streams = [container.add_stream("libx264", rate=30), container.add_stream("mjpeg", rate=30)]
+            streams[1].pix_fmt = "yuvj420p"
+            if cover:
+                streams[1].disposition = av.stream.Disposition.attached_pic
+            for stream in streams:
+                stream.height, stream.width = 32, 48
+            for stream in streams:
+                for frame in arrays(moving())[: 1 if cover and stream is streams[1] else None]:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+                container.mux(stream.encode())
+    assert read_clip(tmp_path / "cover.mp4").frames.shape[1] == 6
+    with pytest.raises(ValueError, match=r"two\.mp4 holds 2 videos; save the one that is meant"):
+        read_clip(tmp_path / "two.mp4")
+
+
+@needs_av
+def test_all_frames_together_are_bounded_before_they_are_decoded(tmp_path, monkeypatch):
+    told, untold = tmp_path / "told.mp4", tmp_path / "untold.ts"
+    for path in (told, untold):
+        written(path, arrays(moving()))
+    monkeypatch.setenv("UD2M_MAX_PIXELS", str(6 * 32 * 48))
+    for path in (told, untold):
+        assert read_clip(path).frames.shape[1] == 6
+    monkeypatch.setenv("UD2M_MAX_PIXELS", str(6 * 32 * 48 - 1))
+    for path in (told, untold):
+        with pytest.raises(ValueError, match="has too many pixels: 6 frames of 48x32 or more, and at most 9215 in all"):
+            read_clip(path)
+    monkeypatch.setattr("ud2m.data.videos._pixels", lambda *_: pytest.fail("a frame was decoded"))
+    with pytest.raises(ValueError, match="has too many pixels"):
+        read_clip(told)
+    monkeypatch.setenv("UD2M_MAX_PIXELS", "100")
+    with pytest.raises(ValueError, match="has too many pixels: 1 frames of 48x32"):
+        read_clip(untold)
+
+
+def test_the_frames_of_a_folder_are_bounded_too(tmp_path, monkeypatch):
+    write_frames(moving(), tmp_path / "frames")
+    monkeypatch.setenv("UD2M_MAX_PIXELS", str(5 * 32 * 48))
+    with pytest.raises(ValueError, match=r"frames has too many pixels: 6 frames of 48x32 or more, .* UD2M_MAX_PIXELS$"):
+        read_clip(tmp_path / "frames")
+
+
+@needs_av
+def test_frames_that_a_decoder_would_make_up_are_refused(tmp_path):
+    """FFmpeg fills damaged parts of a frame with what stands near them, and marks the frame."""
+    import av
+
+    whole = written(tmp_path / "clip.mp4", arrays(moving(40)))
+    path, data, marked = tmp_path / "damaged.mp4", whole.read_bytes(), 0
+    for place in range(1000, data.index(b"moov") - 20, 23):
+        damaged = bytearray(data)
+        damaged[place : place + 2] = bytes(2)
+        path.write_bytes(damaged)
+        try:
+            with av.open(str(path)) as container:
+                odd = any(frame.is_corrupt for frame in container.decode(video=0))
+        except av.FFmpegError:
+            odd = True
+        if odd:
+            marked += 1
+            with pytest.raises(ValueError, match=r"damaged\.mp4 (cannot be decoded|is damaged): [^\n]*$"):
+                read_clip(path)
+    assert marked > 10
+
+
+@needs_av
+def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    write_video(moving(), tmp_path / "clip.mp4", 25)
+    before = (tmp_path / "clip.mp4").read_bytes()
+    shown = iter([lambda frame: (frame, None)] * 3)
+
+    def full(frame):
+        try:
+            return next(shown)(frame)
+        except StopIteration:
+            raise OSError(errno.ENOSPC, "full") from None
+
+    monkeypatch.setattr("ud2m.data.videos.viewable", full)
+    with pytest.raises(OSError, match=r"cannot write .*clip\.mp4: no space is left"):
+        write_video(moving(), tmp_path / "clip.mp4", 25)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_bytes() == before

@@ -1,6 +1,6 @@
 """Video files and folders of frames in and out, as float tensors [C, T, H, W] in [0, 1]."""
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ud2m.files import atomic_file
 from ud2m.images import list_images, read_image, viewable, with_channels, write_image
+from ud2m.raster import LIMIT, max_pixels
 
 FRAME_RATE = 25.0
 """Frames per second of a folder of frames, which does not say it."""
@@ -18,6 +20,8 @@ RATES = (0.001, 1000)
 """The least and the most frames per second of a video file."""
 INSTALL = "pip install 'ud2m[video]', which brings av"
 CODEC = "libx264"
+FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "yuv4mpegpipe")
+"""What is opened, by FFmpeg's names. It knows more, some of which open further files, as playlists do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +51,13 @@ def read_clip(path: str | Path, channels: int | None = 3, rate: float | None = N
 
     Raises:
         FileNotFoundError: when there is nothing.
-        ValueError: for fewer than 2 frames, frames that differ in size or are transparent, a damaged file, one without
-            a video or whose frames per second are none of ``RATES``, or without ``av``.
+        ValueError: for fewer than 2 frames, too many pixels, frames that differ in size or are transparent, a damaged
+            file, one without a video or with several, a format that is not of ``FORMATS``, frames per second that are
+            none of ``RATES``, or without ``av``.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        files = list_images(path)
-        clip = Clip(_stacked([(file.name, read_image(file, channels)) for file in files], path), rate or FRAME_RATE)
+        clip = Clip(_stacked(_files(path, channels), path), rate or FRAME_RATE)
     elif path.is_file():
         clip = _decoded(path, channels, rate)
     else:
@@ -61,6 +65,15 @@ def read_clip(path: str | Path, channels: int | None = 3, rate: float | None = N
     if clip.frames.shape[1] < 2:
         raise ValueError(f"{path} holds one frame; a video has two or more, and a picture is for other samplers")
     return clip
+
+
+def _files(folder: Path, channels: int | None) -> list[tuple[str, Tensor]]:
+    frames: list[tuple[str, Tensor]] = []
+    for file in list_images(folder):
+        frame = read_image(file, channels)
+        frames.append((file.name, frame))
+        check_pixels(folder, len(frames), frame.shape[2], frame.shape[1])
+    return frames
 
 
 def _stacked(frames: list[tuple[str, Tensor]], path: Path) -> Tensor:
@@ -84,19 +97,26 @@ def _decoded(path: Path, channels: int | None, rate: float | None) -> Clip:
     av = _av(path)
     frames: list[tuple[str, Tensor]] = []
     notes = []
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video")
-            stream = container.streams.video[0]
+        # the open file and no name, and no protocols: a playlist would read other files, and addresses
+        with path.open("rb") as file, av.open(file, options=options) as container:
+            stream = _only_video(container.streams.video, path)
             if container.streams.audio:
                 notes.append("audio is left out")
             declared, told = stream.frames, rate or stream.average_rate
+            check_pixels(path, max(declared, 1), stream.width, stream.height)
+            # damaged parts are errors, which FFmpeg would fill with what stands near them
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(max_pixels())}
             for number, frame in enumerate(container.decode(stream)):
+                check_pixels(path, number + 1, frame.width, frame.height)
+                if frame.is_corrupt:
+                    raise ValueError(f"{path} is damaged: frame {number} is not whole")
                 frames.append((f"frame {number}", with_channels(_pixels(frame, path), channels)))
                 deep = frame.format.components[0].bits > 8
-    except av.FFmpegError as error:
-        raise ValueError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from error
+    except (av.FFmpegError, OSError) as error:  # its own, and those of the file at places that are not in it
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be decoded: {said} (formats that are read: {', '.join(FORMATS)})") from error
     if len(frames) < max(declared, 1):
         raise ValueError(f"{path} is damaged: {len(frames)} of {declared} frames can be decoded")
     if not told or not RATES[0] <= told <= RATES[1]:
@@ -107,6 +127,26 @@ def _decoded(path: Path, channels: int | None, rate: float | None) -> Clip:
     if deep:
         notes.append("more than 8 bits are read; videos that are written have 8, frames and arrays all")
     return Clip(_stacked(frames, path), float(told), "; ".join(notes))
+
+
+def _only_video(streams: Sequence[Any], path: Path) -> Any:
+    """Return the one video among streams, some of which are pictures of covers."""
+    videos = [stream for stream in streams if "attached_pic" not in (stream.disposition.name or "")]
+    if not videos:
+        raise ValueError(f"{path} holds no video")
+    if len(videos) > 1:
+        raise ValueError(f"{path} holds {len(videos)} videos; save the one that is meant as a file of its own")
+    return videos[0]
+
+
+def check_pixels(path: Path, count: int, width: int, height: int) -> None:
+    """Raise ValueError for more frames than memory is taken for: all together have no more pixels than a picture."""
+    most = max_pixels()
+    if count * width * height > most:
+        raise ValueError(
+            f"{path} has too many pixels: {count} frames of {width}x{height} or more, and at most {most} in all are "
+            f"decoded; cut it, or set the environment variable {LIMIT}"
+        )
 
 
 def _pixels(frame: Any, path: Path) -> Tensor:
@@ -146,8 +186,7 @@ def write_video(clip: Tensor, path: Path, rate: float) -> None:
     """
     av = _av(path)
     height, width = clip.shape[-2:]
-    aside = path.with_name(f".{path.name}.incomplete")
-    with av.open(str(aside), "w", format="mp4") as container:
+    with atomic_file(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(CODEC, rate=_fraction(rate), options={"crf": "10"})
         stream.width, stream.height = width, height
         # chroma of half the size needs even sides
@@ -157,7 +196,6 @@ def write_video(clip: Tensor, path: Path, rate: float) -> None:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(values.permute(1, 2, 0).cpu().numpy()), "rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    os.replace(aside, path)
 
 
 def _fraction(rate: float) -> Fraction:
