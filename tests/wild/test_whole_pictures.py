@@ -1,6 +1,7 @@
 """Everything that a picture file says is honoured or refused, by every reader alike."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +69,13 @@ def test_a_jpeg_that_is_to_be_turned_has_no_coefficients_upright(tmp_path):
     pytest.importorskip("jpeglib")
     (tmp_path / "a.jpg").write_bytes(TURNED["exif.jpg"](random_levels(np.uint8, 16, 24, 3), 6))
     with pytest.raises(ValueError, match=r"a\.jpg is to be turned \(EXIF orientation 6\).*jpegtran"):
+        Jpeg().read_observation(tmp_path / "a.jpg", 3, "cpu")
+
+
+def test_without_jpeglib_a_jpeg_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jpeglib", None)
+    (tmp_path / "a.jpg").write_bytes(saved(random_levels(np.uint8, 16, 24, 3), format="JPEG"))
+    with pytest.raises(ValueError, match=r"of .*a\.jpg are read with jpeglib: pip install 'ud2m\[jpeg\]'$"):
         Jpeg().read_observation(tmp_path / "a.jpg", 3, "cpu")
 
 

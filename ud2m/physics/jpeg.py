@@ -313,8 +313,8 @@ class Jpeg(OperatorFamily):
         """Return y and the encoder of a JPEG file: its own coefficients, tables and averages of chroma.
 
         Raises:
-            ImportError: when jpeglib is not installed.
-            ValueError: for another kind of file, or one whose colours this code cannot take.
+            OSError: when it cannot be read.
+            ValueError: for another kind of file, one whose colours this code cannot take, or without jpeglib.
         """
         return read_jpeg(path, channels, device, self.codec)
 
@@ -328,13 +328,13 @@ def read_jpeg(
     blocks would no longer lie where the encoder put them.
 
     Raises:
-        ImportError: see ``Jpeg.read_observation``.
+        OSError: see ``Jpeg.read_observation``.
         ValueError: see ``Jpeg.read_observation``.
     """
     try:
         import jpeglib
     except ImportError as error:
-        raise ImportError("reading the coefficients of a JPEG file needs jpeglib: pip install jpeglib") from error
+        raise ValueError(f"the coefficients of {path} are read with jpeglib: pip install 'ud2m[jpeg]'") from error
     header = read_header(Path(path), path)
     if header.format not in ("JPEG", "MPO"):
         raise ValueError(f"{path} is no JPEG file but {header.format}; physics=jpeg reads the coefficients of one")
