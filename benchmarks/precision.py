@@ -22,7 +22,8 @@ from ud2m.physics import Problem
 from ud2m.precision import DTYPES
 from ud2m.samplers.ud2m import PosteriorSampler
 
-MODELS = ("photos_gaussian_blur", "photos_super_resolution", "photos_inpainting", "photos_general")
+OPERATORS = ("gaussian_blur", "super_resolution", "inpainting")
+MODELS = (*(f"{kind}_{name}" for kind in ("photos", "photographs") for name in OPERATORS), "photos_general")
 SIDE, SAMPLES = 128, 2
 
 

@@ -1,6 +1,6 @@
 """What training minimises."""
 
-from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss, gradient_square
+from ud2m.losses.adversarial import Adversarial, Discriminator, DiscriminatorLoss, FeatureDiscriminator, gradient_square
 from ud2m.losses.generator import GeneratorLoss, build_generator_loss
 from ud2m.losses.terms import (
     L2,
@@ -20,6 +20,7 @@ __all__ = [
     "Discriminator",
     "DiscriminatorLoss",
     "EnergyScore",
+    "FeatureDiscriminator",
     "FeatureDistance",
     "FeatureEnergyScore",
     "GeneratorLoss",

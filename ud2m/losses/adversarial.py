@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize, softplus
 
-from ud2m.losses.terms import LossTerm, Prediction, _check_weight, _finite, _full
+from ud2m.losses.terms import Features, LossTerm, Prediction, _check_weight, _finite, _full
 from ud2m.precision import full_precision
 
 REFERENCE_SIDE = 256
@@ -71,10 +72,65 @@ class Discriminator(nn.Module):
         return self.layers(2 * torch.cat([x, condition], dim=1) - 1)
 
 
+class FeatureDiscriminator(nn.Module):
+    """Map an image and its condition to raw logits by small heads on the features f_l of a frozen network.
+
+    Projected GANs (Sauer et al., 2021, arXiv 2111.01007) with the prior's encoder as the frozen network, which knows the
+    textures of clean images from the first step: D has the heads alone to learn. Per resolution l the vector
+    [f_l(x), f_l(condition)] of every location is divided by its root mean square and goes through a 1x1 convolution, a
+    3x3 one and a 1x1 one to a logit, with SiLU between them. Samples do not see each other, and D is smooth, as
+    ``Discriminator``.
+
+    Args:
+        channels: C of the images and of the condition.
+        features: images [B, C, H, W] in [0, 1] -> list of feature maps [B, c_l, h_l, w_l].
+        width: channels of the heads.
+
+    Raises:
+        ValueError: when a number of channels or the width is below 1.
+    """
+
+    def __init__(self, channels: int, features: Features, width: int = 32):
+        super().__init__()
+        if min(channels, width) < 1:
+            raise ValueError(f"channels and width must be at least 1, got channels={channels}, width={width}")
+        self.channels, self.features = channels, features
+        with torch.no_grad():
+            maps = features(torch.zeros(1, channels, 64, 64))
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(2 * found.shape[1], width, 1),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(width, 1, 1),
+            )
+            for found in maps
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return logits [B, n] (above 0: real), one per location of every resolution, for images of one size in [0, 1].
+
+        Raises:
+            ValueError: when channels or sizes do not fit.
+        """
+        if x.shape[1] != self.channels or x.shape != condition.shape:
+            raise ValueError(
+                f"image and condition must have one size and {self.channels} channels, got {tuple(x.shape)} and "
+                f"{tuple(condition.shape)}; discriminator=small takes others"
+            )
+        logits = []
+        for head, of_x, of_condition in zip(self.heads, self.features(x), self.features(condition), strict=True):
+            joint = torch.cat([_full(of_x), _full(of_condition)], dim=1)
+            logits.append(head(joint.shape[1] ** 0.5 * normalize(joint, dim=1, eps=1e-4)).flatten(1))
+        return torch.cat(logits, dim=1)
+
+
 class Adversarial(LossTerm):
     """Non-saturating logistic loss of the generator, softplus(-D(L, condition)) (Goodfellow et al., 2014).
 
-    D returns logits. Its parameters enter as constants: this term leaves no gradient in them.
+    D returns logits. Its parameters enter as constants: this term leaves no gradient in them. D is evaluated in float32
+    whatever the rest is in: outputs differ from images by about sigma_y, which bfloat16 rounds away.
 
     Args:
         discriminator: (images, condition) -> logits of any shape [N, ...].
@@ -91,7 +147,8 @@ class Adversarial(LossTerm):
         """Return the mean over samples, outputs and logits."""
         constants = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         images = (prediction.flat_outputs, prediction.repeat(prediction.condition))
-        return softplus(-_full(torch.func.functional_call(self.discriminator, constants, images))).mean()
+        with full_precision(prediction.x0.device):
+            return softplus(-torch.func.functional_call(self.discriminator, constants, images)).mean()
 
 
 class DiscriminatorLoss(nn.Module):
@@ -99,8 +156,9 @@ class DiscriminatorLoss(nn.Module):
 
     softplus(-D(x0, y)) + softplus(D(L, y)) + w_gs |grad_x D(u x0 + (1 - u) L, y)|^2, u ~ U(0, 1) per sample.
     D returns logits: the first two terms are log 4 for an undecided D and fall to 0 for a perfect one. The
-    outputs are detached. The square is that of ``gradient_square``, whose size does not depend on that of the
-    crops; of the M exchangeable outputs only the first is interpolated: two derivatives cost.
+    outputs are detached, and D is evaluated in float32 (see ``Adversarial``). The square is that of
+    ``gradient_square``, whose size does not depend on that of the crops; of the M exchangeable outputs only the first is
+    interpolated: two derivatives cost.
 
     Args:
         gradient_penalty: w_gs >= 0, the number of the paper at any size; with 0 the penalty is not computed.
@@ -130,8 +188,9 @@ class DiscriminatorLoss(nn.Module):
             NonFiniteLossError: naming the part that is not finite.
         """
         real, fake = prediction.x0, prediction.flat_outputs.detach()
-        of_real = _full(discriminator(real, prediction.condition))
-        of_fake = _full(discriminator(fake, prediction.repeat(prediction.condition)))
+        with full_precision(real.device):
+            of_real = discriminator(real, prediction.condition)
+            of_fake = discriminator(fake, prediction.repeat(prediction.condition))
         values = {"discriminator": _finite("discriminator", softplus(-of_real).mean() + softplus(of_fake).mean())}
         total = values["discriminator"]
         if self.gradient_penalty > 0:
@@ -152,10 +211,11 @@ def gradient_square(discriminator: Callable[[Tensor, Tensor], Tensor], x: Tensor
     1 / (H W), since the average has more terms. So it is multiplied by H W / 256^2, and by 1/4 since images here lie in
     [0, 1]: a weight means what it means for the priors of 256x256 pixels that [UD2M] trains.
 
-    In full precision whatever the rest is in: this gradient is not scaled, and vanishes in float16.
+    In full precision whatever the rest is in: this gradient is not scaled, and vanishes in float16. Attention in D is
+    that of plain products: torch's fused kernels cannot be differentiated twice.
     """
     x = x.detach().requires_grad_()
-    with full_precision(x.device):
+    with full_precision(x.device), sdpa_kernel(SDPBackend.MATH):
         logits = discriminator(x, condition).reshape(len(x), -1).mean(1)
     (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1) * x.shape[2] * x.shape[3] / REFERENCE_SIDE**2 / 4

@@ -103,7 +103,7 @@ def _gradient_size(value: Tensor, outputs: Tensor) -> Tensor:
 def build_generator_loss(
     terms: Mapping[str, Mapping[str, Any]],
     features: Features,
-    discriminator: Callable[[], nn.Module],
+    discriminator: Callable[..., nn.Module],
     relative: bool = False,
 ) -> GeneratorLoss:
     """Return the loss of a configuration (conf/loss): only terms of positive weight are made.
@@ -112,13 +112,15 @@ def build_generator_loss(
         terms: name -> {``weight``: number, ``term``: partial of a ``LossTerm``}. A partial gets ``features``
             and ``discriminator`` if it has an argument of that name, and so do partials among its arguments.
         features: images -> list of feature maps.
-        discriminator: makes the discriminator; called at most once, when the first active term asks for it.
+        discriminator: makes the discriminator, from ``features`` if it has an argument of that name; called at most
+            once, when the first active term asks for it.
         relative: weigh gradients in place of values.
 
     Raises:
         ValueError: as ``GeneratorLoss``.
     """
-    parts: Parts = {"features": lambda: features, "discriminator": cache(discriminator)}
+    own: Parts = {"features": lambda: features}
+    parts = {**own, "discriminator": cache(partial(_make, discriminator, own))}
     return GeneratorLoss({n: (e["weight"], partial(_make, e["term"], parts)) for n, e in terms.items()}, relative)
 
 

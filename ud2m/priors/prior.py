@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ud2m.precision import fastest_layout
+from ud2m.precision import fastest_layout, full_precision
 from ud2m.priors.adm import NETWORKS
 from ud2m.priors.attention import attend_locally
 from ud2m.priors.plug_and_play import PriorDenoiser
@@ -172,11 +172,13 @@ class Prior(nn.Module):
     def features(self, x: Tensor, sigma: float = 0.02) -> list[Tensor]:
         """Return the encoder features of the *frozen* network at a low noise level, one [B, c, h, w] per resolution.
 
-        The last feature of every resolution, from fine to coarse; no noise is added to x [B, C, H, W] in [0, 1].
+        The last feature of every resolution, from fine to coarse; no noise is added to x [B, C, H, W] in [0, 1]. In
+        float32 under autocast too, unless the weights are kept in bfloat16: what compares features compares images that
+        differ by little, which bfloat16 rounds away.
         """
         level = x.new_full((len(x),), sigma)
         unet = self.frozen_network()
-        with self._autocast(x):
+        with full_precision(x.device), self._autocast(x):
             emb = unet.time_embedding(unet.time_proj(self.schedule.time(level)).to(x.dtype))
             if self.label is not None:
                 emb = emb + unet.class_embedding(_labels(x, self.label))

@@ -1,6 +1,7 @@
 """Builds a distillation from the plain values of conf/training/distillation.yaml."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -47,7 +48,8 @@ def build_distillation(
         sigma_y: noise level of the observations, image units.
         levels: draws sigma per sample.
         loss: builds the generator's loss from ``features`` and ``discriminator`` (``build_generator_loss``).
-        discriminator: builds D from ``channels``; called only when the adversarial term has a weight.
+        discriminator: builds D from ``channels``, and ``features`` if it has an argument of that name; called only when
+            the adversarial term has a weight.
         discriminator_loss: the loss of D.
         optimizer: of ``OptimizerSettings``.
         sampling: of ``SamplerConfig``: the sampler that validates and is exported.
@@ -71,7 +73,7 @@ def build_distillation(
     check_types(Validation, validation, "validation")
     unfolded = build_trained_network(**network)
     prior = cast(Prior, unfolded.denoiser)
-    terms = loss(features=prior.features, discriminator=lambda: discriminator(channels=prior.channels))
+    terms = loss(features=prior.features, discriminator=partial(discriminator, channels=prior.channels))
     step = DistillationStep(unfolded, problem, levels, terms, discriminator_loss)
     sampler = PosteriorSampler(unfolded, config)
     return DistillationModule(step, sampler, Validation(sampler, problem, **validation), settings)
