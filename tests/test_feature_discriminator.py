@@ -146,8 +146,8 @@ def test_autocast_takes_nothing_from_what_compares_images(prior):
 
 
 def test_the_page_builds_it_from_the_prior_of_the_run(prior_folder, tmp_path):
-    chosen = ["experiment=photos_gaussian_blur", "discriminator=features", "loss.adversarial=0.1", "discriminator.width=4"]
-    with composed(*chosen, folder=tmp_path) as config:
+    chosen = ["discriminator=features", "discriminator.width=4", "loss.adversarial=0.1"]
+    with composed("experiment=photos_gaussian_blur", *chosen, folder=tmp_path) as config:
         config.prior = prior_folder
         module = build(config.training, "training")
     assert isinstance(module.discriminator, FeatureDiscriminator)

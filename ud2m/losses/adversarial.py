@@ -75,8 +75,8 @@ class Discriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Map an image and its condition to raw logits by small heads on the features f_l of a frozen network.
 
-    Projected GANs (Sauer et al., 2021, arXiv 2111.01007) with the prior's encoder as the frozen network, which knows the
-    textures of clean images from the first step: D has the heads alone to learn. Per resolution l the vector
+    Projected GANs (Sauer et al., 2021, arXiv 2111.01007) with the prior's encoder as the frozen network, which knows
+    the textures of clean images from the first step: D has the heads alone to learn. Per resolution l the vector
     [f_l(x), f_l(condition)] of every location is divided by its root mean square and goes through a 1x1 convolution, a
     3x3 one and a 1x1 one to a logit, with SiLU between them. Samples do not see each other, and D is smooth, as
     ``Discriminator``.
@@ -157,8 +157,8 @@ class DiscriminatorLoss(nn.Module):
     softplus(-D(x0, y)) + softplus(D(L, y)) + w_gs |grad_x D(u x0 + (1 - u) L, y)|^2, u ~ U(0, 1) per sample.
     D returns logits: the first two terms are log 4 for an undecided D and fall to 0 for a perfect one. The
     outputs are detached, and D is evaluated in float32 (see ``Adversarial``). The square is that of
-    ``gradient_square``, whose size does not depend on that of the crops; of the M exchangeable outputs only the first is
-    interpolated: two derivatives cost.
+    ``gradient_square``, whose size does not depend on that of the crops; of the M exchangeable outputs only the first
+    is interpolated: two derivatives cost.
 
     Args:
         gradient_penalty: w_gs >= 0, the number of the paper at any size; with 0 the penalty is not computed.
