@@ -1,6 +1,7 @@
 """The functions behind the page of ``ud2m app``: the same pictures, numbers and refusals as ``ud2m sample``."""
 
 import json
+import re
 import socket
 import weakref
 import zipfile
@@ -21,7 +22,7 @@ from ud2m.cli.commands import TASKS
 from ud2m.cli.errors import message
 from ud2m.cli.visit import MASK, OPERATORS, Request, drawn_mask, outcome, shown_levels, spread, without_places
 from ud2m.files import MARKER
-from ud2m.images import read_image, write_image
+from ud2m.images import read_image, std_scale, write_image
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,11 @@ def test_pictures_and_files_are_those_of_the_command(model, picture, tmp_path):
     for caption, name in {"y": "observation", "mean": "mean", "sample 3": "samples/002"}.items():
         expected = read_image(tmp_path / "command" / f"{name}.png")
         assert np.abs(pictures[caption] / 255 - expected.permute(1, 2, 0).numpy()).max() < 0.6 / 255
-    assert any(caption.startswith("std to ") for caption in pictures)
+    assert "std" in pictures
+    samples = torch.stack([read_image(tmp_path / "command" / "samples" / f"{k:03d}.png") for k in range(3)])
+    brightest = re.search(r"brightest where it is (\S+) or more", found.text)
+    assert brightest
+    assert float(brightest[1]) == pytest.approx(std_scale(samples.std(0)), rel=0.15)  # of 8 bits here
     before, after = found.before_after
     assert (before == pictures["y"]).all()
     assert (after == pictures["mean"]).all()

@@ -135,13 +135,15 @@ def test_comparison_has_all_rows_on_test_images(model, tmp_path):
     page = Page((out / "report.html").read_text())
     assert "operator SuperResolution(factor=2), sigma_y = 0.05" in page.text
     (shown,) = [folder.name for folder in out.iterdir() if folder.is_dir() and not folder.name.endswith("-32")]
-    labels = {attributes["alt"].removeprefix(f"{shown}: ") for attributes, _ in page.images()}
-    assert set(names[:-1]) <= labels
-    _, array = page.picture(f"{shown}: A^dagger y")
-    inverted = torch.from_numpy(array / 255).permute(2, 0, 1)[None].float()
-    physics = SuperResolution(2).draw(1, tuple(inverted.shape[1:]))
-    # A A^dagger y = y, up to 8 bits and what is clamped
-    assert (physics.A(inverted) - read_image(out / shown / "observation.png")).abs().mean() < 0.005
+    labels = {attributes["alt"] for attributes, _ in page.images()}
+    for picture, side in ((shown, 16), ("chelsea-r0-c0-32", 32)):
+        assert {f"{picture}: {name}" for name in names[:-1]} <= labels
+        _, array = page.picture(f"{picture}: A^dagger y")
+        inverted = torch.from_numpy(array / 255).permute(2, 0, 1)[None].float()
+        assert inverted.shape[-2:] == (side, side)
+        physics = SuperResolution(2).draw(1, tuple(inverted.shape[1:]))
+        # A A^dagger y = y, up to 8 bits and what is clamped
+        assert (physics.A(inverted) - read_image(out / picture / "observation.png")).abs().mean() < 0.005
     assert not list(out.glob(".rows"))
 
 

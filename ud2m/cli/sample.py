@@ -424,23 +424,38 @@ class SamplingRun:
         validation = [x0.to(self.device) for x0 in data.val_dataloader()]
 
         def rows(name: str, page: Mapping[str, Any]) -> Rows:
-            found, samples = [], {}
+            found, made = [], {}
             for label, target, extra in self.settings(page, validation, team):
-                row, pictures = self.row(label, self.build(target), test, team)
+                sampler = self.build(target)
+                row, pictures = self.row(label, sampler, test, team)
                 found.append(row | extra)
-                samples[label] = {number: kinds["sample"] for number, kinds in pictures.items()}
+                if team.rank == 0:
+                    made[label] = self.shown_samples(sampler, pictures)
             if team.rank == 0:
                 folder.mkdir(exist_ok=True)
-                torch.save(samples, folder / f"{name}.pt")
+                torch.save(made, folder / f"{name}.pt")
             return found
 
         return {name: partial(rows, name, page) for name, page in plain(self.config)["methods"].items()}
 
-    def rivals_of(self, group: Group, folder: Path) -> list[dict[str, Tensor]]:
-        """Return what the other methods have made of each observation of a group, by their names."""
+    @torch.no_grad()
+    def shown_samples(self, sampler: Sampler, measured: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return a sample of a method for each shown picture by its name: that of its measurement, or drawn for it."""
+        made: dict[str, Tensor] = {}
+        for group in self.groups:
+            if group.scored:
+                made |= {name: measured[k]["sample"] for name, k in zip(group.names, group.scored, strict=True)}
+                continue
+            for number, name in enumerate(group.names):
+                observation = group.case(number).observation
+                generator = torch.Generator(observation.y.device).manual_seed(self.config.seed)
+                made[name] = sampler.sample(observation, 1, generator)[0, 0].cpu()
+        return made
+
+    def rival_pictures(self, folder: Path) -> dict[str, Mapping[str, Tensor]]:
+        """Return what the other methods have made of the shown test images: pictures by method and name of the image."""
         files = [folder / ROWS / f"{name}.pt" for name in plain(self.config)["methods"]]
-        samples: Numbers = {name: made for file in files if file.is_file() for name, made in read_tensors(file).items()}
-        return [{name: made[number] for name, made in samples.items()} for number in group.scored]
+        return {label: made for file in files if file.is_file() for label, made in read_tensors(file).items()}
 
     def settings(
         self, page: Mapping[str, Any], validation: Sequence[Tensor], team: Team
@@ -533,9 +548,9 @@ class SamplingRun:
         places, quiet = self.places(group, folder), progress_bar(total=0, disable=True)
         records = [self.results(group, k, places[k], quiet) for k in range(len(places))]
         entries = [Entry(**read_tensors(place / ENTRY)) for place in places[: group.shown]]
-        if group.scored:
-            made = self.rivals_of(group, folder)
-            entries = [replace(entry, rivals=rivals) for entry, rivals in zip(entries, made, strict=True)]
+        if self.data is not None:
+            made = self.rival_pictures(folder)
+            entries = [replace(e, rivals={label: of[e.name] for label, of in made.items()}) for e in entries]
         further = {group.names[k]: records[k]["numbers"] for k in range(group.shown, len(records))}
         return Section(group.title, group.text, entries, {} if group.alone else further), records
 

@@ -208,16 +208,18 @@ def _outcome(request: Request, device: torch.device, folder: Path, tell: Callabl
     entry = visit.shown
     y, mean = observed(entry), shown_levels(entry.mean)
     scenes = [(shown_levels(y), "y"), (mean, "mean")]
+    brightest = ""
     if entry.std is not None:
         coloured, scale = std_image(entry.std)
-        scenes.append((shown_levels(coloured), f"std to {scale:g}"))
+        scenes.append((shown_levels(coloured), "std"))
+        brightest = f"std: standard deviation of the samples, brightest where it is {scale:g} or more"
     if entry.reference is not None:
         scenes.append((shown_levels(entry.reference), "clean"))
     samples = [(shown_levels(x), f"sample {k}") for k, x in enumerate(entry.samples, start=1)]
     columns = table_columns([entry.numbers])
     numbers = [f"**{c.heading}** {format_value(c, entry.numbers[c.key])}" for c in columns]
     about = f"{visit.measurement}, seed {request.seed}"
-    text = "\n\n".join(filter(None, [" · ".join(numbers), about, visit.remark, entry.note]))
+    text = "\n\n".join(filter(None, [" · ".join(numbers), about, brightest, visit.remark, entry.note]))
     before = spread(y, entry.mean.shape[1:])
     return Outcome(scenes + samples, None if before is None else (shown_levels(before), mean), text, Path(archive))
 
