@@ -45,9 +45,9 @@ class Row:
 
 
 ROWS = (
-    Row("deblurring", "photos_gaussian_blur", GaussianBlur(1.6), "chelsea", 60, 120),
-    Row("super-resolution x4", "photos_super_resolution", SuperResolution(4), "coffee", 100, 300),
-    Row("inpainting, 70 %", "photos_inpainting", Inpainting(0.7), "chelsea", 150, 150),
+    Row("deblurring", "photographs_gaussian_blur", GaussianBlur(1.6), "chelsea", 60, 120),
+    Row("super-resolution x4", "photographs_super_resolution", SuperResolution(4), "coffee", 100, 300),
+    Row("inpainting, 70 %", "photographs_inpainting", Inpainting(0.7), "chelsea", 150, 150),
 )
 
 

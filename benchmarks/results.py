@@ -167,6 +167,13 @@ SECTIONS = (
         "sample each of 24 validation pieces. With 95 % intervals, over images.",
     ),
     Section(
+        "models",
+        "The shipped models on CBSD68",
+        "What `ud2m models` prints: 70 pieces of 64x64, evenly spaced over those of the 68 images, so that each image "
+        "has one, at varying places; 4 samples; FOLDER is one as `data=folder` takes it. With 95 % intervals, over "
+        "images.",
+    ),
+    Section(
         "jpeg",
         "JPEG: the quantisation cell and the Gaussian surrogate",
         "Zero-shot LATINO with the shipped prior, each data term at its best setting on validation images; all 342 "

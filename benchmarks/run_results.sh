@@ -3,8 +3,8 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, which needs a folder of them.
-# `models` trains the shipped prior and the four shipped models anew and puts them into ud2m/pretrained. What is finished
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs` and `shipped`, which need folders of them.
+# `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
 set -euo pipefail
@@ -344,10 +344,22 @@ photographs() {
     collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
 
+# The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
+shipped() {
+    local folders=() operator
+    for operator in $OPERATORS; do
+        evaluate "models_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
+            methods="[\"ud2m target.model=photographs_$operator\",\"ud2m target.model=photos_$operator\",\"ud2m target.model=photos_general\"]" \
+            datasets="[\"folder root=$CBSD68 crop_size=64 tile_size=64 test_limit=70\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
+        folders+=("results/models_$operator")
+    done
+    collect models "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh shipped"
+}
+
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs $PARTS " in
+    case " models photographs shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
 
 from ud2m.cli import commands
+from ud2m.cli.models import scores_file
 from ud2m.priors.shipped import SHIPPED
 
 COMMANDS = ("train", "sample", "evaluate")
@@ -140,23 +142,36 @@ def test_the_pages_of_a_clone_are_those_of_its_top_folder():
 def test_every_folder_of_the_package_is_installed():
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "ud2m").rglob("__init__.py")}
-    assert set(settings["packages"]) == {".".join(folder.parts) for folder in folders} | {"ud2m.conf"}
-    assert settings["package-dir"] == {"ud2m.conf": "conf"}
+    assert set(settings["packages"]) == {".".join(folder.parts) for folder in folders} | {"ud2m.conf", "ud2m.results"}
+    assert settings["package-dir"] == {"ud2m.conf": "conf", "ud2m.results": "docs/results"}
+    assert settings["package-data"]["ud2m.results"] == [scores_file().name]
     pages = {page for pattern in settings["package-data"]["ud2m.conf"] for page in (REPOSITORY / "conf").glob(pattern)}
     assert pages == {path for path in (REPOSITORY / "conf").rglob("*") if path.is_file()}
 
 
-def test_models_are_listed_with_a_command_that_works(capsys, monkeypatch):
+def test_models_are_listed_with_their_scores_and_words_that_choose_them(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ud2m", "models"])
     commands.start()
     lines = capsys.readouterr().out.splitlines()
-    table = {line.split()[0]: line for line in lines[1 : lines.index("")]}
-    assert set(table) == {path.parent.name for path in SHIPPED.glob("*/psi.safetensors")}
-    for name, line in table.items():
-        assert line.endswith(f"ud2m sample model={name}")
+    table = lines[1 : lines.index("")]
+    assert max(map(len, lines)) <= 125
+    shipped = {path.parent.name for path in SHIPPED.glob("*/psi.safetensors")}
+    assert {line.split()[0] for line in table} == {f"model={name}" for name in shipped}
+    rows = {row["method"]: row for row in json.loads(scores_file().read_text())["rows"] if row["operator"] == "inpainting"}
+    for name in shipped:
         settings = json.loads((SHIPPED / name / "config.json").read_text())
-        assert f" {settings['network']['num_blocks'] * settings['sampler']['num_steps']} " in line
-    rows = json.loads((REPOSITORY / "docs/results/inpainting_128.json").read_text())["rows"]
-    (ours,) = [row for row in rows if row["method"].startswith("UD2M (K=")]
-    assert f"{ours['psnr_mean']:.2f} dB" in table["photos_inpainting"]
-    assert f"{ours['lpips']:.3f}" in table["photos_inpainting"]
+        own = [line for line in table if line.startswith(f"model={name} ")]
+        assert len(own) == (3 if name == "photos_general" else 1)
+        assert all(f" {settings['network']['num_blocks'] * settings['sampler']['num_steps']} " in line for line in own)
+        trained = settings["sampler"]["info"]["physics"]["operator"]["class"].rpartition(".")[2].lower()
+        assert len(own) > 1 or own[0].split()[1].replace("_", "") == trained
+        assert not any(" -" in line for line in own)  # all are measured
+    for name in ("photographs_inpainting", "photos_inpainting"):
+        (line,) = [line for line in table if line.startswith(f"model={name} ")]
+        row = rows[f"UD2M (model={name})"]
+        assert line.split()[-4:] == [f"{row['psnr_mean']:.2f}", "dB", f"{row['lpips']:.3f}", f"{row['r']:.2f}"]
+    (line,) = [line for line in table if line.startswith("model=photos_general physics=inpainting ")]
+    assert f" {rows['UD2M (model=photos_general)']['lpips']:.3f} " in line
+    assert "of CBSD68" in lines[-3]
+    with initialize_config_dir(str(commands.conf_folder()), version_base="1.3"):
+        assert f"it is {compose('sample').model}." in lines[-1]

@@ -31,7 +31,7 @@ def shipped(tmp_path, monkeypatch):
     info = {"physics": {"operator": {"class": "ud2m.physics.GaussianBlur", "width": 1.6}, "sigma_y": 0.01}}
     config = SamplerConfig(num_steps=2, info=info)
     PosteriorSampler(tiny_network(model, 2), config).save_pretrained(tmp_path / "export")
-    ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior")
+    ship_model.ship(tmp_path / "export", "photographs_gaussian_blur", "photos_prior")
     return folder
 
 
@@ -80,7 +80,7 @@ def test_the_picture_has_a_row_per_operator(shipped, tmp_path, monkeypatch):
     overview = importlib.import_module("overview_picture")
     monkeypatch.setattr(overview, "SIDE", 32)
     path = tmp_path / "new" / "overview.png"
-    overview.main(["--models", *["photos_gaussian_blur"] * 3, "--output", str(path)])
+    overview.main(["--models", *["photographs_gaussian_blur"] * 3, "--output", str(path)])
     _, height, width = read_image(path).shape
     assert width / height == pytest.approx(7 / 3, rel=0.15)
 
@@ -89,11 +89,11 @@ def test_the_picture_has_a_row_per_operator(shipped, tmp_path, monkeypatch):
 
 
 def test_a_shipped_model_equals_the_export(shipped, tmp_path):
-    files = {path.name for path in (shipped / "photos_gaussian_blur").iterdir()}
+    files = {path.name for path in (shipped / "photographs_gaussian_blur").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "config.json", "psi.safetensors"}
-    adapter = load_file(shipped / "photos_gaussian_blur" / "adapter_model.safetensors")
+    adapter = load_file(shipped / "photographs_gaussian_blur" / "adapter_model.safetensors")
     assert {value.dtype for value in adapter.values()} == {torch.float16}
-    ours = PosteriorSampler.from_pretrained("photos_gaussian_blur")
+    ours = PosteriorSampler.from_pretrained("photographs_gaussian_blur")
     export = PosteriorSampler.from_pretrained(tmp_path / "export")
     assert ours.prior.reference == "photos_prior"
     assert ours.config == export.config
@@ -119,16 +119,16 @@ def test_what_must_not_be_shipped_is_refused(shipped, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ship it first"):
         ship_model.ship(tmp_path / "export", "model", "no_prior")
     with pytest.raises(ValueError, match="--replace"):
-        ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior")
+        ship_model.ship(tmp_path / "export", "photographs_gaussian_blur", "photos_prior")
     with pytest.raises(ValueError, match="plain name"):
         ship_model.ship(tmp_path / "export", "../model", "photos_prior")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ship_model.ship(tmp_path / "nowhere", "model", "photos_prior")
     monkeypatch.setattr(ship_model, "MODEL_LIMIT", 1000)
     with pytest.raises(ValueError, match="too many"):
-        ship_model.ship(tmp_path / "export", "photos_gaussian_blur", "photos_prior", replace=True)
+        ship_model.ship(tmp_path / "export", "photographs_gaussian_blur", "photos_prior", replace=True)
     assert {path: path.read_bytes() for path in before} == before
-    assert {path.name for path in shipped.iterdir()} == {"photos_prior", "photos_gaussian_blur", "other_prior"}
+    assert {path.name for path in shipped.iterdir()} == {"photos_prior", "photographs_gaussian_blur", "other_prior"}
 
 
 def test_replacing_a_shipped_prior(shipped, tmp_path):

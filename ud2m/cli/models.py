@@ -4,26 +4,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from ud2m.cli.words import conf_folder
 from ud2m.files import parse_json
 from ud2m.priors.shipped import PSI_FILE, SHIPPED
 from ud2m.samplers.ud2m import PosteriorSampler
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
-"""Stored results, in a clone; what is installed has none."""
-HEADINGS = ("name", "operator", "sigma_y", "NFE", "size", "PSNR of mean", "LPIPS", "r", "try it")
+SCORES = "models.json"
+"""Of docs/results: rows of ``ud2m evaluate`` with every shipped model, measured by benchmarks/run_results.sh."""
+DATA = "CBSD68"
+"""Of which these scores are."""
+HEADINGS = ("ud2m sample ...", "operator", "sigma_y", "NFE", "size", "PSNR of mean", "LPIPS", "r")
 MEASURED = {"psnr_mean": "{:.2f} dB", "lpips": "{:.3f}", "r": "{:.2f}"}
-SIDE = "128x128"
-"""Size of the pictures that scores are of."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def models() -> str:
-    """Return a table of the shipped models, with their scores on test photographs where a clone has them stored."""
-    lines = [list(HEADINGS), *(line(name) for name in shipped_models())]
-    shown = [k for k in range(len(HEADINGS)) if any(cells[k] not in ("", "-") for cells in lines[1:])]
-    widths = {k: max(len(cells[k]) for cells in lines) for k in shown}
-    table = ["  ".join(cells[k].ljust(widths[k]) for k in shown).rstrip() for cells in lines]
-    note = f"Scores: {SIDE} test photographs, docs/results.md." if "LPIPS" in table[0] else "Scores: docs/results.md."
-    return "\n".join([*table, "", f"{note} sigma_y is that of training, for images in [0, 1]; others may be given."])
+    """Return a table of the shipped models: the words that choose each, what it was trained for, and its scores."""
+    rows: Rows = parse_json(scores_file().read_text())["rows"]
+    lines = [HEADINGS, *(line for name in shipped_models() for line in lines_of(name, rows))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    pieces = f"{rows[0]['images']} pieces of {rows[0]['size']} of {DATA}, {rows[0]['samples']} samples each"
+    chosen = OmegaConf.load(conf_folder() / "sample.yaml").model
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"Scores: {pieces} (docs/results.md). LPIPS is that of single samples; r is 1 where they spread as far as their mean errs.",
+            "sigma_y is that of training and of the scores, for images in [0, 1]; others may be given.",
+            f"Without model=... it is {chosen}. A model in several lines was trained on many operators and noise levels.",
+        ]
+    )
 
 
 def shipped_models() -> list[str]:
@@ -31,37 +47,20 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{PSI_FILE}"))
 
 
-def line(name: str) -> list[str]:
-    """Return the cells of a model."""
+def scores_file() -> Path:
+    """Return the file of stored scores: inside the installed package, or in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "results" / SCORES
+    return inside if inside.is_file() else package.parent / "docs" / "results" / SCORES
+
+
+def lines_of(name: str, rows: Rows) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a model, once for each operator that it was measured on."""
     sampler = PosteriorSampler.from_pretrained(name)
-    physics, sigma_y = sampler.config.info.get("physics", {}), sampler.config.sigma_y
     size = sum(path.stat().st_size for path in (SHIPPED / name).iterdir())
-    scores = stored_scores(name, sigma_y)
-    numbers = [words.format(scores[key]) if key in scores else "-" for key, words in MEASURED.items()]
-    operator = ", ".join(dict.fromkeys(classes(physics.get("operator", {})))) or "-"
-    return [
-        *(name, operator, f"{sigma_y:g}", str(sampler.nfe()), f"{size / 1e6:.1f} MB", *numbers),
-        f"ud2m sample model={name}",
-    ]
-
-
-def classes(operator: Any) -> Iterator[str]:
-    """Yield the names of the families that a stored operator is, or is a mixture of."""
-    if isinstance(operator, Mapping):
-        inside = [name for value in operator.values() for name in classes(value)]
-        yield from inside or [str(operator.get("class", "")).rpartition(".")[2]]
-    elif isinstance(operator, Sequence) and not isinstance(operator, str):
-        for part in operator:
-            yield from (name for name in classes(part) if name)
-
-
-def stored_scores(name: str, sigma_y: float) -> Mapping[str, Any]:
-    """Return the stored row of a model as it ships, at its noise level; nothing where there is none."""
-    for path in sorted(RESULTS.glob("*.json")):
-        stored = parse_json(path.read_text())
-        if f"model={name} " in stored["command"]:
-            for row in stored["rows"]:
-                ours = row["method"].startswith("UD2M (K=") and row.get("size") == SIDE
-                if ours and row.get("sigma_y") == sigma_y:
-                    return row
-    return {}
+    measured = [row for row in rows if row["method"] == f"UD2M (model={name})"]
+    for row in measured or [{"operator": "-"}]:
+        words = f"model={name}" + (f" physics={row['operator']}" if len(measured) > 1 else "")
+        scores = [form.format(row[key]) if key in row else "-" for key, form in MEASURED.items()]
+        numbers = (f"{sampler.config.sigma_y:g}", str(sampler.nfe()), f"{size / 1e6:.1f} MB")
+        yield words, str(row["operator"]), *numbers, *scores

@@ -31,7 +31,7 @@ class PosteriorSampler(Sampler):
 
     Example::
 
-        sampler = PosteriorSampler.from_pretrained("photos_gaussian_blur")
+        sampler = PosteriorSampler.from_pretrained("photographs_gaussian_blur")
         samples = sampler(y, physics, sigma_y=0.01, num_samples=8)   # [B, 8, C, H, W] in [0, 1]
 
     Args:
@@ -207,7 +207,7 @@ class PosteriorSampler(Sampler):
         """Load a model by the name of a shipped one, an export folder, or a hub id.
 
         Args:
-            model: e.g. ``"photos_gaussian_blur"`` or ``runs/.../export``.
+            model: e.g. ``"photographs_gaussian_blur"`` or ``runs/.../export``.
             prior: where the prior is, when it moved since the export; its fingerprint must still be the same.
             device: where it computes; ``auto``: a GPU where there is one.
             options: of ``SamplerConfig``, in place of the model's; None: the model's.
