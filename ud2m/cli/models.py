@@ -26,18 +26,17 @@ def models() -> str:
     rows: Rows = parse_json(scores_file().read_text())["rows"]
     lines = [HEADINGS, *(line for name in shipped_models() for line in lines_of(name, rows))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     pieces = f"{rows[0]['images']} pieces of {rows[0]['size']} of {DATA}, {rows[0]['samples']} samples each"
     chosen = OmegaConf.load(conf_folder() / "sample.yaml").model
     return "\n".join(
         [
             *table,
             "",
-            f"Scores: {pieces} (docs/results.md). LPIPS is that of single samples; r is 1 where they spread as far as their mean errs.",
+            f"Scores: {pieces} (docs/results.md).",
+            "LPIPS: of single samples. r: their spread over the error of their mean, 1 where calibrated.",
             "sigma_y is that of training and of the scores, for images in [0, 1]; others may be given.",
-            f"Without model=... it is {chosen}. A model in several lines was trained on many operators and noise levels.",
+            f"Without model=... it is {chosen}. What has several lines was trained on many operators.",
         ]
     )
 

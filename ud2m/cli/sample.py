@@ -453,7 +453,7 @@ class SamplingRun:
         return made
 
     def rival_pictures(self, folder: Path) -> dict[str, Mapping[str, Tensor]]:
-        """Return what the other methods have made of the shown test images: pictures by method and name of the image."""
+        """Return what the other methods have made of the shown test images, by method and name of the image."""
         files = [folder / ROWS / f"{name}.pt" for name in plain(self.config)["methods"]]
         return {label: made for file in files if file.is_file() for label, made in read_tensors(file).items()}
 
