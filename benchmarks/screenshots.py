@@ -1,6 +1,6 @@
 """Make the pictures of the report and of the page of ``ud2m app`` in docs/images: python benchmarks/screenshots.py.
 
-Needs Chromium, Playwright and Gradio. Both show the same photograph, with holes, on a desktop and on a phone.
+Needs Chromium, Playwright and Gradio. Both show the same photograph, on a desktop and on a phone.
 """
 
 import io
@@ -17,9 +17,12 @@ from skimage.data import coffee
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 WIDTHS = {"desktop": 1280, "phone": 400}
 """CSS pixels."""
-HEIGHTS = {"desktop": 1000, "phone": 800}
-QUALITY = 80
-"""Of WebP."""
+HEIGHTS = {"desktop": 900, "phone": 800}
+POINT = (0.62, 0.78)
+"""Where the mouse is in the report's pictures, as shares of width and height: at a spoon."""
+QUALITIES = range(80, 20, -5)
+"""Of WebP, of which the first is taken with which a picture has at most ``MOST`` bytes."""
+MOST = 60_000
 PORT = 17861
 WAIT = 300_000
 """Milliseconds."""
@@ -27,18 +30,28 @@ WAIT = 300_000
 
 def shot(page: Page, name: str) -> None:
     """Write what the window shows."""
-    picture = Image.open(io.BytesIO(page.screenshot()))
-    picture.convert("RGB").save(IMAGES / f"{name}.webp", quality=QUALITY, method=6)
-    print(f"{name}.webp: {(IMAGES / f'{name}.webp').stat().st_size / 1e3:.0f} kB")
+    picture, path = Image.open(io.BytesIO(page.screenshot())).convert("RGB"), IMAGES / f"{name}.webp"
+    for quality in QUALITIES:
+        picture.save(path, quality=quality, method=6)
+        if path.stat().st_size <= MOST:
+            break
+    print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB, quality {quality}")
+
+
+def scroll_to(page: Page, place: str) -> None:
+    """Put a part of the page at the top of the window."""
+    page.locator(place).first.evaluate("node => window.scrollTo(0, node.getBoundingClientRect().top + scrollY - 12)")
 
 
 def show_report(page: Page, report: Path) -> None:
-    """Open the report at its pictures, with the mouse on one of them."""
+    """Open the report at its pictures, with the mouse on one of them: all show the same place enlarged."""
     page.goto(report.as_uri())
-    strip = page.locator("figure img").first
-    strip.scroll_into_view_if_needed()
-    page.locator("h2").first.evaluate("node => node.scrollIntoView()")
-    strip.hover(position={"x": 60, "y": 90})
+    page.get_by_role("button", name="2×").click()
+    scroll_to(page, ".pictures")
+    box = page.locator(".pictures img").first.bounding_box()
+    assert box
+    x, y = POINT
+    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
 
 
 def show_app(page: Page, photograph: Path) -> None:
@@ -46,15 +59,16 @@ def show_app(page: Page, photograph: Path) -> None:
     page.goto(f"http://127.0.0.1:{PORT}/")
     page.get_by_role("button", name="Draw samples").wait_for()
     page.locator("input[type=file]").first.set_input_files(photograph)
+    page.get_by_role("combobox", name="model").click()
+    page.get_by_role("option", name="photographs_super_resolution").click()
     page.get_by_label("operator A").click()
-    page.get_by_role("option", name="missing pixels, at random").click()
+    page.get_by_role("option", name="super-resolution").click()
     page.get_by_role("button", name="Draw samples").click()
     page.get_by_text("seed 0", exact=False).wait_for()
     page.get_by_role("button", name="Download everything").wait_for()
     page.wait_for_timeout(1000)  # pictures fade in
     if page.viewport_size and page.viewport_size["width"] == WIDTHS["phone"]:
-        page.get_by_text("seed 0", exact=False).scroll_into_view_if_needed()
-        page.locator("h1").evaluate("() => window.scrollBy(0, 500)")
+        scroll_to(page, "button.primary")
     else:
         page.evaluate("window.scrollTo(0, 0)")
 
@@ -65,8 +79,8 @@ def main() -> None:
         photograph, job = Path(folder) / "coffee.png", [sys.executable, "-m", "ud2m"]
         Image.fromarray(coffee()[80:336, 200:456]).save(photograph)
         output = Path(folder) / "out"
-        words = ["model=photos_inpainting", f"input={photograph}", "compare=true", "num_samples=4", f"output={output}"]
-        subprocess.run([*job, "sample", *words], check=True)
+        words = ["model=photographs_inpainting", "compare=true", "num_samples=4"]
+        subprocess.run([*job, "sample", *words, f"input={photograph}", f"output={output}"], check=True)
         app = subprocess.Popen([*job, "app", f"port={PORT}"], stdout=subprocess.PIPE, text=True)
         try:
             print(app.stdout.readline() if app.stdout else "")  # waits until it listens
