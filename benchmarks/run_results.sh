@@ -353,7 +353,7 @@ shipped() {
             datasets="[\"folder root=$CBSD68 crop_size=64 tile_size=64 test_limit=70\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/models_$operator")
     done
-    collect models "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh shipped"
+    collect models "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh shipped" --note "Times are those of a busy machine."
 }
 
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"

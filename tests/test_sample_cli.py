@@ -179,6 +179,11 @@ def test_comparison_shows_rivals_beside_samples_of_own_files(model, tmp_path, de
         (["eta=2"], "eta"),
         (["chunk_size=0"], "chunk_size"),
         (["physics=gaussian_blur", "physics.operator.width=-1"], "width"),
+        (
+            ["+physics.operator.factr=3"],
+            "error: physics.operator: unknown argument of SuperResolution 'factr' (did you mean",
+        ),
+        (["+physics.operator.factor=0"], "error: physics.operator: "),
         (["physics=super_resolution", "physics.operator.factor=5"], "5"),
         (["physics=mask", "physics.mask=nowhere.png"], "nowhere.png"),
         (["physics=kernel"], "physics.kernel=..."),

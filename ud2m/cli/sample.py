@@ -192,7 +192,7 @@ class SamplingRun:
         self.operator: OperatorFamily = (
             build(chosen.operator, "physics.operator", OperatorFamily)
             if chosen
-            else trained_operator(trained.get("operator", {}), bool(config.degraded))
+            else trained_operator(trained.get("operator", {}), bool(config.degraded), bool(changed))
         )
         default = chosen.sigma_y if chosen else trained.get("sigma_y", self.sampler.config.sigma_y)
         noise = chosen.get("noise") if chosen else trained.get("noise")
@@ -693,10 +693,11 @@ def changed_operator(trained: Mapping[str, Any], changes: Any) -> dict[str, Any]
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(trained, changes)))
 
 
-def trained_operator(description: Mapping[str, Any], brought: bool = False) -> OperatorFamily:
+def trained_operator(description: Mapping[str, Any], brought: bool = False, changed: bool = False) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    Where observations are brought, it is that of a camera (``OperatorFamily.of_scene``).
+    Where observations are brought, it is that of a camera (``OperatorFamily.of_scene``). Where options were ``changed``,
+    a fault is that of who changed them, not of the export.
 
     An export may not be trusted, so only families of operators are made; others come from ``physics=``.
 
@@ -704,8 +705,10 @@ def trained_operator(description: Mapping[str, Any], brought: bool = False) -> O
         ValueError: when the description names no such family of this package.
     """
     try:
-        made: OperatorFamily = build(_with_targets(description), "operator", OperatorFamily, OperatorFamily)
+        made: OperatorFamily = build(_with_targets(description), "physics.operator", OperatorFamily, OperatorFamily)
     except ValueError as error:
+        if changed:
+            raise
         reason = f"the operator that the model names cannot be made ({error})"
         raise ValueError(f"{reason}; choose one: physics=...") from error
     return made.of_scene() if brought else made
