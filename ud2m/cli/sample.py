@@ -696,8 +696,8 @@ def changed_operator(trained: Mapping[str, Any], changes: Any) -> dict[str, Any]
 def trained_operator(description: Mapping[str, Any], brought: bool = False, changed: bool = False) -> OperatorFamily:
     """Return the operator family that a model was trained for, from its export: ``{"class": ..., **options}``.
 
-    Where observations are brought, it is that of a camera (``OperatorFamily.of_scene``). Where options were ``changed``,
-    a fault is that of who changed them, not of the export.
+    Where observations are brought, it is that of a camera (``OperatorFamily.of_scene``). Where options were
+    ``changed``, a fault is that of who changed them, not of the export.
 
     An export may not be trusted, so only families of operators are made; others come from ``physics=``.
 
