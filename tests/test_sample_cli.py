@@ -183,7 +183,7 @@ def test_comparison_shows_rivals_beside_samples_of_own_files(model, tmp_path, de
             ["+physics.operator.factr=3"],
             "error: physics.operator: unknown argument of SuperResolution 'factr' (did you mean",
         ),
-        (["+physics.operator.factor=0"], "error: physics.operator: "),
+        (["+physics.operator.factor=0"], "error: factor must be an integer of at least 2, got 0"),
         (["physics=super_resolution", "physics.operator.factor=5"], "5"),
         (["physics=mask", "physics.mask=nowhere.png"], "nowhere.png"),
         (["physics=kernel"], "physics.kernel=..."),
