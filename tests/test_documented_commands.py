@@ -26,7 +26,7 @@ from tiny import SIZE, save_tiny_prior
 from tiny_training import command_line, composed, tiny_overrides, write_images
 
 from ud2m.cli import as_override, pages
-from ud2m.cli.commands import TASKS
+from ud2m.cli.commands import MODELS, TASKS
 from ud2m.evaluation.scores import SCORES, build_score
 from ud2m.images import write_image
 
@@ -193,6 +193,8 @@ def test_other_commands_exist(tmp_path):
         elif command[0] == "bash":
             assert REPOSITORY / command[1] == SCRIPT
             assert set(command[2:]) <= parts, command
+        elif command[0] == "ud2m":
+            assert command[1:] == (MODELS,), command
         else:
             assert command[0] in OTHER_COMMANDS, command
             if command[0] == "make":
