@@ -2,9 +2,10 @@
 
     python benchmarks/bad_input.py [--store]
 
-Every setting of the three commands (``ud2m.cli.settings``) is given each of ``WORDS``, and its name is misspelt; the
-options of sampling and the arguments of operators and losses are given each of ``OBJECTS``. All run in this process, up
-to where a command would begin to load a model or data. Counted are
+Every setting of the commands (``ud2m.cli.settings``) is given each of ``WORDS``, and its name is misspelt; the options
+of sampling, the arguments of operators, losses and samplers with a latent prior, and what networks are compiled by are
+given each of ``OBJECTS``. All run in this process: commands up to where they would begin to load a model or data,
+samplers with the shipped pipelines. Counted are
 
 * clear: refused in one line that names the key or the value;
 * unclear: refused in another way;
@@ -21,22 +22,27 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from results import store
-from ud2m.cli import commands, evaluate, sample, train
+from ud2m.cli import app, commands, evaluate, sample, train
 from ud2m.cli.objects import build
 from ud2m.cli.settings import COMMANDS
 from ud2m.names import allowed
+from ud2m.priors.latent import LatentPrior
+from ud2m.priors.prior import Prior
 from ud2m.samplers.config import SamplerConfig
 
 WORDS = ("abc", "null", "true", "-1", "0", "1.5", "1e30", "nan", "[1,2]", "{a:1}", "''")
 OBJECTS = ("abc", None, True, -1.0, math.nan, math.inf, [1, "a"], {"a": 1})
-MODULES = {"train": train, "sample": sample, "evaluate": evaluate}
+MODULES = {"train": train, "sample": sample, "evaluate": evaluate, "app": app}
 PARTS = {
     "operator": ({"_target_": "ud2m.physics.GaussianBlur", "width": 1.6, "boundary": "circular"}, ["widht"]),
     "mask": ({"_target_": "ud2m.physics.Inpainting", "missing": 0.3}, ["mising"]),
@@ -44,6 +50,10 @@ PARTS = {
     "levels": ({"_target_": "ud2m.training.Levels", "num_steps": 3, "grid_power": 5.0, "spread": 0.25}, ["power"]),
 }
 """Pages of parts with their arguments, and names that they do not have."""
+SAMPLERS = ("latino", "latino_pro", "latino_scores", "lvtino", "vision_xl")
+"""Pages of ``conf/sampler``."""
+LOADING = ("reference", "image_reference", "guidance", "dtype", "vae_dtype")
+"""Their arguments that belong to the prior."""
 
 Case = tuple[str, str, Any, Callable[[], object]]
 
@@ -67,6 +77,49 @@ def cases() -> Iterator[Case]:
         for name in [*list(page)[1:], *misspelt]:
             for value in OBJECTS:
                 yield f"Python, {place}", name, value, lambda p=page, n=name, v=value: build(p | {n: v}, n)
+    for sampler in SAMPLERS:
+        page = sampler_page(sampler)
+        for name in [*list(page)[1:], "promt"]:
+            for value in OBJECTS:
+                made = made_once if name in LOADING else made_with_kept_priors
+                yield f"sampler={sampler}", name, value, lambda m=made, p=page, n=name, v=value: m(p | {n: v})
+        for part in ("steps", "optimizer"):
+            for name in list(page.get(part, ()))[1:]:
+                for value in OBJECTS:
+                    changed = page | {part: page[part] | {name: value}}
+                    yield f"sampler={sampler}", f"{part}.{name}", value, lambda p=changed: made_with_kept_priors(p)
+    for value in (*WORDS[:1], *OBJECTS[1:]):
+        yield "compile", "compile", value, lambda v=value: Prior.from_pretrained("micro_prior").compile_network(v)
+
+
+def sampler_page(name: str) -> dict[str, Any]:
+    """Return a page of ``conf/sampler`` as ``ud2m sample`` has it, with a prompt and two candidates."""
+    with initialize_config_dir(str(commands.conf_folder()), version_base="1.3"):
+        config = compose("sample", [f"sampler={name}", "prompt=a photo of a digit", "precision=float32"])
+    page = OmegaConf.to_container(config, resolve=False)["sampler"]
+    page = {key: OmegaConf.select(config.sampler, key) for key in page}
+    page = {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in page.items()}
+    return page | ({"candidates": ["a zero", "a one"]} if name == "latino_scores" else {})
+
+
+def made_once(page: dict[str, Any]) -> object:
+    """Return the sampler of a page."""
+    return build(page, "sampler")
+
+
+def made_with_kept_priors(page: dict[str, Any]) -> object:
+    """Return the sampler of a page, with priors that are loaded once."""
+    with patch.object(LatentPrior, "from_pretrained", kept_prior):
+        return build(page, "sampler")
+
+
+LOAD = LatentPrior.from_pretrained
+
+
+@cache
+def kept_prior(reference: str, *_: Any, **options: Any) -> LatentPrior:
+    """Return a pipeline that ships with the package."""
+    return LOAD(reference, **options)
 
 
 def run(command: str, word: str) -> None:
@@ -101,7 +154,8 @@ def outcome(place: str, key: str, value: Any, call: Callable[[], object]) -> tup
         pass
     except (ValueError, FileNotFoundError) as error:
         said = str(error)
-        named = key.rpartition(".")[2] in said or str(value).strip("'\"") in said
+        names = (key.rpartition(".")[2], key.replace("reference", "pipeline"), str(value).strip("'\""))
+        named = any(name in said for name in names)
         return ("clear" if named and "\n" not in said else "unclear"), said
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}"
@@ -114,7 +168,11 @@ def why_right(place: str, key: str, value: Any) -> str:
     if place not in COMMANDS:
         if key == "info" and isinstance(value, dict):
             return "a mapping of anything is kept beside a model"
-        return "null is a value of this option" if value is None else ""
+        if value is None:
+            return "null is a value of this option"
+        if key.endswith("prompt") and value == "abc":
+            return "a prompt is any text"
+        return "true is a value of this option" if key == "optimizer.checkpoint" and value is True else ""
     fields = COMMANDS[place].model_fields
     words = allowed(fields[key]) if key in fields else ""
     if value == "null" and "null" in words:

@@ -69,7 +69,10 @@ def check_names(function: Callable[..., Any], names: Iterable[str], at: str) -> 
 
 def check_types(function: Callable[..., Any], values: Mapping[str, Any], at: str) -> None:
     """Raise ValueError for plain values that the type hints of a function or class do not take."""
-    known, _ = _parameters(function)
+    known, takes_more = _parameters(function)
+    owner = getattr(function, "__self__", None)
+    if takes_more and isinstance(owner, type):  # as from_pretrained, which hands on what it does not know itself
+        known = _parameters(owner)[0] | known
     for name, value in values.items():
         if name in known and not fits(value, known[name]):
             raise ValueError(f"{at}.{name} must be {allowed(known[name])}, got {as_written(value)}")

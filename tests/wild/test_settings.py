@@ -11,13 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ud2m.cli import commands, pages, words
-from ud2m.cli.objects import build
+from ud2m.cli.objects import build, resolved
 from ud2m.cli.pages import label, part
 from ud2m.cli.sample import changed_operator
 from ud2m.cli.settings import COMMANDS, check
 from ud2m.cli.words import entry_words, quoted, readable
 from ud2m.names import fits, made
 from ud2m.physics import GaussianBlur, OperatorFamily
+from ud2m.priors.latent import LatentPrior
 from ud2m.priors.prior import LoraSpec
 
 CONF = REPOSITORY / "conf"
@@ -227,3 +228,26 @@ def test_settings_of_the_operator_without_its_name_are_those_of_the_model():
     assert changed == {"operator": {**trained["operator"], "width": 2.0}, "sigma_y": 0.03}
     with pytest.raises(ValueError, match="did you mean operator"):
         changed_operator(trained, {"operater": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("latino", "times", 5.0),
+        ("latino", "steps", "abc"),
+        ("latino_pro", "optimizer", -1.0),
+        ("latino_pro", "candidates", [1, "a"]),
+        ("latino_pro", "fixed", True),
+        ("latino_scores", "candidates", 3.0),
+        ("lvtino", "image_prompt", 7),
+        ("lvtino", "window", "abc"),
+        ("vision_xl", "eta", [1.0]),
+    ],
+)
+def test_what_a_sampler_hands_on_to_its_class_is_typed_before_its_pipeline_is_loaded(name, key, value, monkeypatch):
+    monkeypatch.setattr(LatentPrior, "from_pretrained", lambda *_, **__: pytest.fail("a pipeline was loaded"))
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        config = compose("sample", [f"sampler={name}", "prompt=a"])
+    page = {part: resolved(OmegaConf.select(config, f"sampler.{part}")) for part in config.sampler}
+    with pytest.raises(ValueError, match=rf"sampler\.{key} must be .*, got "):
+        build(page | {key: value}, "sampler")

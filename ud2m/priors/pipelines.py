@@ -14,7 +14,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from ud2m.priors.shipped import SCHEDULER_FILE, shipped_folder
+from ud2m.priors.shipped import SCHEDULER_FILE, check_reference, shipped_folder
 from ud2m.priors.store import PIPELINE_FILE, UNET_FILE, check_finite, load_network, locate, read_object, stored_weights
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -31,6 +31,8 @@ def load_pipeline(where: str, dtype: torch.dtype, **given: Any) -> DiffusionPipe
         FileNotFoundError: when something is missing or cannot be reached.
         ValueError: for a damaged file, a class that is not known, or weights that do not fit (``load_network``).
     """
+    if not Path(where).is_dir():
+        check_reference("pipeline", where)
     kind, parts = pipeline_classes(where)
     check_parts(where, kind.__name__, [*given, *parts], (*PARTS, ("tokenizer",)))
     folder = Path(where) if Path(where).is_dir() else Path(_tried(DiffusionPipeline.download, where, **given))

@@ -205,6 +205,8 @@ def locate(kind: str, reference: str, file: str) -> Path:
             raise FileNotFoundError(f"the {kind} folder {folder} has no {file}; is it a folder of diffusers?")
         return folder / file
     try:
+        if "/" not in reference:
+            raise HFValidationError("a hub id is OWNER/NAME")
         return Path(hf_hub_download(reference, file))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
