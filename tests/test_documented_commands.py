@@ -39,7 +39,7 @@ Command = tuple[str, ...]
 def words(line: str) -> Command:
     """Return the words of a command line, without comments and environment variables."""
     found = shlex.split(line, comments=True)
-    return tuple(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\S*", word), found))
+    return tuple(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z][A-Z0-9_]*=\S*", word), found))
 
 
 def fenced_commands() -> Iterator[tuple[str, Command]]:
