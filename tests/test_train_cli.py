@@ -86,7 +86,7 @@ def test_a_run_leaves_what_was_promised(finished):
     (row,) = json.loads((finished / "metrics.json").read_text())
     assert row["method"] == "UD2M (K=1, N=1)"
     assert row["nfe"] == 1
-    assert row["score"] == row["psnr_mean"]
+    assert row["score"] == -row["energy"]
     assert {"psnr_mean", "ssim", "residual", "r", "seconds_per_image", "step"} <= row.keys()
     config = OmegaConf.load(finished / "config.yaml")
     assert config.steps == STEPS * EPOCHS
