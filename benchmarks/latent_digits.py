@@ -8,6 +8,9 @@ the 59000 training digits; the class accuracy is the share of samples that it gi
 distance is of its 32 features, between samples and the clean digits. LDPS, PSLD, P2L and TReg walk with the model
 before its distillation, ``--teacher``. Classifier and numbers are kept in ``--folder`` as they are measured, and taken
 from there. Writes ``docs/results/latent_digits.json``.
+
+With ``--weights`` the weights p(c | y) of the ten prompts that name a digit are measured instead: how often the largest
+one is right, and whether it is as sure as that.
 """
 
 import argparse
@@ -38,7 +41,7 @@ from ud2m.samplers.latent_latino import AnnealedSteps, LatentLatino
 from ud2m.samplers.latent_rivals import LatentWalk, Ldps, P2l, Psld, Treg
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
-from ud2m.samplers.latino_scores import LatinoScores
+from ud2m.samplers.latino_scores import LatinoScores, PromptWeights
 
 PROMPT = "a photo of a digit"
 CLASSES = [f"a photo of the digit {name}" for name in NUMBERS]
@@ -234,6 +237,70 @@ class Bench:
         joined = {key: torch.cat([part[key] for part in parts]) for key in ("psnr", "right")}
         return {**joined, "nfe": parts[0]["nfe"], "seconds": parts[0]["seconds"]}
 
+    @torch.no_grad()
+    def weights(self) -> list[dict[str, Any]]:
+        """Return a row for each problem and way to find p(c | y) of the prompts that name a digit."""
+        prior, (images, labels) = LatentPrior.from_pretrained(self.options.pipeline), self.test
+        samplers = {pairs: LatinoScores(prior, PROMPT, CLASSES, pairs, chunk_size=BATCH) for pairs in PAIRS}
+        rows: list[dict[str, Any]] = []
+        streams = [torch.Generator().manual_seed(k) for k in range(ENUMERATED)]
+        enumerated = [
+            samplers[PAIRS[0]].from_prior(prior.encode_prompt(text).expand(ENUMERATED), (SIDE, SIDE), streams)
+            for text in CLASSES
+        ]
+        for name in self.options.problems or PROBLEMS:
+            family, sigma_y = PROBLEMS[name]
+            observation = Problem(family, sigma_y).observe(images)
+            y, A = observation.y.flatten(1).double(), family.draw(1, (1, SIDE, SIDE)).A
+            level, found = torch.tensor(sigma_y).double(), dict[str, Tensor]()
+            for pairs, sampler in samplers.items():
+                drawn = sampler.candidate_images(observation)
+                parts = PromptWeights(torch.stack([A(x).flatten(1) for x in drawn]).double(), level)
+                found[f"scores, {pairs} pairs"] = parts(y)
+                found[f"scores, {pairs} pairs, not tempered"] = parts.densities(y).softmax(1)
+            exact = kernel_weights(torch.stack([A(x).flatten(1) for x in enumerated]).double(), y, level)
+            found[f"enumerated, {ENUMERATED} draws"] = exact
+            rows += [{"problem": name, "weights": key, **reliability(w, labels, exact)} for key, w in found.items()]
+        return rows
+
+
+PAIRS, ENUMERATED = (20, 80), 300
+"""Pairs and single images drawn with each prompt."""
+BINS = (0.0, 0.5, 0.8, 0.95, 1.0)
+
+
+def kernel_weights(measured: Tensor, y: Tensor, sigma_y: Tensor) -> Tensor:
+    """Return p(c | y) [N, P] for y [N, m], p(y | c) the mean of N(y; A u, s^2) over the draws [P, n, m] of a prompt.
+
+    s is the width, from sigma_y on, with the highest mean likelihood of each draw, with noise, under the others.
+    """
+    noise = sigma_y * torch.randn(measured.shape, generator=torch.Generator().manual_seed(0)).double()
+    own = torch.cdist(measured + noise, measured).square()
+    own.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+
+    def likelihood(s: Tensor) -> float:
+        return (torch.logsumexp(-own / (2 * s**2), 2) - measured.shape[2] * s.log()).mean().item()
+
+    width = max((sigma_y * 2 ** (k / 4) for k in range(25)), key=likelihood)
+    return torch.logsumexp(-torch.cdist(y, measured).square() / (2 * width**2), 2).T.softmax(1)
+
+
+def reliability(weights: Tensor, labels: Tensor, exact: Tensor) -> dict[str, Any]:
+    """Return how often the largest weight is right, and how sure the weights are; ``exact``: to compare with."""
+    largest, named = weights.max(1)
+    right = (named == labels).float()
+    row = {
+        "right": mean_text(right, ".3f"),
+        "largest weight": f"{largest.mean():.3f}",
+        "log loss": f"{-weights.gather(1, labels.unsqueeze(1)).clamp(min=1e-12).log().mean():.3f}",
+        "distance from enumerated": f"{(weights - exact).abs().sum(1).mean() / 2:.3f}",
+    }
+    for low, high in itertools.pairwise(BINS):
+        chosen = (largest > low) & (largest <= high)
+        said = f"{right[chosen].mean():.2f} at {largest[chosen].mean():.2f}, {int(chosen.sum())}"
+        row[f"{low:g} to {high:g}"] = said if chosen.any() else "–"
+    return row
+
 
 def row_of(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the numbers of the table."""
@@ -266,6 +333,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--steps", type=int, default=1000, help="of LDPS, PSLD and P2L; TReg has 200 at most")
     found.add_argument("--images", type=int, default=200, help="test digits, evenly spaced over all")
     found.add_argument("--tune", type=int, default=50, help="validation digits")
+    found.add_argument("--weights", action="store_true", help="measure the weights of the prompts")
     found.add_argument("--methods", nargs="+", help="all by default")
     found.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="all by default")
     found.add_argument("--root", type=Path, default=Path("data/mnist"), help="holds MNIST/raw")
@@ -277,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and store the table."""
     options = parser().parse_args(arguments)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    rows = Bench(options).rows()
+    bench = Bench(options)
+    rows = bench.weights() if options.weights else bench.rows()
     print(store(options.name, shlex.join(["python", *sys.argv]), config, rows))
 
 

@@ -324,6 +324,14 @@ SECTIONS = (
         "Frechet: of its features. Tuned on validation digits by the class. With 95 % intervals, over images.",
     ),
     Section(
+        "latent_weights",
+        "Weights of given prompts",
+        "p(c | y) of the ten prompts that name a digit, for 200 test digits: how often the largest is right, its mean, "
+        "minus the mean log of the true one's, the total variation distance from the enumerated weights, and by the "
+        "size of the largest: right at mean weight, digits. Scores compare y with pairs of images of each prompt, "
+        "drawn in one evaluation each, 20 by default; enumerated weights are kernel densities of images drawn in four.",
+    ),
+    Section(
         "latent_rivals",
         "Rivals with the latent prior before its distillation",
         "As above. LDPS, PSLD, P2L and TReg walk with the model that `digits` was distilled from, in 100 steps (their "

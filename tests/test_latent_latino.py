@@ -17,7 +17,7 @@ from ud2m.priors.schedule import VPSchedule
 from ud2m.random import randn_like
 from ud2m.samplers.latent_latino import PUBLISHED, AnnealedSteps, LatentLatino, PublishedSteps, StepRule
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
-from ud2m.samplers.latino_scores import SHRUNK, LatinoScores, log_densities
+from ud2m.samplers.latino_scores import SHRUNK, LatinoScores, LogDensities, PromptWeights
 from ud2m.unfolded.prox import joint_prox
 from ud2m.unfolded.warm_start import SmoothingStart, start_from_y
 
@@ -175,9 +175,25 @@ def distance(prompt: Prompt, best, fisher) -> float:
     return torch.einsum("bi,ij,bj->b", offset, fisher, offset).sqrt().mean().item()
 
 
+class KnownCovariance(PromptOptimizer):
+    """The gradient of the exact log p(y | z_t, c) at the first time: Cov(z | z_t) in place of one number rho^2."""
+
+    def __init__(self, prior, *args):
+        super().__init__(*args)
+        self.Q = prior.Q
+        a, b = (float(root) for root in prior.table.roots(torch.tensor([999])))
+        self.v = prior.v * b**2 / (a**2 * prior.v + b**2)
+
+    def likelihood(self, u, observation):
+        onto_y = 0.05 * observation.physics.A(torch.eye(64).view(64, 1, SIDE, SIDE)).flatten(1).T.double() @ self.Q
+        covariance = onto_y @ torch.diag(self.v) @ onto_y.T + 0.02**2 * torch.eye(len(onto_y))
+        residual = (observation.physics.A(u) - observation.y).flatten(1).double()
+        return -(residual * torch.linalg.solve(covariance, residual.T).T).sum(1) / 2
+
+
 @torch.no_grad()
 def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
-    found = {"start": [], "likelihood": [], "transition": []}
+    found = {"start": [], "likelihood": [], "transition": [], "averaged": [], "known": []}
     for seed in range(4):
         prior, observation, best, fisher = gaussian_problem(seed)
         first = Prompt(torch.zeros(1, 1, WIDTH))
@@ -186,9 +202,17 @@ def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
             sampler = LatinoPro(prior, first, PromptOptimizer(gradient), fixed=0)
             _, prompt, _ = sampler.estimate(observation, streams(1))
             found[gradient].append(distance(prompt, best, fisher))
+        for name, optimizer in (
+            ("averaged", PromptOptimizer(ascent="averaged", evaluations=1)),
+            ("known", KnownCovariance(prior, "likelihood", 1, "averaged")),
+        ):
+            _, prompt, _ = LatinoPro(prior, first, optimizer, fixed=0).estimate(observation, streams(1))
+            found[name].append(distance(prompt, best, fisher))
     means = {name: sum(values) / len(values) for name, values in found.items()}
     assert means["likelihood"] < 0.1 * means["start"]
-    assert means["likelihood"] < means["transition"] < means["start"]
+    assert means["averaged"] < means["likelihood"] < means["transition"] < means["start"]
+    assert means["averaged"] < 0.2
+    assert means["known"] < 0.1
 
 
 @torch.no_grad()
@@ -212,17 +236,41 @@ def test_scores_find_the_prompt_with_the_highest_likelihood():
 def test_densities_of_the_scores_are_those_of_a_dense_student_distribution():
     generator = torch.Generator().manual_seed(0)
     measured = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
-    y, sigma_y, found = torch.randn(4, generator=generator, dtype=torch.float64), torch.tensor(0.3), []
+    y, sigma_y, found = torch.randn(2, 4, generator=generator, dtype=torch.float64), torch.tensor(0.3), []
     residuals = measured - measured.mean(1, keepdim=True)
     covariances = [r.T @ r / 5 for r in residuals]
     shared = sum(covariances) / 3
     for draws, own in zip(measured, covariances, strict=True):
         scale = (own + shared) / 2 + (sigma_y.double() ** 2 + SHRUNK * shared.trace() / 4) * torch.eye(4)
-        offset = y - draws.mean(0)
-        distance = offset @ torch.linalg.solve(scale, offset)
-        found.append(-(4 + 6) / 2 * torch.log1p(distance / 6) - torch.logdet(scale) / 2)
-    ours = log_densities(y, measured, sigma_y.double())
-    torch.testing.assert_close(ours - ours[0], torch.stack(found) - found[0])
+        offsets = y - draws.mean(0)
+        distances = (offsets * torch.linalg.solve(scale, offsets.T).T).sum(1)
+        found.append(-(4 + 3) / 2 * torch.log1p(distances / 3) - torch.logdet(scale) / 2)
+    ours, dense = LogDensities(measured, sigma_y.double())(y), torch.stack(found, 1)
+    torch.testing.assert_close(ours - ours[:, :1], dense - dense[:, :1])
+
+
+@pytest.mark.parametrize(("pairs", "size"), [(20, 60), (100, 4)])
+def test_weights_of_prompts_are_as_sure_as_they_are_right(pairs, size):
+    """Prompts are Gaussians; fresh draws tell how often a weight is right. Few draws in many numbers need tempering."""
+    generator = torch.Generator().manual_seed(0)
+    count, sigma_y = 5, torch.tensor(0.2, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    means, roots = normal(count, 1, size) * 1.5 / size**0.5, normal(1, size, size) / size**0.5
+    eps = normal(count, pairs, size)
+    fitted = PromptWeights(means + torch.cat([eps, -eps], 1) @ roots, sigma_y)
+    y = means + normal(count, 2000, size) @ roots
+    y = (y + sigma_y * normal(*y.shape)).flatten(0, 1)
+    truth = torch.arange(count).repeat_interleave(2000)
+
+    def excess(weights):
+        return (weights.max(1).values.mean() - (weights.argmax(1) == truth).double().mean()).item()
+
+    untempered = fitted.densities(y).softmax(1)
+    assert abs(excess(fitted(y))) < 0.05
+    assert excess(untempered) > 0.08 if pairs < size else fitted.beta > 0.9
 
 
 def test_evaluations_are_those_of_the_paper():

@@ -1,6 +1,7 @@
 """LATINO-PRO: the prompt of LATINO estimated from y alone, by stochastic approximation of maximum likelihood."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,10 @@ class Ascent(ABC):
     def step(self, theta: Tensor, gradient: Tensor, chain: int) -> Tensor:
         """Return theta after chain number ``chain`` (from 0)."""
 
+    def result(self, theta: Tensor) -> Tensor:
+        """Return the estimate, for theta after the last chain."""
+        return theta
+
 
 class Adam(Ascent):
     """Adam (Kingma and Ba, 2015) at rate / sqrt(1 + chain / 10).
@@ -125,6 +130,30 @@ class Adam(Ascent):
         return theta + self.rate / (1 + chain / 10) ** 0.5 * mean / (power.sqrt() + TINY)
 
 
+class AveragedAdam(Adam):
+    """Adam with a short memory, and the mean of the last few theta as the result (Polyak and Juditsky, 1992).
+
+    Args:
+        rate: as for ``Adam``, as the next one.
+        betas: decay of both moments.
+        kept: theta of so many last chains.
+    """
+
+    def __init__(self, rate: float = 0.6, betas: tuple[float, float] = (0.5, 0.9), kept: int = 5):
+        super().__init__(rate, betas)
+        self.seen: deque[Tensor] = deque(maxlen=kept - 1)
+
+    def step(self, theta: Tensor, gradient: Tensor, chain: int) -> Tensor:
+        """Return theta after one step."""
+        if chain:
+            self.seen.append(theta)
+        return super().step(theta, gradient, chain)
+
+    def result(self, theta: Tensor) -> Tensor:
+        """Return the mean of the last theta: it lies in every convex set that they lie in."""
+        return torch.stack([*self.seen, theta]).mean(0)
+
+
 class PublishedAscent(Ascent):
     """theta + rate max(0.9^max(0, chain - 10), 1e-3) S, S the sum of all gradients so far, each of length 1 per token.
 
@@ -141,7 +170,7 @@ class PublishedAscent(Ascent):
         return theta + self.rate * max(0.9 ** max(0, chain - 10), 1e-3) * self.total
 
 
-ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "published": PublishedAscent}
+ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "averaged": AveragedAdam, "published": PublishedAscent}
 GRADIENTS = ("likelihood", "transition")
 
 
@@ -172,7 +201,7 @@ class PromptOptimizer:
     Args:
         gradient: which of them.
         evaluations: first evaluations of a chain that give a gradient. None: 2 of ``likelihood``, all transitions else.
-        ascent: ``adam`` or ``published``.
+        ascent: ``adam``, ``averaged`` or ``published``.
         rate: of the ascent; None: its own.
         checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
 
@@ -348,6 +377,7 @@ class LatinoPro(PromptEstimator):
             residuals.append(misfit.sqrt())
             if self.texts:
                 weights.append(theta.softmax(1))
+        theta = ascent.result(theta)
         trace = Trace(torch.stack(residuals), torch.stack(weights) if weights else theta.new_zeros(0))
         return x, prompt.with_embeds(self.space.embeds(theta).detach()), trace
 
