@@ -53,6 +53,7 @@ small() {
         *"sampler="*) echo "$1 num_samples=2 lpips=null" ;;
         *"sample.py"*) echo "$1 num_samples=2 lpips=null data.test_limit=1 data.val_limit=1 tune_samples=1 show=1" ;;
         *evaluate*) echo "$1 num_samples=2 tune=false show=1" ;;
+        *) echo "$1" ;;
     esac
 }
 
