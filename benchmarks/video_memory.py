@@ -33,11 +33,16 @@ def held(options: Mapping[str, Any], x0: torch.Tensor) -> float:
     return peak(lambda: sampler.sample(observation, 1, torch.Generator().manual_seed(0))) / MEGABYTE
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="store_true", help="write docs/results/video_memory.json")
+    return parser
+
+
 def main() -> None:
     """Print the table, and store it if asked."""
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--store", action="store_true", help="write docs/results/video_memory.json")
-    options = found.parse_args()
+    options = parser().parse_args()
     clips = {n: torch.rand(1, 1, n, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) for n in LENGTHS}
     rows: list[dict[str, Any]] = [{"method": "clip"} | row(lambda x: x.nbytes / MEGABYTE, clips)]
     for name, given in CHOICES.items():
