@@ -228,6 +228,15 @@ def test_every_experiment_runs_from_end_to_end(overrides, tmp_path):
     assert row["psnr"] > 5
 
 
+@pytest.mark.parametrize("training", sorted(path.stem for path in (REPOSITORY / "conf" / "training").glob("*.yaml")))
+def test_every_training_composes_in_miniature(training, tmp_path):
+    """Some have no loss whose distance could be overridden, and draw no samples whose number could be set."""
+    with composed(f"training={training}", "scale=tiny", folder=tmp_path) as config:
+        assert config.steps == 2
+        drawn = {"num_samples": 2, "lpips": None} if training in ("distillation", "bridge") else {}
+        assert drawn.items() <= (config.training.get("validation") or {}).items()
+
+
 @pytest.mark.slow
 def test_the_demo_trains_with_valid_boundaries(tmp_path):
     """Samples of one batch need other numbers of steps of the solver, since their noise levels differ."""
