@@ -55,7 +55,7 @@ Make = Callable[..., Sampler]
 WEIGHTS = {"weight": [0.3, 1.0, 3.0]}
 RIVALS: dict[str, tuple[type[LatentWalk], int, dict[str, Sequence[Any]]]] = {
     "TReg": (Treg, 200, {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
-    "LDPS": (Ldps, 1000, WEIGHTS),
+    "LDPS": (Ldps, 1000, {"weight": [0.3, 1.0, 3.0, 10.0]}),
     "PSLD": (Psld, 1000, WEIGHTS),
     "P2L": (P2l, 1000, WEIGHTS),
 }

@@ -367,6 +367,11 @@ SECTIONS = (
         "sees 16 frames at once. `clip` is one copy of the clip.",
     ),
     Section(
+        "latent_ldps",
+        "LDPS with larger weights",
+        "As above, with weights up to 10, for x8 alone; 10 is again the end of the grid.",
+    ),
+    Section(
         "pictures",
         "What a pixel costs in small and large pictures",
         "The shipped deblurring model on one thread: seconds of the processor for a megapixel of one sample and one of "
