@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `adversarial` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -344,6 +344,21 @@ photographs() {
     collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
 
+# The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a shipped model trained on by the energy score, and with the term beside it.
+adversarial() {
+    local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur discriminator=features
+        training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 data.root=$PHOTOGRAPHS"
+    local felt="loss.relative=true training.optimizer.discriminator_warmup=150" folder=$RUNS/adversarial
+    train adversarial_0 $common steps=400 validate_every=200
+    train adversarial_0.3 $common $felt steps=400 validate_every=400 loss.adversarial=0.3
+    train adversarial_1 $common $felt steps=500 validate_every=500 loss.adversarial=1
+    evaluate adversarial operators='[gaussian_blur]' prior=photographs_prior \
+        methods="[\"ud2m target.model=photographs_gaussian_blur label=shipped\",\"ud2m target.model=${folder}_0/export label=energy\",\"ud2m target.model=${folder}_0.3/export label=energy_and_adversarial_0.3\",\"ud2m target.model=${folder}_1/export label=energy_and_adversarial_1\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=40 val_limit=24\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy]' tune=false reference=shipped
+    collect adversarial results/adversarial --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh adversarial"
+}
+
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
 shipped() {
     local folders=() operator
@@ -359,7 +374,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs shipped $PARTS " in
+    case " models photographs adversarial shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

@@ -119,8 +119,8 @@ def build_generator_loss(
     Raises:
         ValueError: as ``GeneratorLoss``.
     """
-    own: Parts = {"features": lambda: features}
-    parts = {**own, "discriminator": cache(partial(_make, discriminator, own))}
+    own: dict[str, Callable[[], Any]] = {"features": lambda: features}
+    parts: Parts = own | {"discriminator": cache(partial(_make, discriminator, own))}
     return GeneratorLoss({n: (e["weight"], partial(_make, e["term"], parts)) for n, e in terms.items()}, relative)
 
 
