@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from dense_prox import joint_prox
 from operators import BATCH, generator, kernel
 from PIL import Image
 
-from ud2m.physics import BoundedBlur, CircularBlur, GaussianBlur, KernelFile, MotionBlur, UniformBlur, observe
+from ud2m.physics import (
+    BoundedBlur,
+    CircularBlur,
+    GaussianBlur,
+    KernelFile,
+    MotionBlur,
+    SuperResolution,
+    UniformBlur,
+    observe,
+)
 from ud2m.physics.iterative import ConvergenceWarning
 
 # --- kernels ----------------------------------------------------------------------------------------------
@@ -28,6 +38,20 @@ def test_anisotropic_kernel_has_the_stated_covariance(angle):
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     expected = [9 * c**2 + 1.44 * s**2, (9 - 1.44) * c * s, 9 * s**2 + 1.44 * c**2]
     assert [m.item() for m in moments] == pytest.approx(expected, abs=0.12)  # the kernel is cut
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(GaussianBlur, 1e9),
+        partial(GaussianBlur, [1.0, 700.0]),
+        partial(SuperResolution, 10**9),
+        partial(SuperResolution, 4, filter="gaussian", width=1e9),
+    ],
+)
+def test_a_kernel_larger_than_any_picture_is_refused_before_memory_is_asked_for(make):
+    with pytest.raises(ValueError, match="pixels a side, and at most 4096 are made: take a smaller width or factor"):
+        make()
 
 
 def test_uniform_blur_is_the_mean_over_a_box():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ud2m.numbers import is_whole
 from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
-from ud2m.physics.circular import CircularBlur, check_kernel
+from ud2m.physics.circular import CircularBlur, check_kernel, check_side
 from ud2m.physics.family import OperatorFamily
 from ud2m.random import Generators, rand
 from ud2m.raster import is_array, read_numbers, read_picture
@@ -102,6 +102,7 @@ class GaussianBlur(Blur):
         widths = [float(w) for w in (width if isinstance(width, Sequence) else [width, width])]
         if len(widths) != 2 or not all(0 < w < math.inf for w in widths):
             raise ValueError(f"width (standard deviation of the blur in pixels) must be positive, got {width}")
+        check_side(2 * 3.3 * max(widths))
         self.width, self.angle = widths, angle
         self.kernel = gaussian_blur(sigma=(widths[1], widths[0]), angle=angle, dtype=torch.float64)  # rows first
         self.taps = (self.kernel.shape[-2], self.kernel.shape[-1])

@@ -16,6 +16,8 @@ from ud2m.physics.rows import at_least_float32, per_sample
 
 # A singular value below this fraction of the largest counts as zero in A_dagger (the figure is deepinv's).
 RELATIVE_RANK_TOLERANCE = 1e-5
+LARGEST_KERNEL = 4096
+"""Pixels a side: as many as the sides of large pictures have; a kernel of numbers in float64 then takes 134 MB."""
 
 
 class CircularFilter(Immutable):
@@ -241,6 +243,15 @@ def check_kernel(kernel: Tensor, image_shape: tuple[int, int, int]) -> None:
         raise ValueError(
             f"the kernel ({kernel.shape[-2]}x{kernel.shape[-1]} pixels) is larger than the image "
             f"({image_shape[-2]}x{image_shape[-1]}): take a larger image or a smaller kernel"
+        )
+
+
+def check_side(side: float) -> None:
+    """Raise ValueError for a kernel of more than ``LARGEST_KERNEL`` pixels a side, before memory is asked for."""
+    if side > LARGEST_KERNEL:
+        raise ValueError(
+            f"the kernel would have {side:.4g} pixels a side, and at most {LARGEST_KERNEL} are made: take a smaller "
+            "width or factor"
         )
 
 

@@ -264,7 +264,7 @@ def read_mask(path: Path) -> Tensor:
     if unclear.any():
         share_of_them = 100 * float(np.mean(unclear))
         raise ValueError(
-            f"{name} must be black and white, {share_of_them:.2g} % of its pixels are grey or coloured: it has {found}"
+            f"{name} must be black and white, {share_of_them:.3g} % of its pixels are grey or coloured: it has {found}"
         )
     if not known.any():
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ud2m.numbers import is_whole
-from ud2m.physics.circular import CircularDownsampling, check_factor, check_kernel
+from ud2m.physics.circular import CircularDownsampling, check_factor, check_kernel, check_side
 from ud2m.physics.family import FixedOperator
 
 
@@ -35,6 +35,7 @@ class SuperResolution(FixedOperator):
             raise ValueError(f"unknown filter {filter!r}; allowed: {', '.join(FILTERS)}")
         if width is not None and (filter != "gaussian" or not 0 < width < math.inf):
             raise ValueError(f"width must be positive, and belongs to filter=gaussian; got {width} for {filter!r}")
+        check_side(max(4 * factor, 2 * 3.3 * (width or 0)))
         self.factor = self.multiple = int(factor)
         taps = gaussian_taps(factor, width or 0.4 * factor) if filter == "gaussian" else FILTERS[filter](factor)
         self.kernel = torch.outer(taps, taps)[None, None]
