@@ -244,7 +244,7 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
     [
         (
             {"methods": "[pinv,ddrn]"},
-            r"unknown method 'ddrn' \(did you mean ddrm\?\); known: cddb, ddrm, diffpir, dps, i2sb, ",
+            r"unknown method 'ddrn' \(did you mean ddrm\?\); known: admm_tv, cddb, ddrm, diffpir, dps, ",
         ),
         ({"operators": "[blur]"}, r"unknown physics 'blur' \(did you mean .*\?\); known: boxes"),
         ({"datasets": "[imagenet]"}, r"unknown data 'imagenet' \(did you mean imagenet256\?\); known: .*folder"),

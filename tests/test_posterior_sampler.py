@@ -35,6 +35,22 @@ def test_what_depends_on_the_observation_alone_is_computed_once_for_all_steps(pr
     assert sorted(calls) == ["kept_gain", "mean_gain", "prepared_prox"]
 
 
+def test_auto_is_float32_for_a_model_that_needs_it_and_what_is_asked_for_stays(sampler, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    y, physics = observation()
+
+    def draw(**options):
+        return sampler.with_options(**options)(y, physics, num_samples=2, generator=generator(0))
+
+    full, rounded = draw(precision="float32"), draw(precision="bfloat16")
+    assert not torch.equal(full, rounded)
+    assert torch.equal(draw(), rounded)
+    assert torch.equal(draw(needs_float32=True), full)
+    assert torch.equal(draw(needs_float32=True, precision="bfloat16"), rounded)
+    with pytest.raises(ValueError, match="needs_float32 must be true or false, got 1"):
+        SamplerConfig(needs_float32=1)
+
+
 def test_the_generator_decides(sampler):
     y, physics = observation()
     first, again, other = (sampler(y, physics, num_samples=2, generator=generator(seed)) for seed in (1, 1, 2))

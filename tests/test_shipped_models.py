@@ -1,6 +1,7 @@
 """Shipped models: how they are shipped, the examples that load them, and what is measured with them."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import adapted, save_tiny_prior, tiny_network
 
 import ud2m.priors.shipped
+from ud2m.cli.models import shipped_models
 from ud2m.images import read_image, write_image
 from ud2m.priors.prior import Prior
 from ud2m.samplers.ud2m import PosteriorSampler, SamplerConfig
@@ -48,6 +50,15 @@ def test_the_python_example_runs(name, shipped, tmp_path, monkeypatch):
     assert scope["samples"].shape == (1, 8, 3, 24 + 12, 32 + 12)  # with the border of the kernel
     if name != "README.md":
         assert read_image("mean.png").shape == read_image("std.png").shape == (3, 36, 44)
+
+
+def test_models_that_rounding_costs_more_than_the_bound_are_evaluated_in_float32():
+    rows = json.loads((REPOSITORY / "docs" / "results" / "precision.json").read_text())["rows"]
+    rounded = {row["operator"]: row for row in rows if row["method"] == "bfloat16"}
+    assert rounded.keys() == set(shipped_models())
+    for name, row in rounded.items():
+        costs = row["loss of PSNR of mean [dB]"] > 0.02 or row["loss of LPIPS"] > 0.001
+        assert PosteriorSampler.from_pretrained(name).config.needs_float32 == costs, name
 
 
 # --- the prior beside classical methods ------------------------------------------------------------------------------

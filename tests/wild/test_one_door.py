@@ -36,6 +36,7 @@ DOORS = {
 }
 ELSEWHERE = {
     # what this program has written itself
+    ("OmegaConf.load", "ud2m/cli/models.py"),
     ("json.loads", "ud2m/cli/sweep.py"),
     ("json.loads", "ud2m/training/pruning.py"),
     ("json.loads", "ud2m/evaluation/cells.py"),

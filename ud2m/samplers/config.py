@@ -22,6 +22,8 @@ class SamplerConfig:
         symmetries: the network sees images in 1, 2 or 8 random orientations (``ud2m.unfolded.denoisers.symmetric``).
         step_scale: factor on the modules' delta_k, > 0. More gives samples that differ more and look sharper, less
             gives single samples that are closer to the posterior mean.
+        needs_float32: ``precision=auto`` is float32 on all hardware: rounding of this model was measured to cost more
+            than 0.02 dB or 0.001 LPIPS (``benchmarks/precision.py``).
         chunk_size: images that the network sees at once; bounds the memory. It changes samples by rounding alone.
         tile: pictures larger than tile x tile pixels go through the network in overlapping tiles of that size
             (``ud2m.unfolded.denoisers.tiled``), and the network sees at most tile^2 pixels at once, which bounds the
@@ -40,6 +42,7 @@ class SamplerConfig:
     eta: float | str = 1.0
     symmetries: int = 1
     step_scale: float = 1.0
+    needs_float32: bool = False
     chunk_size: int = 64
     tile: int | None = None
     precision: str = AUTO
@@ -55,6 +58,8 @@ class SamplerConfig:
         check_symmetries(self.symmetries)
         check_tile(self.tile)
         check_precision(self.precision)
+        if not isinstance(self.needs_float32, bool):
+            raise ValueError(f"needs_float32 must be true or false, got {self.needs_float32!r}")
         check_positive("step_scale", self.step_scale)
         check_positive("grid_power", self.grid_power)
         if not is_number(self.sigma_y) or not 0 < self.sigma_y < math.inf:
@@ -73,6 +78,11 @@ class SamplerConfig:
         if unknown:
             raise ValueError(f"a sampler has no option {', '.join(unknown)}; it has {', '.join(known)}")
         return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    @property
+    def of_networks(self) -> str:
+        """The precision that networks are evaluated in: ``auto`` is float32 for a model that needs it."""
+        return "float32" if self.precision == AUTO and self.needs_float32 else self.precision
 
     def chunk(self, height: int, width: int) -> int:
         """Return how many images of this size the network sees at once."""

@@ -42,7 +42,7 @@ class PosteriorSampler(Sampler):
     def __init__(self, network: UnfoldedNetwork, config: SamplerConfig | None = None):
         self.network, self.prior, self.config = network, cast(Prior, network.denoiser), config or SamplerConfig()
         starts: list[nn.Module] = [network.warm_start] if network.warm_start.evaluations else []
-        super().__init__([self.prior, *starts], self.config.chunk_size, self.config.precision)
+        super().__init__([self.prior, *starts], self.config.chunk_size, self.config.of_networks)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +126,7 @@ class PosteriorSampler(Sampler):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         config = self.config
-        evaluated = in_precision(self.network.denoiser, config.precision)
+        evaluated = in_precision(self.network.denoiser, config.of_networks)
         denoiser = symmetric(tiled(evaluated, config.tile), config.symmetries, streams)
 
         def network(x_sigma: Tensor, sigma: Tensor, observation: Observation, generator: Any) -> Tensor:
