@@ -38,7 +38,7 @@ def test_the_scale_of_float16_is_gone_when_gradients_are_clipped(clip, prior, tm
 @pytest.mark.slow
 def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_falls(prior, tmp_path):
     module = distillation(prior)
-    before = {name: p.detach().clone() for name, p in trained(module).items()}
+    before = {name: p.detach().clone() for name, p in generator(module).items()}
     plugin = half(2.0**60)
     plugin.scaler._backoff_factor = 2.0**-22
     seen = []
@@ -50,8 +50,13 @@ def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_falls(prior,
     assert everything(checkpoint(tmp_path))["/MixedPrecision/scale"] == 2.0**16  # a resumed run goes on with it
 
 
+def generator(module):
+    """Return what is trained through the network in float16; D is evaluated in float32, and does not overflow."""
+    return {name: p for name, p in trained(module).items() if not name.startswith("discriminator.")}
+
+
 def changed(module, before):
-    return any(not torch.equal(p, before[name]) for name, p in trained(module).items())
+    return any(not torch.equal(p, before[name]) for name, p in generator(module).items())
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_run(prior, tmp_path):
