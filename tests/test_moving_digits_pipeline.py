@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import WanPipeline
+from digit_classes import fit_classes
 
 from ud2m.data.mnist import NUMBERS, Digits, read_mnist
 from ud2m.data.moving_digits import MovingDigits
@@ -40,9 +41,7 @@ def known(request):
     mnist = read_mnist(root, train=True)
     still = Digits(mnist.data, 32, "train")
     x = torch.stack([still[k] for k in range(8000)])
-    rows = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1).double()
-    targets = torch.nn.functional.one_hot(mnist.targets[:8000], 10).double()
-    weights = torch.linalg.solve(rows.T @ rows + 30 * torch.eye(rows.shape[1]), rows.T @ targets)
+    of_still = fit_classes(x, mnist.targets[:8000])
 
     def classes(videos):
         frames = videos[:, 0, 4]
@@ -50,8 +49,7 @@ def known(request):
         for frame in frames:
             moves = [15.5 - float((frame.sum(1 - axis) * torch.arange(32)).sum() / frame.sum()) for axis in (0, 1)]
             centred.append(torch.roll(frame, [round(move) for move in moves], (0, 1)))
-        found = torch.cat([torch.stack(centred).flatten(1), torch.ones(len(frames), 1)], 1).double() @ weights
-        return found.argmax(1)
+        return of_still(torch.stack(centred))
 
     moving = MovingDigits(mnist.data, 32, "train", 9, 2)
     return torch.stack([moving[k] for k in range(8000, 8040)]), mnist.targets[8000:8040], classes

@@ -126,7 +126,7 @@ class PosteriorSampler(Sampler):
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
         config = self.config
-        evaluated = in_precision(self.network.denoiser, config.of_networks)
+        evaluated = in_precision(self.network.denoiser, self.precision)
         denoiser = symmetric(tiled(evaluated, config.tile), config.symmetries, streams)
 
         def network(x_sigma: Tensor, sigma: Tensor, observation: Observation, generator: Any) -> Tensor:
