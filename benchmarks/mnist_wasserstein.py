@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from overview_picture import draw
+from gallery import draw
 from results import store
 from ud2m.data.mnist import Digits, read_mnist
 from ud2m.evaluation.calibration import ConditionalGaussian

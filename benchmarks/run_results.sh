@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `adversarial` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `tradeoff`, `adversarial` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -324,7 +324,7 @@ cost() {
 }
 
 picture() {
-    "$PYTHON" benchmarks/overview_picture.py
+    "$PYTHON" benchmarks/gallery.py
 }
 
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
@@ -342,6 +342,31 @@ photographs() {
         folders+=("results/photographs_$operator")
     done
     collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
+}
+
+# Distortion against perception on PHOTOGRAPHS: single samples and means, step_scale, and rivals at several settings.
+tradeoff() {
+    local folders=() operator ours all scale setting first last width eta number
+    for operator in gaussian_blur super_resolution; do
+        ours="ud2m target.model=photographs_$operator"
+        all="\"$ours label=UD2M_mean_2\""
+        for scale in 0.7 1.4; do all+=",\"$ours target.step_scale=$scale label=UD2M_step_scale_$scale\""; done
+        for setting in "0.2 0.01 1.0" "0.4 0.02 1.4" "0.4 0.04 1.4"; do
+            read -r first last width <<< "$setting"
+            all+=",\"latino target.setting.tau_first=$first target.setting.tau_last=$last target.setting.width=$width label=LATINO_${first}_to_${last}_width_$width\""
+        done
+        for eta in 0.85 0.5; do all+=",\"ddrm target.eta=$eta target.power=3.0 label=DDRM_eta_$eta\""; done
+        for number in 8 4 2; do
+            [ "$number" = 2 ] || setting="\"$ours label=UD2M_mean_$number\""
+            [ "$number" != 2 ] || setting=$all
+            evaluate "tradeoff_${operator}_$number" operators="[$operator]" prior=photographs_prior num_samples="$number" \
+                tune=false metrics='[psnr,lpips]' show=0 methods="[$setting]" \
+                datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=16\"]"
+            folders+=("results/tradeoff_${operator}_$number")
+        done
+    done
+    collect tradeoff "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh tradeoff" --note "Times are those of a busy machine."
+    "$PYTHON" benchmarks/plots.py
 }
 
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a shipped model trained on by the energy score, and with the term beside it.
@@ -374,7 +399,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs adversarial shipped $PARTS " in
+    case " models photographs tradeoff adversarial shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

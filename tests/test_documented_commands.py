@@ -208,8 +208,9 @@ def test_make_demo_and_make_test_are_the_first_commands_of_the_readme():
 
 def test_the_commands_of_the_makefile_compose(tmp_path):
     recipes = (REPOSITORY / "Makefile").read_text().replace("$(BIN)/", "").replace("$(RUN)", "runs/x")
-    commands = [words(line) for line in recipes.splitlines() if re.match(r"\tpython (train|sample)\.py", line)]
-    assert len(commands) >= 2
+    lines = recipes.replace("\\\n", " ").splitlines()
+    commands = [words(line) for line in lines if re.match(r"\t(python (train|sample)\.py|ud2m )", line)]
+    assert len(commands) >= 3
     for command in commands:
         compose_all(command, tmp_path)
 

@@ -239,6 +239,13 @@ def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, t
     assert "skipped: Ddrm cannot" in capsys.readouterr().out
 
 
+def test_metrics_without_weights_are_skipped_where_that_is_asked_for(material, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    rows = run(material, tmp_path, methods="[pinv]", metrics="[lpips,psnr]", unsupported="skip")
+    assert all("psnr" in row and "lpips" not in row for row in rows)
+    assert "skipped: without lpips: the metric lpips cannot be computed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -12,6 +12,7 @@ from ud2m.evaluation.cells import Result
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import with_interval
 from ud2m.reports.board import Board, board_page
+from ud2m.reports.plots import reliability
 from ud2m.reports.tables import notes, visible
 from ud2m.reports.text_tables import escape, latex, markdown
 
@@ -166,3 +167,14 @@ def test_sorting_works_in_a_browser(tmp_path):
     assert list(map(float, found["falling"])) == values[::-1]
     assert found["sort"] == "descending"
     assert found["lpips"] == ["0.04", "0.05", "", ""]  # what is missing stays last
+
+
+def test_errors_that_equal_deviations_lie_on_the_diagonal():
+    points = [[0.01, 0.01, 0.5], [0.1, 0.1, 0.3], [0.0, 0.02, 0.2]]  # no logarithm of the last
+    plot = reliability([("without", {}), ("right", {"spatial": points}), ("narrow", {"spatial": [[0.01, 0.1, 1.0]]})])
+    (start, end), right, narrow = ([points for points, *_ in plot["curves"]][k] for k in (0, 2, 3))
+    slope = (end[1] - start[1]) / (end[0] - start[0])
+    assert len(right) == 2
+    assert all(y - start[1] == pytest.approx(slope * (x - start[0]), abs=0.2) for x, y in right)
+    assert narrow[0][1] < right[0][1]  # higher on the page: larger errors than told
+    assert reliability([("without", {})]) is None

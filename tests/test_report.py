@@ -291,6 +291,21 @@ def test_console_table():
     assert "NFE: network evaluations for one sample" in lines
 
 
+def test_a_sentence_says_who_is_best_in_what():
+    assert format_table(ROWS).splitlines()[-1] == (
+        "best: UD2M (K=3, N=3) in PSNR of mean, PSNR, LPIPS, r"  # 30.104 and 30.1 look equal
+        "; LATINO in PSNR"
+    )
+    assert "best: UD2M (K=3, N=3) in PSNR of mean, PSNR, LPIPS, r; LATINO in PSNR" in samples_page(make_report())
+    rows = [
+        {"method": method, "operator": operator, "psnr": psnr}
+        for operator, scores in {"blur": (30.0, 31.0), "mask": (29.0, 28.0), "jpeg": (None, 20.0)}.items()
+        for method, psnr in zip(("a\x1b", "b"), scores, strict=True)
+    ]
+    lines = [line for line in format_table(rows).splitlines() if line.startswith("best")]
+    assert lines == ["best (blur): b in PSNR", "best (mask): a  in PSNR"]  # none where one alone was scored
+
+
 def test_console_table_without_rows_and_with_control_characters():
     assert format_table([]) == "(no results)"
     text = format_table([{"method": "a\x1b[31m\nb", "psnr": 1.0}])

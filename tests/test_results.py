@@ -155,3 +155,39 @@ def test_what_must_not_be_stored_is_refused(tmp_path):
     path.write_text('{"rows": []}')
     with pytest.raises(ValueError, match="measure it again"):
         results.load("prior", tmp_path)
+
+
+def test_figures_take_single_samples_and_means_from_their_rows(tmp_path):
+    plots = importlib.import_module("plots")
+
+    def row(method: str, samples: int, lpips: float, psnr: float) -> dict:
+        return {
+            "method": method,
+            "samples": samples,
+            "lpips": lpips,
+            "psnr": psnr,
+            "lpips_mean": lpips + samples,
+            "psnr_mean": psnr + samples,
+        }
+
+    rows = [
+        row("UD2M mean 8", 8, 0.1, 25.0),
+        row("UD2M mean 2", 2, 0.2, 26.0),
+        row("UD2M step scale 0.7", 2, 0.3, 27.0),
+        row("LATINO a", 2, 0.4, 28.0),
+        row("DDRM eta 0.5", 2, 0.5, 29.0),
+        row("LATINO b", 2, 0.6, 30.0),
+    ]
+    assert plots.means_of_samples(rows) == [(0.1, 25.0, "S = 1"), (2.2, 28.0, "2"), (8.1, 33.0, "8")]
+    assert plots.step_scales(rows) == [(0.3, 27.0, "0.7"), (0.1, 25.0, "1")]
+    found = {name: [one[:2] for one, _ in settings] for name, settings in plots.rivals(rows)}
+    assert found == {"LATINO": [(0.4, 28.0), (0.6, 30.0)], "DDRM": [(0.5, 29.0)]}
+    assert [axis.get_title() for axis in plots.draw_tradeoff({"blur": rows, "holes_2": rows}).axes] == [
+        "blur",
+        "holes 2",
+    ]
+
+
+def test_a_figure_of_what_was_not_measured_is_refused():
+    with pytest.raises(FileNotFoundError, match=r"run_results\.sh nothing"):
+        importlib.import_module("plots").by_operator("nothing")

@@ -85,6 +85,31 @@ def test_exact_posterior_samples_are_calibrated_and_narrow_ones_are_not(posterio
     assert numbers("r", narrow)["r_high"] < 0.6
 
 
+def test_the_deviation_of_samples_is_compared_with_the_error_place_by_place():
+    deviation = 10 ** torch.linspace(-2.3, -0.7, 400).expand(60, 400).reshape(60, 1, 20, 20)
+    x0, noise = deviation * gaussian(60, 1, 20, 20), gaussian(60, 39, 1, 20, 20, seed=1)
+    everywhere = deviation.square().mean().sqrt()  # as much variance in all, in the wrong places
+    y, physics = x0, Inpainting(0.1).draw(60, (1, 20, 20), generator())
+    samples = {
+        "right": deviation.unsqueeze(1) * noise,
+        "narrow": 0.25 * deviation.unsqueeze(1) * noise,
+        "flat": everywhere * noise,
+    }
+    found = {
+        name: numbers("spatial", draws_of(x0, y, physics, 0.1, 0.1, drawn), (40, 20)) for name, drawn in samples.items()
+    }
+    assert found["right"]["spatial_error"] < 0.12
+    # Oracle: a quarter is two octaves, but for the spread of the mean: E[(mean - x0)^2] = s^2 (1 + 1 / (16 S))
+    assert found["narrow"]["spatial_error"] == pytest.approx(2, abs=0.1)
+    assert found["flat"]["spatial_error"] < 0.3 < found["narrow"]["spatial_error"]  # one bin, right on average
+    inner = [(s, error) for s, error, share in found["right"]["spatial"] if share > 0.05]
+    assert len(inner) > 5
+    assert all(error == pytest.approx(s, rel=0.15) for s, error in inner)
+    assert sum(share for _, _, share in found["right"]["spatial"]) == pytest.approx(1, abs=0.01)
+    with pytest.raises(ValueError, match="num_samples of at least 8, got 4"):
+        build_score("spatial").check(10, 4, (3, 32, 32))
+
+
 def test_posterior_samples_leave_residuals_of_the_law_of_the_noise(posterior_draws):
     exact, narrow = posterior_draws
     found = numbers("residual", exact)

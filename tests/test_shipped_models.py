@@ -87,13 +87,25 @@ def test_the_prior_is_measured_beside_classical_methods(shipped):
 
 
 @pytest.mark.slow
-def test_the_picture_has_a_row_per_operator(shipped, tmp_path, monkeypatch):
-    overview = importlib.import_module("overview_picture")
-    monkeypatch.setattr(overview, "SIDE", 32)
-    path = tmp_path / "new" / "overview.png"
-    overview.main(["--models", *["photographs_gaussian_blur"] * 3, "--output", str(path)])
-    _, height, width = read_image(path).shape
-    assert width / height == pytest.approx(7 / 3, rel=0.15)
+def test_pictures_have_a_sheet_per_scene_and_a_row_per_operator(shipped, tmp_path, monkeypatch):
+    gallery = importlib.import_module("gallery")
+    monkeypatch.setattr(gallery, "SIDE", 32)
+    gallery.main(["--model", "photographs_gaussian_blur", "--output", str(tmp_path / "new")])
+    sizes = {path.stem: read_image(path).shape[1:] for path in (tmp_path / "new").iterdir()}
+    assert sizes.keys() == {"overview", *(f"gallery-{name}" for name in gallery.SCENES)}
+    for name, (height, width) in sizes.items():
+        assert width / height == pytest.approx(2 if name == "overview" else 4 / 3, rel=0.15)
+    for path in (REPOSITORY / "docs" / "images").glob("gallery-*"):
+        assert path.stem in sizes
+        assert path.stat().st_size < 100_000
+
+
+def test_the_least_certain_place_is_that_of_the_largest_mean_deviation():
+    gallery = importlib.import_module("gallery")
+    std = torch.full((3, 16, 24), 0.1)
+    std[:, 5:9, 13:17] = 0.2
+    std[:, 0, 0] = 1.0  # one pixel is no place
+    assert gallery.most_uncertain(std, 4) == (slice(None), slice(5, 9), slice(13, 17))
 
 
 # --- shipping --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ud2m.data.module import evenly_spaced
 from ud2m.evaluation.cells import CellStore, Result, images_digest
 from ud2m.evaluation.comparison import Images, Job
 from ud2m.evaluation.differences import with_differences
-from ud2m.evaluation.scores import build_score, check_scores
+from ud2m.evaluation.scores import build_score, check_scores, left_out
 from ud2m.evaluation.table import selecting
 from ud2m.evaluation.team import ALONE, Team
 from ud2m.files import inside, write_bytes, write_json
@@ -79,6 +79,10 @@ class EvaluationRun:
             selecting(self.config.tune_by)
         except ValueError as error:
             raise ValueError(f"tune_by: {error}") from error
+        if self.config.unsupported == "skip":
+            for reason in left_out(self.metrics):
+                tqdm.write(f"skipped: {reason}")
+            self.metrics = [name for name in self.metrics if not left_out([name])]
         for name in self.metrics:
             build_score(name)
 

@@ -61,6 +61,8 @@ SMALLEST_KID = 50
 """Images below which the kernel distance is mostly noise."""
 DIRECTIONS = 3
 """Projections onto white noise whose ranks are tested, beside the mean."""
+DEVIATIONS = tuple(2.0 ** (k / 2) for k in range(-20, -1))
+"""Edges of the bins of standard deviations that errors are compared in, in image units: half octaves."""
 PER_BIN = 5
 """Images per possible rank that the chi^2 test of the ranks needs (Cochran's rule)."""
 VALUES = "_values"
@@ -341,6 +343,50 @@ class Coverage(Score):
         return {"calibration": [list(pair) for pair in zip(self.nominal(), found, strict=True)]}
 
 
+class Spatial(Score):
+    """Whether the samples' standard deviation says how far their mean errs, place by place: error against it, in bins.
+
+    Pixels are binned by the standard deviation s of their samples. For a calibrated sampler the truth is one more draw,
+    so that the squared error of the mean of S samples is (1 + 1/S) s^2 on average: the error of a bin is freed of that
+    factor. ``spatial_error`` is |log2(error / s)| of the bins, weighted by their pixels: 0 where s is right everywhere,
+    1 where it is wrong by a factor of two. Few samples bin by chance: low s are too low, and high ones too high.
+    """
+
+    least = 8
+
+    def values(self, draws: Draws) -> dict[str, Tensor]:
+        """Return pixels, mean variance and mean squared error of each bin, over all pixels of an image."""
+        variance = draws.samples.double().var(1).flatten(1)
+        error = (draws.samples.double().mean(1) - draws.x0).square().flatten(1)
+        place = torch.bucketize(variance.sqrt(), torch.tensor(DEVIATIONS, dtype=torch.float64, device=variance.device))
+        parts = torch.stack([torch.ones_like(variance), variance, error * self.freed(draws.samples.shape[1])], 1)
+        sums = parts.new_zeros(*parts.shape[:2], len(DEVIATIONS) + 1)
+        return {"bins": sums.scatter_add_(2, place.unsqueeze(1).expand_as(parts), parts) / variance.shape[1]}
+
+    @staticmethod
+    def freed(count: int) -> float:
+        """Return the factor that frees squared errors of the mean of so many samples of their number."""
+        return count / (count + 1)
+
+    def numbers(self) -> Numbers:
+        """Return ``spatial_error``."""
+        return with_interval("spatial_error", self.rows["bins"].flatten(1), self._distance)
+
+    def curves(self) -> dict[str, list[Any]]:
+        """Return standard deviation, error and share of the pixels, of each bin that holds a thousandth of them."""
+        share, variance, error = self.rows["bins"].mean(0)
+        kept = share > 1e-3
+        found = torch.stack([(variance / share).sqrt(), (error / share).sqrt(), share], 1)[kept]
+        return {"spatial": found.tolist()}
+
+    @staticmethod
+    def _distance(means: Tensor) -> Tensor:
+        share, variance, error = means.unflatten(-1, (3, -1)).unbind(-2)
+        filled = (variance > 0) & (error > 0)
+        octaves = torch.where(filled, error / variance, 1).log2().abs() / 2
+        return (share * octaves).sum(-1)
+
+
 class Ranks(Score):
     """Simulation-based calibration (Talts et al., 2018) of a few numbers of each image: their ranks and a chi^2 test.
 
@@ -555,6 +601,7 @@ SCORES: dict[str, Callable[[], Score]] = {
     "energy": lambda: PerImage(_energy, least=2),
     "r": Ratio,
     "coverage": Coverage,
+    "spatial": Spatial,
     "sbc": Ranks,
     "cw2": ConditionalW2,
     "dists": dists_score,

@@ -83,6 +83,7 @@ COLUMNS = (
     Column("coverage_80", "Coverage 80 %", "share of true pixels in intervals of about 80 %", ".3f"),
     Column("coverage_90", "Coverage 90 %", "share of true pixels in intervals of about 90 %", ".3f"),
     Column("calibration_error", "Calibration error", "mean distance of coverage from its level", ".3f", "min"),
+    Column("spatial_error", "Std against error", "distance of std and error by place, octaves", ".2f", "min"),
     Column("sbc_p", "SBC p", "of uniform ranks; small: not calibrated", ".2g"),
     Column("r", "r", "std of the samples / RMSE of their mean; about 1 when calibrated", ".2f", "one"),
     Column(

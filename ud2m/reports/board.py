@@ -12,7 +12,7 @@ from ud2m.evaluation.table import SETTING, by_setting, described_by
 from ud2m.reports.clips import RATE, playing, still
 from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
-from ud2m.reports.plots import calibration, colour_of, scatter
+from ud2m.reports.plots import calibration, colour_of, reliability, scatter
 from ud2m.reports.tables import (
     Rows,
     caption,
@@ -70,7 +70,8 @@ def _section(board: Board, setting: tuple[Any, ...], indices: Sequence[int]) -> 
     methods = [str(row["method"]) for row in rows]
     plotted = [column for column in visible(rows) if described_by(column.key) in PLOTTED]
     plots = [scatter(rows, column, *cost) for column in plotted for cost in COSTS]
-    plots.append(calibration([(name, result.curves) for name, result in zip(methods, results, strict=True)]))
+    curves = [(name, result.curves) for name, result in zip(methods, results, strict=True)]
+    plots += [calibration(curves), reliability(curves)]
     scale = shared_scale(kinds.get("std") for result in results for kinds in result.pictures.values())
     words = [f"σ_y = {v:g}" if key == "sigma_y" else str(v) for key, v in zip(SETTING, setting, strict=True)]
     return {

@@ -83,6 +83,36 @@ def calibration(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, An
     }
 
 
+def reliability(curves: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Return the error of the mean against the samples' standard deviation, both logarithmic; the diagonal is right.
+
+    Args:
+        curves: of each method, its name and ``spatial``, triples (deviation, error, share), where it was measured.
+    """
+    found = [[(d, e) for d, e, _ in curve.get("spatial", []) if d > 0 and e > 0] for _, curve in curves]
+    ends = [value for points in found for point in points for value in point]
+    if not ends:
+        return None
+    low, high = math.log10(min(ends)) - 0.05, math.log10(max(ends)) + 0.05
+    across, up = _scale(low, high, LEFT, RIGHT), _scale(low, high, BOTTOM, TOP)
+    ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high)) for step in (1, 3)]
+    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    return {
+        "title": "Error of the mean",
+        "x_title": "standard deviation of the samples",
+        "x_ticks": [(across(math.log10(tick)), f"{tick:g}") for tick in ticks],
+        "y_ticks": [(up(math.log10(tick)), f"{tick:g}") for tick in ticks],
+        "curves": [
+            ([(LEFT, BOTTOM), (RIGHT, TOP)], "gray", "calibrated"),
+            *(
+                ([(across(math.log10(d)), up(math.log10(e))) for d, e in points], colour_of(k), name)
+                for k, (points, (name, _)) in enumerate(zip(found, curves, strict=True))
+            ),
+        ],
+        "marks": [],
+    }
+
+
 def frame_lines(title: str, lines: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Return lines of numbers, from 0 on, over the frames that they belong to, by their names."""
     high = max((value for values in lines.values() for value in values), default=0) or 1.0

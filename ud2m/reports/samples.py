@@ -15,7 +15,7 @@ from ud2m.reports.clips import RATE, playing
 from ud2m.reports.figures import Picture, figure, observation_figure, shared_scale, std_figure, uncertainty
 from ud2m.reports.page import render_page
 from ud2m.reports.plots import frame_lines
-from ud2m.reports.tables import Rows, found_settings, meanings, page_columns, table_of
+from ud2m.reports.tables import Rows, found_settings, meanings, page_columns, table_of, verdicts
 
 MAX_SAMPLES = 8
 """Shown of each observation, and half as many of images of more than ``LARGE`` pixels."""
@@ -108,7 +108,7 @@ def samples_page(report: Report) -> str:
     columns = page_columns(table_columns(report.table))
     table = table_of(report.table, columns)
     best = ["bold: best in its column, for the same data and operator"] if table.has_bold else []
-    notes = [*best, *meanings(columns), *found_settings(report.table)]
+    notes = [*verdicts(report.table, columns), *best, *meanings(columns), *found_settings(report.table)]
     sections = [_section(section) for section in report.sections]
     return render_page("samples", **vars(report) | {"table": table, "notes": notes, "sections": sections})
 

@@ -12,6 +12,7 @@ from ud2m.evaluation.table import (
     SETTING,
     Column,
     best_cells,
+    by_setting,
     format_value,
     meanings,
     setting_of,
@@ -156,14 +157,39 @@ def found_settings(rows: Rows) -> list[str]:
     ]
 
 
+def verdicts(rows: Rows, columns: Sequence[Column]) -> list[str]:
+    """Return who is best in what, a sentence for each data set and operator that several methods were scored on.
+
+    The one that wins most comes first; those that look equal win together.
+    """
+    best = best_cells(rows, columns)
+    differing = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
+    found = []
+    for indices in by_setting(rows).values():
+        won = {i: [c.heading.split(" [")[0].split(" (")[0] for c in columns if (i, c.key) in best] for i in indices}
+        parts = [
+            f"{rows[i].get('method', '')} in {', '.join(names)}"
+            for i, names in sorted(won.items(), key=lambda item: -len(item[1]))
+            if names
+        ]
+        place = ", ".join(
+            f"σ_y {rows[indices[0]][key]:g}" if key == "sigma_y" else str(rows[indices[0]].get(key))
+            for key in differing
+        )
+        if parts:
+            found.append(f"best{place and f' ({place})'}: {'; '.join(parts)}")
+    return found
+
+
 def _lpips_network(row: Mapping[str, Any]) -> dict[str, str]:
     """Return ``alex`` of ``alex, lpips 0.1.4``: the network that headings of LPIPS name where all rows agree on it."""
     return {_LPIPS: row[_LPIPS].partition(",")[0]} if _LPIPS in row else {}
 
 
 def notes(rows: Rows) -> list[str]:
-    """Return what belongs beside the numbers: meanings, and what ``circumstances`` returns."""
-    return [*meanings(visible(rows)), *circumstances(rows)]
+    """Return what belongs beside the numbers: who is best, meanings, and what ``circumstances`` returns."""
+    columns = visible(rows)
+    return [*verdicts(rows, columns), *meanings(columns), *circumstances(rows)]
 
 
 def circumstances(rows: Rows) -> list[str]:

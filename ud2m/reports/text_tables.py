@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from ud2m.evaluation.table import Column, markdown_line, meanings, table_columns
-from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, visible
+from ud2m.reports.tables import Cell, Rows, Table, caption, difference_table, notes, table_of, verdicts, visible
 
 LATEX = {"σ_y": r"$\sigma_y$", "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "–": "--", "†": r"$\dagger$"}
@@ -19,13 +19,18 @@ def format_table(rows: Rows, columns: Sequence[Column] | None = None) -> str:
     for cells in table.lines:
         # a blank keeps the decimal points of marked and unmarked values in line
         marks = ["*" if cell.bold else " " if c.best else "" for c, cell in zip(table.columns, cells, strict=True)]
-        texts = ["".join(c if c.isprintable() else " " for c in cell.text) for cell in cells]
+        texts = [_printable(cell.text) for cell in cells]
         lines.append([text + mark for text, mark in zip(texts, marks, strict=True)])
     widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     sides = ["<" if table.kind(column) == "text" else ">" for column in table.columns]
     lines.insert(1, ["-" * width for width in widths])
     shown = ["  ".join(map("{:{}{}}".format, texts, sides, widths)).rstrip() for texts in lines]
-    return "\n".join([*shown, "", *(["* best in its column"] if table.has_bold else []), *meanings(table.columns)])
+    best = ["* best in its column"] if table.has_bold else []
+    return "\n".join([*shown, "", *best, *meanings(table.columns), *map(_printable, verdicts(rows, table.columns))])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def markdown(rows: Rows) -> str:

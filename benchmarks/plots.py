@@ -1,0 +1,159 @@
+"""Draw the figures of the documents from the stored results in docs/results.
+
+    python benchmarks/plots.py [--output docs/images]
+
+``tradeoff.png``: PSNR against LPIPS of single samples and of means (``tradeoff``); ``time.png``: LPIPS against the time
+of a sample (``rivals``).
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from results import load
+from ud2m.files import write_bytes
+from ud2m.reports.plots import COLOURS
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
+Rows = Sequence[Mapping[str, Any]]
+Point = tuple[float, float, str]
+"""LPIPS, PSNR, and a label."""
+
+
+def by_operator(name: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the rows of a stored result by their operators.
+
+    Raises:
+        FileNotFoundError: when it was not measured yet.
+    """
+    content = load(name)
+    if content is None:
+        raise FileNotFoundError(f"docs/results/{name}.json does not exist; bash benchmarks/run_results.sh {name}")
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        found.setdefault(row["operator"], []).append(row)
+    return found
+
+
+def single(row: Mapping[str, Any], label: str) -> Point:
+    """Return LPIPS and PSNR of single samples."""
+    return row["lpips"], row["psnr"], label
+
+
+def mean(row: Mapping[str, Any], label: str) -> Point:
+    """Return those of the mean."""
+    return row["lpips_mean"], row["psnr_mean"], label
+
+
+def means_of_samples(rows: Rows) -> list[Point]:
+    """Return our single sample and means of more and more samples."""
+    ours = sorted((row for row in rows if row["method"].startswith("UD2M mean")), key=lambda row: row["samples"])
+    return [single(ours[-1], "S = 1"), *(mean(row, f"{row['samples']}") for row in ours)]
+
+
+def step_scales(rows: Rows) -> list[Point]:
+    """Return our single samples of smaller and larger steps."""
+    scales = {float(row["method"].split()[-1]): row for row in rows if row["method"].startswith("UD2M step scale")}
+    scales[1.0] = max((row for row in rows if row["method"].startswith("UD2M mean")), key=lambda row: row["samples"])
+    return [single(row, f"{scale:g}") for scale, row in sorted(scales.items())]
+
+
+def rivals(rows: Rows) -> Iterator[tuple[str, list[tuple[Point, Point]]]]:
+    """Yield the name of each other method, and a single sample and the mean of two for each of its settings."""
+    for name in dict.fromkeys(row["method"].split()[0] for row in rows):
+        if name != "UD2M":
+            yield name, [(single(row, ""), mean(row, "")) for row in rows if row["method"].split()[0] == name]
+
+
+def draw_tradeoff(operators: Mapping[str, Rows]) -> Figure:
+    """Return a panel per operator: PSNR (up) against LPIPS (to the left is better)."""
+    figure, axes = panels(operators)
+    for axis, rows in zip(axes, operators.values(), strict=True):
+        curve(axis, means_of_samples(rows), COLOURS[0], "UD2M: mean of S samples")
+        curve(axis, step_scales(rows), COLOURS[5], "UD2M: one sample, by step_scale")
+        for colour, (name, settings) in zip((COLOURS[1], COLOURS[2], COLOURS[3]), rivals(rows), strict=False):
+            for k, (one, two) in enumerate(settings):
+                axis.plot([one[0], two[0]], [one[1], two[1]], color=colour, linewidth=0.8)
+                axis.plot(*one[:2], "s", color=colour, label="" if k else f"{name}: one sample, by setting")
+                axis.plot(*two[:2], "s", color=colour, fillstyle="none", label="" if k else f"{name}: mean of two")
+        axis.set_xlabel("LPIPS (less is better)")
+    axes[0].set_ylabel("PSNR [dB] (more is better)")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(operators) - 1, fontsize=7
+    )
+    return figure
+
+
+def draw_time(operators: Mapping[str, Rows]) -> Figure:
+    """Return a panel per operator: LPIPS against seconds for one sample."""
+    figure, axes = panels(operators)
+    methods = list(dict.fromkeys(row["method"] for rows in operators.values() for row in rows))
+    for axis, rows in zip(axes, operators.values(), strict=True):
+        for row in rows:
+            colour = COLOURS[methods.index(row["method"])].replace("currentColor", "black")
+            marker = "*" if row["method"].startswith("UD2M") else "o"
+            label = f"{row['method']} ({row['nfe']:g} evaluations)"
+            axis.plot(row["seconds_per_image"], row["lpips"], marker, color=colour, label=label, markersize=8)
+        axis.set(xscale="log", xlim=(2e-3, 2), xlabel="seconds for a sample of 32x32, one core")
+    axes[0].set_ylabel("LPIPS (less is better)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
+    return figure
+
+
+def panels(operators: Mapping[str, Rows]) -> tuple[Figure, list[Axes]]:
+    """Return an empty panel for each operator, side by side."""
+    figure, axes = plt.subplots(
+        1, len(operators), figsize=(3.6 * len(operators), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], operators, strict=True):
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    return figure, list(axes[0])
+
+
+def curve(axis: Axes, points: Sequence[Point], colour: str, label: str) -> None:
+    """Draw points with their labels and the line through them."""
+    axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour, label=label, zorder=3)
+    for x, y, text in points:
+        axis.annotate(text, (x, y), textcoords="offset points", xytext=(5, -9), fontsize=7, color=colour)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the reader of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the figures."""
+    options = parser().parse_args(arguments)
+    for name, drawn in {
+        "tradeoff": draw_tradeoff(by_operator("tradeoff")),
+        "time": draw_time(by_operator("rivals")),
+    }.items():
+        content = io.BytesIO()
+        drawn.savefig(content, format="png", dpi=110, metadata={"Software": None})
+        plt.close(drawn)
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_bytes(options.output / f"{name}.png", content.getvalue())
+        print(options.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
