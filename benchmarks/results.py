@@ -179,8 +179,9 @@ SECTIONS = (
         "tradeoff",
         "Distortion against perception",
         "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS, "
-        "beside zero-shot LATINO and DDRM with the same prior at several settings, none of them chosen. 16 pieces of 128x128, "
-        "evenly spaced over those of 118 test photographs; the LPIPS of means stands in `docs/results/tradeoff.json`."
+        "beside zero-shot LATINO and DDRM with the same prior at several settings, none of them chosen. 16 pieces of "
+        "128x128, evenly spaced over those of 118 test photographs; the LPIPS of means stands in "
+        "`docs/results/tradeoff.json`."
         "\n\n![PSNR against LPIPS of single samples and of means](images/tradeoff.png)",
     ),
     Section(
