@@ -124,8 +124,8 @@ def methods(
         optimizer = PromptOptimizer(gradient, rate=rate)
         return LatinoPro(prior, PROMPT, optimizer, steps=AnnealedSteps(width), chunk_size=BATCH, **options)
 
-    def scores(width: float = 1.0) -> Sampler:
-        return LatinoScores(prior, PROMPT, CLASSES, steps=AnnealedSteps(width), chunk_size=BATCH)
+    def scores(width: float = 1.0, pairs: int = 20) -> Sampler:
+        return LatinoScores(prior, PROMPT, pairs=pairs, steps=AnnealedSteps(width), chunk_size=BATCH)
 
     both = {"width": [2.0], "rate": [0.5, 1.5]}
     found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
@@ -134,6 +134,7 @@ def methods(
         "LATINO-PRO": (pro, both),
         "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
         "LATINO-PRO, scores": (scores, {"width": [2.0]}),
+        **{f"LATINO-PRO, scores of {n} pairs": (partial(scores, pairs=n), {"width": [2.0]}) for n in (3, 80)},
         "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
     }
     if teacher is not None:

@@ -342,6 +342,13 @@ SECTIONS = (
         "Frechet: of its features. Tuned on validation digits by the class. With 95 % intervals, over images.",
     ),
     Section(
+        "latent_scores",
+        "The prompt found among the captions of the training",
+        'As above, from "a photo of a digit": the ten other captions that `digits` was trained with are tried by '
+        "images drawn once with each, whose evaluations are shared by all 200 digits. For one picture alone it is 68 "
+        "with 3 pairs, 408 with 20 (`LATINO-PRO, scores`) and 1608 with 80.",
+    ),
+    Section(
         "latent_weights",
         "Weights of given prompts",
         "p(c | y) of the ten prompts that name a digit, for 200 test digits: how often the largest is right, its mean, "

@@ -16,7 +16,7 @@ class GaussianLatentPrior:
     G is the exact posterior mean E[z | z_t, c] = W c + a v (z_t - a W c) / (a^2 v + b^2).
     """
 
-    fingerprint = "gaussian"
+    fingerprint, captions = "gaussian", ()
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)

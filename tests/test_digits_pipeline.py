@@ -6,14 +6,17 @@ from diffusers import StableDiffusionPipeline
 from digit_classes import fit_classes
 from torchvision.transforms.functional import pil_to_tensor
 
-from ud2m.data.mnist import NUMBERS, Digits, read_mnist
+from ud2m.data.mnist import NUMBERS, Digits, MnistData, read_mnist
+from ud2m.data.moving_digits import MovingDigitsData
 from ud2m.physics import Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior
+from ud2m.priors.latent_parts import most_frequent, read_pipeline_captions
 from ud2m.priors.shipped import SHIPPED
 from ud2m.samplers.latent_latino import LatentLatino
 
 FOLDER = SHIPPED / "digits"
 MOST_BYTES = 3_000_000
+DATA = {"digits": MnistData, "moving_digits": MovingDigitsData}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,13 @@ def test_it_is_small_and_diffusers_alone_draws_with_it():
     image = pipe("a photo of the digit one", num_inference_steps=4, guidance_scale=1.0, generator=generator).images[0]
     assert image.size == (32, 32)
     assert 0.02 < pil_to_tensor(image.convert("L")).float().mean() / 255 < 0.5  # ink on black
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_its_captions_are_those_of_its_training_data(name):
+    data = DATA[name](root="nowhere", captions=True, channels=1, crop_size=32, batch_size=1)
+    lines = [line for text in data.all_captions() for line in text.split("\n")]
+    assert read_pipeline_captions(SHIPPED / name) == most_frequent(lines)
 
 
 @torch.no_grad()

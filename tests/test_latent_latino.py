@@ -233,6 +233,22 @@ def test_scores_find_the_prompt_with_the_highest_likelihood():
     assert found == exact
 
 
+@torch.no_grad()
+def test_without_given_prompts_the_scores_take_the_captions_of_the_pipeline():
+    prior, observation, _, _ = gaussian_problem(0, "3")
+    prompt = Prompt(torch.zeros(1, 1, WIDTH), texts=("a start",))
+    with pytest.raises(ValueError, match="two at least, got none, and the pipeline brings no captions"):
+        LatinoScores(prior, prompt)
+    captions = tuple(str(k) for k in range(10))
+    prior.captions = ("a start", *captions)
+    sampler, given = (LatinoScores(prior, prompt, texts, pairs=3) for texts in ((), captions))
+    assert sampler.texts == captions
+    with NetworkEvaluations(sampler.networks) as counter:
+        samples = sampler.sample(observation, 1, torch.Generator().manual_seed(0))
+    assert counter.count == 68  # as many as the paper's
+    torch.testing.assert_close(samples, given.sample(observation, 1, torch.Generator().manual_seed(0)))
+
+
 def test_densities_of_the_scores_are_those_of_a_dense_student_distribution():
     generator = torch.Generator().manual_seed(0)
     measured = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)

@@ -19,7 +19,7 @@ import ud2m.cli  # noqa: F401  # its resolvers
 from ud2m.data import FolderData, MnistData, ShardData
 from ud2m.data.mnist import captions_of
 from ud2m.priors.latent import LatentPrior
-from ud2m.priors.latent_parts import learn_tokenizer, merges_of, tokenizer_of
+from ud2m.priors.latent_parts import learn_tokenizer, merges_of, most_frequent, tokenizer_of
 from ud2m.priors.prior import LoraSpec
 from ud2m.random import randn_like
 from ud2m.training import AutoencoderModule, ConsistencyModule, LatentModule
@@ -177,6 +177,7 @@ def test_the_models_loss_is_zero_for_the_true_velocity(vae_folder):
 
 def test_a_checkpoint_holds_the_tokenizer_and_the_export_needs_diffusers_alone(vae_folder, tmp_path):
     module = latent_module(vae_folder)
+    module.captions = most_frequent(["seldom", "often", "often"])
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "last.ckpt")
@@ -186,6 +187,10 @@ def test_a_checkpoint_holds_the_tokenizer_and_the_export_needs_diffusers_alone(v
     other.export(tmp_path / "pipe")
     assert {v.dtype for v in other.network.state_dict().values()} == {torch.float32}
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
+    assert LatentPrior.from_pretrained(tmp_path / "pipe").captions == ("often", "seldom")
+    (tmp_path / "pipe" / "captions.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"captions\.txt must be text in UTF-8"):
+        LatentPrior.from_pretrained(tmp_path / "pipe")
     pipe.set_progress_bar_config(disable=True)
     ids = pipe.tokenizer("a red disc", padding="max_length", return_tensors="pt").input_ids
     expected = module.embedded(["a red disc"])
@@ -244,9 +249,11 @@ def test_the_student_alone_learns_and_is_exported(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in module.teacher.network.state_dict().items())
     with module.ema.applied():
         expected = {k: v.clone() for k, v in module.prior.network.state_dict().items()}
+    module.teacher.captions = ("a", "b")
     module.export(tmp_path / "student")
     prior = LatentPrior.from_pretrained(tmp_path / "student")
     assert prior.distilled
+    assert prior.captions == ("a", "b")
     for name, value in prior.network.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="distilled already"):

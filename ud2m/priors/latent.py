@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ud2m.precision import DTYPES, check_precision, chosen_precision
-from ud2m.priors.latent_parts import encode_texts, latent_scale
+from ud2m.priors.latent_parts import encode_texts, latent_scale, read_pipeline_captions
 from ud2m.priors.pipelines import (
     CLASS,
     PARTS,
@@ -236,6 +236,9 @@ class LatentPrior(nn.Module):
         guidance: of classifier-free guidance, 1: none. For a network that takes the guidance as an input (LCM) that
             input. None: 8 for those, else 1.
 
+    Attributes:
+        captions: that it was trained with, as far as the folder of ``from_pretrained`` says.
+
     Raises:
         ValueError: for a pipeline that lacks a part, or guidance where it is distilled into the network.
     """
@@ -251,7 +254,7 @@ class LatentPrior(nn.Module):
                 "one network and one time, as Wan 2.1"
             )
         self.parts = nn.ModuleDict(parts).requires_grad_(False).eval()
-        self.pipeline, self.reference = pipeline, reference
+        self.pipeline, self.reference, self.captions = pipeline, reference, tuple[str, ...]()
         pipeline.set_progress_bar_config(disable=True)
         self.network: Any = parts[network_name(pipeline)]
         self.vae: Any = parts["vae"]
@@ -320,6 +323,7 @@ class LatentPrior(nn.Module):
         if scheduler is not None:
             pipeline.scheduler = _few_steps(pipeline.scheduler, scheduler)
         prior = cls(pipeline, str(reference), guidance).to(device)
+        prior.captions = read_pipeline_captions(Path(where))
         # nn.Module's own cast: that of diffusers warns about modules to keep in float32, of which this class has none
         nn.Module.to(prior.vae, decoder_dtype)
         return prior

@@ -1,6 +1,7 @@
 """The parts of a small latent model of images or videos: built from plain options, and written as diffusers has it."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, UMT5Config, UMT5EncoderModel
 
-from ud2m.files import parse_json, write_json
+from ud2m.files import parse_json, write_bytes, write_json
 from ud2m.priors.pipelines import CLASS, latent_channels
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -33,6 +34,8 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """How CLIP's tokenizer cuts a text into words (Radford et al., 2021)."""
 BYTES = 512
 """Tokens of all bytes, within a word and at its end: no text is unknown to the tokenizer."""
+CAPTIONS, MOST_CAPTIONS = "captions.txt", 100
+"""File of a pipeline's folder with captions that it was trained with, one a line, and how many are kept."""
 
 
 def build_vae(options: Mapping[str, Any]) -> Any:
@@ -230,11 +233,31 @@ def save_half(part: Any, folder: Path) -> None:
         part.save_pretrained(str(folder), safe_serialization=True)
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline with its networks in float16, as a folder that diffusers alone loads.
+def most_frequent(captions: Iterable[str]) -> tuple[str, ...]:
+    """Return the different captions, the most frequent first, ``MOST_CAPTIONS`` at most."""
+    return tuple(text for text, _ in Counter(captions).most_common(MOST_CAPTIONS))
+
+
+def read_pipeline_captions(folder: Path) -> tuple[str, ...]:
+    """Return the captions that a pipeline's folder holds; none where it has no file of them.
+
+    Raises:
+        ValueError: for a file that is no text.
+    """
+    file = folder / CAPTIONS
+    try:
+        return tuple(filter(None, file.read_text("utf-8").splitlines())) if file.is_file() else ()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be text in UTF-8, with one caption a line: {error}") from error
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, captions: Sequence[str] = ()) -> None:
+    """Write a pipeline with its networks in float16, and captions beside it, as a folder that diffusers alone loads.
 
     Text models stay as they are: transformers would load them in float16, and diffusers the others in float32.
     """
+    if captions:
+        write_bytes(folder / CAPTIONS, "".join(f"{text}\n" for text in captions).encode())
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     with in_half([part for name, part in parts.items() if not name.startswith("text_encoder")]):
         pipeline.save_pretrained(str(folder), safe_serialization=True)

@@ -1,4 +1,4 @@
-"""LATINO with the best of given prompts: y is compared with images that were drawn once with each of them."""
+"""LATINO with the best of given prompts or captions: y is compared with images drawn once with each of them."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,11 +23,12 @@ class LatinoScores(PromptEstimator):
     Images are drawn with each prompt at the first time, and y is compared with what the operator makes of them
     (``PromptWeights``). They come from a fixed seed and know nothing of y: drawn once, they serve all images of a size.
     Differs from [LATINO-PRO], which has no such prompts. Evaluations: len(times), and 2 x pairs for each prompt once.
+    Where none are given, they are the captions that the pipeline was trained with, other than the prompt itself.
 
     Args:
         prior: as for ``PromptEstimator``.
         prompt: as for ``PromptEstimator``; reports show what the prior draws with it, beside the best one.
-        candidates: two prompts at least.
+        candidates: two prompts at least; none: ``prior.captions``.
         pairs: two at least, of images drawn with each prompt, with noise eps and -eps: their mean knows the mean of all
             images four times better (digits) than that of two other ones.
         times: as for ``PromptEstimator``, as the next ones.
@@ -59,7 +60,13 @@ class LatinoScores(PromptEstimator):
             raise ValueError(
                 f"pairs, of images drawn with each prompt, must be an integer of at least 2, got {pairs!r}"
             )
-        self.texts, self.pairs = check_prompts(candidates), pairs
+        captions = [text for text in prior.captions if text not in self.prompt.texts]
+        if not candidates and len(captions) < 2:
+            raise ValueError(
+                "candidates, the given prompts, must be two at least, got none, and the pipeline brings no captions to "
+                "take in their place"
+            )
+        self.texts, self.pairs = check_prompts(candidates or captions), pairs
         with torch.no_grad():
             self.candidates = prior.encode_prompt(self.texts)
         self.drawn: dict[tuple[int, ...], Tensor] = {}

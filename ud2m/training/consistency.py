@@ -171,7 +171,7 @@ class ConsistencyModule(ScoredModule):
         """Write the averaged model: the folder of a pipeline, or of a LoRA."""
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
             if self.lora is None:
-                save_pipeline(self.prior.pipeline, partial)
+                save_pipeline(self.prior.pipeline, partial, self.teacher.captions)
             else:
                 self.prior.save_lora(partial)
 

@@ -14,6 +14,7 @@ from ud2m.files import atomic_folder
 from ud2m.losses.terms import NonFiniteLossError
 from ud2m.priors.latent import NoiseTable
 from ud2m.priors.latent_parts import (
+    CAPTIONS,
     assemble,
     begin_clear,
     build_latent_network,
@@ -24,6 +25,7 @@ from ud2m.priors.latent_parts import (
     learn_tokenizer,
     measured_scale,
     merges_of,
+    most_frequent,
     save_half,
     save_pipeline,
     to_latents,
@@ -236,23 +238,26 @@ class LatentModule(ScoredModule):
         self.network, self.text_encoder = build_latent_network(network), build_text_encoder(text_encoder)
         self.scheduler, self.prompt_length, self.drop_caption = dict(scheduler), prompt_length, drop_caption
         self.tokenizer: Any = None
+        self.captions: tuple[str, ...] = ()
         self.ema = Ema([*self.network.parameters(), *self.text_encoder.parameters()], ema_decay)
 
     def on_fit_start(self) -> None:
-        """Learn the tokenizer from the captions, unless a checkpoint holds it."""
+        """Learn the tokenizer from the captions, unless a checkpoint holds it, and keep them for the export."""
         if self.tokenizer is None:
             texts = [line for text in cast(Any, self.trainer).datamodule.all_captions() for line in text.split("\n")]
             self.tokenizer = learn_tokenizer(texts, self.text_encoder.config.vocab_size, self.prompt_length)
+            self.captions = most_frequent(texts)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the tokenizer too."""
+        """Keep the tokenizer and captions too."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[MERGES] = merges_of(self.tokenizer)
+        checkpoint[MERGES], checkpoint[CAPTIONS] = merges_of(self.tokenizer), list(self.captions)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the tokenizer too."""
+        """Take over the tokenizer and captions too."""
         super().on_load_checkpoint(checkpoint)
         self.tokenizer = tokenizer_of(checkpoint[MERGES], self.prompt_length)
+        self.captions = tuple(checkpoint.get(CAPTIONS, ()))  # older checkpoints have none
 
     def pipeline(self) -> Any:
         """Return the parts as they are now, as a pipeline."""
@@ -298,7 +303,7 @@ class LatentModule(ScoredModule):
     def export(self, folder: Path) -> None:
         """Write the averaged model as the folder of a pipeline (float16 safetensors)."""
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
-            save_pipeline(self.pipeline(), partial)
+            save_pipeline(self.pipeline(), partial, self.captions)
 
 
 TARGETS = {
