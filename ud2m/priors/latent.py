@@ -228,6 +228,7 @@ class LatentPrior(nn.Module):
     E and D map images [B, C, H, W] or videos [B, C, T, H, W] in [0, 1] to scaled latents and back; E is the posterior
     *mean*. G(z_t, t, c) is the estimate of z that one evaluation of the pipeline makes: its own ``__call__`` does it,
     with time ids, guidance and all, so that any pipeline is served alike. Gradients reach the prompt and the latents.
+    ``captions`` are what it was trained with, as far as the folder of ``from_pretrained`` says.
 
     Args:
         pipeline: of diffusers, with ``vae``, a text encoder, ``unet`` or ``transformer``, and a scheduler; one of
@@ -235,9 +236,6 @@ class LatentPrior(nn.Module):
         reference: where it comes from.
         guidance: of classifier-free guidance, 1: none. For a network that takes the guidance as an input (LCM) that
             input. None: 8 for those, else 1.
-
-    Attributes:
-        captions: that it was trained with, as far as the folder of ``from_pretrained`` says.
 
     Raises:
         ValueError: for a pipeline that lacks a part, or guidance where it is distilled into the network.
