@@ -87,7 +87,10 @@ def draw_tradeoff(operators: Mapping[str, Rows]) -> Figure:
                 axis.plot([one[0], two[0]], [one[1], two[1]], color=colour, linewidth=0.8)
                 axis.plot(*one[:2], "s", color=colour, label="" if k else f"{name}: one sample, by setting")
                 axis.plot(*two[:2], "s", color=colour, fillstyle="none", label="" if k else f"{name}: mean of two")
-        axis.set_xlabel("LPIPS (less is better)")
+        ours = [*means_of_samples(rows), *step_scales(rows)]
+        bottom = min(y for _, y, _ in ours) - 0.5  # what fails would leave no room for the others
+        highest = max(x for one in rivals(rows) for points in one[1] for x, y, _ in points if y > bottom)
+        axis.set(xlim=(None, highest + 0.02), ylim=(bottom, None), xlabel="LPIPS (less is better)")
     axes[0].set_ylabel("PSNR [dB] (more is better)")
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(operators) - 1, fontsize=7
