@@ -185,6 +185,13 @@ SECTIONS = (
         "\n\n![PSNR against LPIPS of single samples and of means](images/tradeoff.png)",
     ),
     Section(
+        "calibration",
+        "Coverage, and error against standard deviation",
+        "The shipped deblurring model with 19 samples on 8 pieces of 128x128, evenly spaced over those of 118 test "
+        "photographs. `spatial_error` is the distance between the samples' standard deviation and the error of their "
+        "mean, place by place, in octaves.",
+    ),
+    Section(
         "models",
         "The shipped models on CBSD68",
         "What `ud2m models` prints: 70 pieces of 64x64, evenly spaced over those of the 68 images, so that each image "

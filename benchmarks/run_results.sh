@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `tradeoff`, `adversarial` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -369,6 +369,15 @@ tradeoff() {
     "$PYTHON" benchmarks/plots.py
 }
 
+# Coverage, and error against standard deviation, on PHOTOGRAPHS; the curve stands in the report.
+calibration() {
+    evaluate calibration_gaussian_blur operators='[gaussian_blur]' prior=photographs_prior num_samples=19 show=2 \
+        methods='["ud2m target.model=photographs_gaussian_blur"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=8\"]"
+    collect calibration results/calibration_gaussian_blur --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh calibration" \
+        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.038, 0.073: 0.012, 0.025, 0.032, 0.052, 0.084 (the plot of the report)."
+}
+
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a shipped model trained on by the energy score, and with the term beside it.
 adversarial() {
     local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur discriminator=features
@@ -399,7 +408,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs tradeoff adversarial shipped $PARTS " in
+    case " models photographs tradeoff calibration adversarial shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
