@@ -24,8 +24,8 @@ install: .venv/.installed
 demo: install
 	@echo "step 1 of 3: the shipped models on photographs of 256x256 that they never saw, beside LATINO (about 1 minute on 2 cores)"
 	$(BIN)/ud2m evaluate name=shipped results=$(RUN) prior=photographs_prior num_samples=4 tune=false unsupported=skip \
-		metrics='[psnr,lpips,r,residual]' datasets='["photos tile_size=256 test_limit=2"]' \
-		methods='["latino target.setting.tau_first=0.4 target.setting.width=1.4 label=LATINO","ud2m target.model=photographs_{physics}"]'
+		metrics='[psnr,psnr_limit,lpips,r]' datasets='["photos tile_size=256 test_limit=2"]' \
+		methods='["latino target.setting.tau_first=0.4 target.setting.width=1.4 label=LATINO","ud2m target.model=photographs_{physics} label=UD2M"]'
 	@echo "step 2 of 3: train a model of your own for deblurring, on the photographs of the package (about 5 minutes)"
 	$(BIN)/python train.py experiment=demo run_dir=$(RUN)/training
 	@echo "step 3 of 3: sample test photographs with it, and compare with A^dagger y, the start and LATINO (about 3 minutes)"
