@@ -15,6 +15,7 @@ one is right, and whether it is as sure as that.
 
 import argparse
 import itertools
+import math
 import shlex
 import sys
 import time
@@ -173,7 +174,7 @@ class Bench:
         return {
             "psnr": psnr(drawn, images),
             "right": right,
-            "frechet": frechet(*features),
+            "frechet": frechet(*features) if len(images) > 1 else math.nan,
             "nfe": counter.count / len(images),
             "seconds": seconds / len(images),
         }

@@ -400,8 +400,9 @@ SECTIONS = (
     ),
     Section(
         "latent_ldps",
-        "LDPS with larger weights",
-        "As above, with weights up to 10, for x8 alone; 10 is again the end of the grid.",
+        "LDPS in 1000 steps",
+        "As the rivals above, in the steps of its authors, for x8 alone and on 40 test digits, tuned on 10: Frechet "
+        "distances of so few are not those of 200. The best weight lies inside the grid, which ends at 10.",
     ),
     Section(
         "pictures",
