@@ -1,6 +1,7 @@
 """Videos of MNIST digits that move at constant velocity and bounce off the borders."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ class MovingDigitsData(MnistData):
 
     def __init__(self, frames: int = 9, speed: int = 2, **common: Any):
         super().__init__(**common)
-        if frames < 1 or speed < 0:
-            raise ValueError(f"moving digits need frames >= 1 and speed >= 0 pixels, got {frames} and {speed}")
+        if frames < 1 or speed < 1:
+            raise ValueError(f"moving digits need frames >= 1 and speed >= 1 pixel, got {frames} and {speed}")
         self.frames, self.speed = frames, speed
 
     def all_captions(self) -> Sequence[str]:
@@ -52,9 +53,10 @@ class MovingDigitsData(MnistData):
 class MovingDigits(Dataset[Any]):
     """Videos [1, T, side, side] of digits uint8 [N, 28, 28], on black.
 
-    Of each digit the rows and columns with ink move over the picture. Place p in {0, ..., R}, R the room that is left,
-    and velocity v in {-speed, ..., speed} are drawn uniformly along each axis; frame t has the digit at
-    R - |R - (p + v t) mod 2R|, whole pixels: a constant velocity with elastic bounces.
+    Of each digit the rows and columns with ink move over the picture. Along each axis the place p in {0, ..., R}, R the
+    room that is left, and the velocity v in {-speed, ..., speed} are drawn uniformly, without 0 along both: a clip that
+    stands still has no motion to be judged. Frame t has the digit at R - |R - (p + v t) mod 2R|, whole pixels: a
+    constant velocity with elastic bounces.
 
     Args:
         digits: see above.
@@ -94,9 +96,11 @@ class MovingDigits(Dataset[Any]):
         """Return row and column [T] of the upper left corner of a digit of this size."""
         rng = np.random.default_rng([*self.origin, index])
         times, axes = np.arange(self.frames), []
-        for extent in size:
+        steps = range(-self.speed, self.speed + 1)
+        velocities = [velocity for velocity in product(steps, steps) if any(velocity)]
+        for extent, velocity in zip(size, velocities[rng.integers(len(velocities))], strict=True):
             room = self.side - extent
-            place, velocity = rng.integers(room + 1), rng.integers(-self.speed, self.speed + 1)
+            place = rng.integers(room + 1)
             axes.append(room - np.abs(room - (place + velocity * times) % max(2 * room, 1)))
         return [(int(row), int(column)) for row, column in zip(*axes, strict=True)]
 
