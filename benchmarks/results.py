@@ -375,15 +375,15 @@ SECTIONS = (
     Section(
         "videos_mean",
         "Videos: the mean of four samples of LVTINO",
-        "As the three tables above, with 4 samples of LVTINO: the PSNR of one draw of a posterior lies up to 3 dB "
-        "below that of the posterior's mean, which a method that minimises an error aims at. The mean of S samples has "
-        "r^2 / (S + 1) of its square error from its own spread.",
+        "As the three tables above, with 4 samples of LVTINO, and a weight of 3 of total variation in time: the PSNR "
+        "of one draw of a posterior lies up to 3 dB below that of the posterior's mean, which a method that minimises "
+        "an error aims at. The mean of S samples has r^2 / (S + 1) of its square error from its own spread.",
     ),
     Section(
         "videos_ablation",
         "Videos: share of the video prior, and total variation",
-        "Problem C as above, not tuned: eta at 7 evaluations (at 1 there is no image prior, and 4 are left), and the "
-        "weights of total variation in space and time at eta = 0.5.",
+        "Problem C as above, not tuned: eta at 7 evaluations (at 1 there is no image prior, and 5 are left), with a "
+        "weight of 1 of total variation in time, and other weights at eta = 0.5.",
     ),
     Section(
         "real_clip",
