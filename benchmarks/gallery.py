@@ -30,6 +30,7 @@ from ud2m.images import std_image, std_scale
 from ud2m.physics import (
     GaussianBlur,
     Inpainting,
+    MissingBoxes,
     MissingStrokes,
     MotionBlur,
     OperatorFamily,
@@ -60,12 +61,13 @@ class Scene:
 
 SCENES = {
     "gaussian_blur": Scene("deblurring", "photographs_gaussian_blur", GaussianBlur(1.6), "chelsea", 14, 96),
-    "motion_blur": Scene("motion blur", "photos_general", MotionBlur(17), "coffee", 72, 200),
+    "motion_blur": Scene("motion blur", "photographs_general", MotionBlur(17), "coffee", 72, 200),
     "super_resolution": Scene(
         "super-resolution x4", "photographs_super_resolution", SuperResolution(4), "coffee", 72, 200
     ),
     "inpainting": Scene("inpainting, 70 %", "photographs_inpainting", Inpainting(0.7), "chelsea", 14, 96),
-    "strokes": Scene("strokes", "photographs_inpainting", MissingStrokes((0.2, 0.3)), "coffee", 72, 200),
+    "strokes": Scene("strokes", "photographs_general", MissingStrokes((0.2, 0.3)), "coffee", 72, 200),
+    "boxes": Scene("boxes", "photographs_general", MissingBoxes(0.12, 4), "chelsea", 14, 96),
 }
 OVERVIEW = ("gaussian_blur", "super_resolution", "inpainting")
 

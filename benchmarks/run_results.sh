@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `general_photographs`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -344,6 +344,30 @@ photographs() {
     collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
 
+# The general model on operators of its family, beside specialists, and on motion blur, on PHOTOGRAPHS.
+general_photographs() {
+    local folders=() operator specialist
+    local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
+    train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
+        training.start_from=photos_general data.root="$PHOTOGRAPHS"
+    ship "$RUNS/photographs_general/export" photographs_general --prior photographs_prior
+    for operator in $OPERATORS valid strokes motion_blur; do
+        case $operator in
+            valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;
+            strokes | motion_blur) set -- $operator ;;
+            *) set -- $operator $operator ;;
+        esac
+        specialist=${2:+"\"ud2m target.model=photographs_$2 label=specialist\","}
+        evaluate "general_$operator" operators="[$1]" prior=photographs_prior num_samples=4 \
+            tune_by=lpips tune_samples=1 tune_images=12 reference=LATINO \
+            methods="[$specialist\"ud2m target.model=photographs_general label=photographs_general\",\"ud2m target.model=photos_general label=photos_general\",\"$latino\"]" \
+            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=30 val_limit=24\"]" \
+            metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
+        folders+=("results/general_$operator")
+    done
+    collect general "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh general_photographs" --note "Times are those of a busy machine."
+}
+
 # Distortion against perception on PHOTOGRAPHS: single samples and means, step_scale, and rivals at several settings.
 tradeoff() {
     local folders=() operator ours all scale setting first last width eta number
@@ -398,7 +422,7 @@ shipped() {
     local folders=() operator
     for operator in $OPERATORS; do
         evaluate "models_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
-            methods="[\"ud2m target.model=photographs_$operator\",\"ud2m target.model=photos_$operator\",\"ud2m target.model=photos_general\"]" \
+            methods="[\"ud2m target.model=photographs_$operator\",\"ud2m target.model=photos_$operator\",\"ud2m target.model=photographs_general\",\"ud2m target.model=photos_general\"]" \
             datasets="[\"folder root=$CBSD68 crop_size=64 tile_size=64 test_limit=70\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/models_$operator")
     done
@@ -408,7 +432,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs tradeoff calibration adversarial shipped $PARTS " in
+    case " models photographs general_photographs tradeoff calibration adversarial shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
