@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `general_photographs`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -345,7 +345,7 @@ photographs() {
 }
 
 # The general model on operators of its family, beside specialists, and on motion blur, on PHOTOGRAPHS.
-general_photographs() {
+mixture() {
     local folders=() operator specialist
     local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
     train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
@@ -365,7 +365,7 @@ general_photographs() {
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/general_$operator")
     done
-    collect general "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh general_photographs" --note "Times are those of a busy machine."
+    collect general "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh mixture" --note "Times are those of a busy machine."
 }
 
 # Distortion against perception on PHOTOGRAPHS: single samples and means, step_scale, and rivals at several settings.
@@ -432,7 +432,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs general_photographs tradeoff calibration adversarial shipped $PARTS " in
+    case " models photographs mixture tradeoff calibration adversarial shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
