@@ -17,8 +17,6 @@ from ud2m.unfolded.warm_start import Start
 
 TIMES, IMAGE_TIMES = (522, 450, 350, 255, 125), (249, 124)
 """For 7 evaluations, where the authors publish none. From a start that knows y low times were best on digits."""
-PUBLISHED_TIMES = (757, 522, 375, 255, 125), (374, 249, 124, 124)
-"""The authors' for their problems A and B, of the video and of the image prior."""
 
 
 class Lvtino(LatentSampler):
