@@ -27,7 +27,7 @@ OPERATORS = ("gaussian_blur", "uniform_blur", "super_resolution", "jpeg", "inpai
 """Those of the paper."""
 PAPER = [(f"experiment={data}", f"physics={operator}") for data in DATA_SETS for operator in OPERATORS]
 IMAGENET = PAPER[: len(OPERATORS)]
-# what an experiment of version 0.1, of this name, composed to: parts that are numbers and names
+# what an experiment of version 0.1, of this name, composed to: numbers and names (but the general family has grown)
 BEFORE = json.loads((REPOSITORY / "tests" / "data" / "experiments_0_1.json").read_text())
 NOW = {
     "ffhq256_inpaint70": ["experiment=ffhq256", "physics=inpainting"],

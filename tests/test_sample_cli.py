@@ -243,7 +243,7 @@ def test_misspelt_key_and_unknown_physics_are_refused_by_the_command(tmp_path):
 
 def test_an_export_names_the_parts_of_its_operator():
     """What training writes down is what sampling makes again, whatever the nesting."""
-    config = OmegaConf.load(REPOSITORY / "conf" / "physics" / "general.yaml")
+    config = OmegaConf.create({"physics": OmegaConf.load(REPOSITORY / "conf" / "physics" / "general.yaml")}).physics
     made, again = instantiate(config.operator, _convert_="all"), trained_operator(describe(config.operator))
     shape, streams = (3, 32, 32), [[torch.Generator().manual_seed(i) for i in range(12)] for _ in range(2)]
     x = torch.rand(12, *shape, generator=torch.Generator().manual_seed(0))
