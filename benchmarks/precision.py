@@ -23,7 +23,7 @@ from ud2m.precision import DTYPES
 from ud2m.samplers.ud2m import PosteriorSampler
 
 OPERATORS = ("gaussian_blur", "super_resolution", "inpainting")
-MODELS = (*(f"{kind}_{name}" for kind in ("photos", "photographs") for name in (*OPERATORS, "general")),)
+MODELS = tuple(f"{kind}_{name}" for kind in ("photos", "photographs") for name in (*OPERATORS, "general"))
 SIDE, SAMPLES = 128, 2
 
 

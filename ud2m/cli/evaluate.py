@@ -80,9 +80,10 @@ class EvaluationRun:
         except ValueError as error:
             raise ValueError(f"tune_by: {error}") from error
         if self.config.unsupported == "skip":
-            for reason in left_out(self.metrics):
+            missing = {name: reason for name in self.metrics for reason in left_out([name])}
+            for reason in missing.values():
                 tqdm.write(f"skipped: {reason}")
-            self.metrics = [name for name in self.metrics if not left_out([name])]
+            self.metrics = [name for name in self.metrics if name not in missing]
         for name in self.metrics:
             build_score(name)
 
