@@ -38,7 +38,7 @@ from ud2m.evaluation.metrics import psnr
 from ud2m.physics import GaussianBlur, OperatorFamily, Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior
 from ud2m.samplers.base import Sampler
-from ud2m.samplers.latent_latino import AnnealedSteps, LatentLatino
+from ud2m.samplers.latent_latino import AnnealedSteps, Correction, LatentLatino
 from ud2m.samplers.latent_rivals import LatentWalk, Ldps, P2l, Psld, Treg
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
@@ -53,10 +53,10 @@ PROBLEMS: dict[str, tuple[OperatorFamily, float]] = {
 SIDE, BATCH, FEATURES = 32, 50, 32
 TOLD = "LATINO, the right prompt"
 Make = Callable[..., Sampler]
-WEIGHTS = {"weight": [0.3, 1.0, 3.0]}
+WEIGHTS = {"weight": [1.0, 3.0, 10.0]}
 RIVALS: dict[str, tuple[type[LatentWalk], int, dict[str, Sequence[Any]]]] = {
     "TReg": (Treg, 200, {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
-    "LDPS": (Ldps, 1000, {"weight": [0.3, 1.0, 3.0, 10.0]}),
+    "LDPS": (Ldps, 1000, WEIGHTS),
     "PSLD": (Psld, 1000, WEIGHTS),
     "P2L": (P2l, 1000, WEIGHTS),
 }
@@ -118,24 +118,33 @@ def methods(
     """Return what makes each method, with the grid that it is tuned over."""
     width = {"width": [0.5, 1.0, 2.0, 4.0]}
 
-    def latino(prompt: str = PROMPT, width: float = 1.0) -> Sampler:
-        return LatentLatino(prior, prompt, steps=AnnealedSteps(width), chunk_size=BATCH)
+    def latino(width: float = 1.0, **correction: Any) -> Sampler:
+        return LatentLatino(
+            prior, PROMPT, steps=AnnealedSteps(width), chunk_size=BATCH, correction=Correction(**correction)
+        )
 
     def pro(width: float = 1.0, rate: float = 0.2, gradient: str = "likelihood", **options: Any) -> Sampler:
         optimizer = PromptOptimizer(gradient, rate=rate)
         return LatinoPro(prior, PROMPT, optimizer, steps=AnnealedSteps(width), chunk_size=BATCH, **options)
 
-    def scores(width: float = 1.0, pairs: int = 20) -> Sampler:
-        return LatinoScores(prior, PROMPT, pairs=pairs, steps=AnnealedSteps(width), chunk_size=BATCH)
+    def scores(width: float = 1.0, pairs: int = 20, **correction: Any) -> Sampler:
+        steps, corrected = AnnealedSteps(width), Correction(**correction)
+        return LatinoScores(prior, PROMPT, pairs=pairs, steps=steps, chunk_size=BATCH, correction=corrected)
 
     both = {"width": [2.0], "rate": [0.5, 1.5]}
+    once, often = ({"width": [0.5, 1.0, 2.0], "rate": rates} for rates in ([0.5, 1.0, 2.0], [0.25, 0.5, 1.0]))
     found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
         "A^dagger y": (PseudoInverse, {}),
         "LATINO": (latino, width),
+        "LATINO, corrected": (partial(latino, evaluations=1), once),
+        "LATINO, corrected 8 times": (partial(latino, evaluations=8), often),
         "LATINO-PRO": (pro, both),
+        "LATINO-PRO, corrected": (partial(pro, correction=Correction(1)), both),
         "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
         "LATINO-PRO, scores": (scores, {"width": [2.0]}),
         **{f"LATINO-PRO, scores of {n} pairs": (partial(scores, pairs=n), {"width": [2.0]}) for n in (3, 80)},
+        "LATINO-PRO, scores of 3 pairs, corrected": (partial(scores, pairs=3, evaluations=1), once),
+        "LATINO-PRO, scores of 3 pairs, corrected 8 times": (partial(scores, pairs=3, evaluations=8), often),
         "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
     }
     if teacher is not None:

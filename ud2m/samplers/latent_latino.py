@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ud2m.numbers import is_whole
 from ud2m.physics import DataTerm, Observation
 from ud2m.priors.latent import LatentPrior, Prompt
 from ud2m.random import randn_like
@@ -93,6 +94,55 @@ PUBLISHED = {
     "pro_motion_last": (5e-4, 9e-4, 400, True),
 }
 """Early and late factor, the time of the switch, and whether r is a factor too; ``pro``: of LATINO-PRO."""
+
+
+class Correction:
+    """How y corrects the noisy latents before they are denoised, by gradients through decoder and network.
+
+    With u = D(G(z_t, t, c)) and x given z_t as N(u, delta 1), log p(y | z_t) is minus the Moreau envelope of the data
+    term, up to a constant: its gradient in u is (prox_delta(u) - u) / delta, for any operator with a prox, and
+    automatic differentiation carries it to z_t. Then z_t <- z_t + rate b^2 grad, n times, and after the last one
+    z = G(z_t, t, c) + (rate b^2 / a) grad, which keeps the noise. With n = 1 and rate 1 this is the mean of z given
+    z_t and y wherever G is the mean of z given z_t, and delta right (Tweedie's formula; Song et al., Pi-GDM, 2023, have
+    it for pixels). More evaluations search the noise that explains y, as Ben-Hamu et al. (D-Flow, 2024) do from one
+    time alone; they climb p(y | z_t), and forget p(z_t) the more of them there are.
+
+    Args:
+        evaluations: n, of the network at each time, each with a backward pass (together about three evaluations' work).
+            0: none, as in [LATINO].
+        rate: > 0.
+        checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(self, evaluations: int = 0, rate: float = 1.0, checkpoint: bool = False):
+        if not is_whole(evaluations) or evaluations < 0:
+            raise ValueError(
+                f"evaluations, of the network at each time, must be an integer of at least 0, got {evaluations!r}"
+            )
+        check_positive("rate", rate)
+        self.evaluations, self.rate, self.checkpoint = evaluations, rate, checkpoint
+
+    def estimate(
+        self, prior: LatentPrior, z_t: Tensor, t: int, prompt: Prompt, steps: StepRule, observation: Observation
+    ) -> Tensor:
+        """Return z [B, c, h, w] from noisy latents at time t; delta is that of ``steps``."""
+        if not self.evaluations:
+            return prior.estimate(z_t, t, prompt)
+        a, b = (float(root) for root in prior.table.roots(torch.tensor([t])))
+        for _ in range(self.evaluations):
+            with torch.enable_grad():
+                z_t = z_t.detach().requires_grad_()
+                z = prior.estimate(z_t, t, prompt)
+                u = prior.decode(z)
+            delta = steps.variance(prior, t, u.detach(), observation)
+            x = joint_prox(observation, u.detach(), float("inf"), delta, 1.0)(u.detach())
+            towards_y = (x - u.detach()) / delta.view(-1, *[1] * (u.ndim - 1))
+            step = self.rate * b**2 * torch.autograd.grad(u, z_t, towards_y.to(u))[0]
+            z, z_t = z.detach() + step / a, z_t.detach() + step
+        return z
 
 
 class LatentSampler(Sampler):
@@ -181,7 +231,8 @@ class LatentLatino(LatentSampler):
 
     For each time: z_t = a E(x) + b eps; u = D(G(z_t, t, c)); x = prox of the data at u with variance delta_k. Both are
     clipped to [0, 1]. Differs from [LATINO]: it begins at ``SmoothingStart``, not at A^dagger y, and has another rule
-    of step sizes.
+    of step sizes. With a ``correction`` y acts through the networks, and the chain stays in latent space: the next
+    time takes the corrected z itself, not E(x), and the prox is that of the last time alone.
 
     Args:
         prior: as for ``LatentSampler``.
@@ -191,6 +242,7 @@ class LatentLatino(LatentSampler):
         start: as for ``LatentSampler``.
         final: the result is the last ``prox``, or ``autoencoded``: D(E(x)), as the authors have it.
         chunk_size: as for ``LatentSampler``.
+        correction: of noisy latents by y; none unless given.
 
     Raises:
         ValueError: for times that do not fall, or another ``final``.
@@ -205,12 +257,15 @@ class LatentLatino(LatentSampler):
         start: Start | None = None,
         final: str = "prox",
         chunk_size: int = 16,
+        correction: Correction | None = None,
     ):
         super().__init__(prior, prompt, steps, start, chunk_size)
         check_times(times, prior)
         if final not in FINAL:
             raise ValueError(f"final must be one of {', '.join(FINAL)}, got {final!r}")
-        self.times, self.final = tuple(times), final
+        self.times, self.final, self.correction = tuple(times), final, correction or Correction()
+        if self.correction.checkpoint:
+            prior.checkpoint_layers()
 
     def draw(self, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return one sample for each row."""
@@ -219,14 +274,17 @@ class LatentLatino(LatentSampler):
 
     def nfe(self) -> int:
         """Return network evaluations of one sample."""
-        return len(self.times)
+        return len(self.times) * max(1, self.correction.evaluations)
 
     def chain(self, x: Tensor, prompt: Prompt, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return the end of a chain that begins at x [B, C, H, W], with a prompt for each row."""
-        for t in self.times:
-            z = self.prior.encode(x)
-            z0 = self.prior.estimate(self.prior.noised(z, t, randn_like(z, streams)), t, prompt)
-            x = self.back_to_data(self.prior.decode(z0).clamp(0, 1), t, observation)
+        prior, z = self.prior, self.prior.encode(x)
+        for k, t in enumerate(self.times, 1):
+            z_t = prior.noised(z, t, randn_like(z, streams))
+            z = self.correction.estimate(prior, z_t, t, prompt, self.steps, observation)
+            if k == len(self.times) or not self.correction.evaluations:
+                x = self.back_to_data(prior.decode(z).clamp(0, 1), t, observation)
+                z = prior.encode(x) if k < len(self.times) else z
         return x if self.final == "prox" else self.prior.decode(self.prior.encode(x))
 
 

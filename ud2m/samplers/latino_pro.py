@@ -12,7 +12,7 @@ from ud2m.physics import Observation
 from ud2m.priors.latent import LatentPrior, Prompt
 from ud2m.random import randn_like
 from ud2m.samplers.base import check_count, check_positive
-from ud2m.samplers.latent_latino import TIMES, LatentLatino, LatentSampler, StepRule, check_times
+from ud2m.samplers.latent_latino import TIMES, Correction, LatentLatino, LatentSampler, StepRule, check_times
 from ud2m.unfolded.warm_start import Start
 
 CHAIN_TIMES = (999, 749, 499, 249)
@@ -267,6 +267,7 @@ class PromptEstimator(LatentSampler):
         final: as for ``LatentLatino``.
         chunk_size: as for ``LatentSampler``.
         listener: is given the estimated prompts and the ``Trace`` of every batch.
+        correction: of the chain that draws, as for ``LatentLatino``.
 
     Raises:
         ValueError: as ``LatentLatino``.
@@ -287,9 +288,11 @@ class PromptEstimator(LatentSampler):
         final: str = "prox",
         chunk_size: int = 16,
         listener: Callable[[Prompt, Trace], None] | None = None,
+        correction: Correction | None = None,
     ):
         super().__init__(prior, prompt, steps, start, chunk_size)
-        self.last = LatentLatino(prior, self.prompt, times, last_steps or self.steps, self.start, final, chunk_size)
+        rule = last_steps or self.steps
+        self.last = LatentLatino(prior, self.prompt, times, rule, self.start, final, chunk_size, correction)
         self.listener = listener
 
     @abstractmethod
@@ -324,8 +327,9 @@ class LatinoPro(PromptEstimator):
         last_steps: those of the last chain, where they are others.
         start: of the first chain.
         final: of the last chain.
-        chunk_size: as for ``PromptEstimator``, as the next one.
+        chunk_size: as for ``PromptEstimator``, as the next ones.
         listener: told of every batch.
+        correction: of the last chain.
 
     Raises:
         ValueError: as ``PromptEstimator``, and for numbers out of range.
@@ -348,8 +352,9 @@ class LatinoPro(PromptEstimator):
         final: str = "prox",
         chunk_size: int = 16,
         listener: Callable[[Prompt, Trace], None] | None = None,
+        correction: Correction | None = None,
     ):
-        super().__init__(prior, prompt, times, steps, last_steps, start, final, chunk_size, listener)
+        super().__init__(prior, prompt, times, steps, last_steps, start, final, chunk_size, listener, correction)
         check_count("num_chains", num_chains)
         check_times(chain_times, prior)
         self.optimizer = optimizer or PromptOptimizer()

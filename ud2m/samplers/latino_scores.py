@@ -8,7 +8,7 @@ from torch import Tensor
 from ud2m.numbers import is_whole
 from ud2m.physics import Observation
 from ud2m.priors.latent import LatentPrior, Prompt
-from ud2m.samplers.latent_latino import TIMES, StepRule
+from ud2m.samplers.latent_latino import TIMES, Correction, StepRule
 from ud2m.samplers.latino_pro import PromptEstimator, Trace, check_prompts
 from ud2m.unfolded.warm_start import Start
 
@@ -22,8 +22,8 @@ class LatinoScores(PromptEstimator):
 
     Images are drawn with each prompt at the first time, and y is compared with what the operator makes of them
     (``PromptWeights``). They come from a fixed seed and know nothing of y: drawn once, they serve all images of a size.
-    Differs from [LATINO-PRO], which has no such prompts. Evaluations: len(times), and 2 x pairs for each prompt once.
-    Where none are given, they are the captions that the pipeline was trained with, other than the prompt itself.
+    Differs from [LATINO-PRO], which has no such prompts. Evaluations: those of the chain, and 2 x pairs for each prompt
+    once. Where none are given, they are the captions that the pipeline was trained with, other than the prompt itself.
 
     Args:
         prior: as for ``PromptEstimator``.
@@ -35,8 +35,9 @@ class LatinoScores(PromptEstimator):
         steps: of the data.
         start: of the chain.
         final: of the chain.
-        chunk_size: as for ``PromptEstimator``, as the next one.
+        chunk_size: as for ``PromptEstimator``, as the next ones.
         listener: told of every batch.
+        correction: of the chain.
 
     Raises:
         ValueError: as ``PromptEstimator``, for fewer prompts, and for no count.
@@ -54,8 +55,9 @@ class LatinoScores(PromptEstimator):
         final: str = "prox",
         chunk_size: int = 16,
         listener: Callable[[Prompt, Trace], None] | None = None,
+        correction: Correction | None = None,
     ):
-        super().__init__(prior, prompt, times, steps, None, start, final, chunk_size, listener)
+        super().__init__(prior, prompt, times, steps, None, start, final, chunk_size, listener, correction)
         if not is_whole(pairs) or pairs < 2:
             raise ValueError(
                 f"pairs, of images drawn with each prompt, must be an integer of at least 2, got {pairs!r}"
