@@ -38,7 +38,7 @@ from ud2m.evaluation.metrics import psnr
 from ud2m.physics import GaussianBlur, OperatorFamily, Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior
 from ud2m.samplers.base import Sampler
-from ud2m.samplers.latent_latino import AnnealedSteps, Correction, LatentLatino
+from ud2m.samplers.latent_latino import TIMES, AnnealedSteps, Correction, LatentLatino
 from ud2m.samplers.latent_rivals import LatentWalk, Ldps, P2l, Psld, Treg
 from ud2m.samplers.latino import PseudoInverse
 from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
@@ -53,6 +53,8 @@ PROBLEMS: dict[str, tuple[OperatorFamily, float]] = {
 SIDE, BATCH, FEATURES = 32, 50, 32
 TOLD = "LATINO, the right prompt"
 Make = Callable[..., Sampler]
+LOW_TIMES = (749, 624, 499, 374, 249, 124, 60, 25)
+"""For a start that knows y well, as after a blur."""
 WEIGHTS = {"weight": [1.0, 3.0, 10.0]}
 RIVALS: dict[str, tuple[type[LatentWalk], int, dict[str, Sequence[Any]]]] = {
     "TReg": (Treg, 200, {"guidance": [1.5, 3.0], "gamma": [100.0, 1e4]}),
@@ -118,21 +120,21 @@ def methods(
     """Return what makes each method, with the grid that it is tuned over."""
     width = {"width": [0.5, 1.0, 2.0, 4.0]}
 
-    def latino(width: float = 1.0, **correction: Any) -> Sampler:
-        return LatentLatino(
-            prior, PROMPT, steps=AnnealedSteps(width), chunk_size=BATCH, correction=Correction(**correction)
-        )
+    def latino(width: float = 1.0, times: Sequence[int] = TIMES, **correction: Any) -> Sampler:
+        steps, corrected = AnnealedSteps(width), Correction(**correction)
+        return LatentLatino(prior, PROMPT, times, steps, chunk_size=BATCH, correction=corrected)
 
     def pro(width: float = 1.0, rate: float = 0.2, gradient: str = "likelihood", **options: Any) -> Sampler:
         optimizer = PromptOptimizer(gradient, rate=rate)
         return LatinoPro(prior, PROMPT, optimizer, steps=AnnealedSteps(width), chunk_size=BATCH, **options)
 
-    def scores(width: float = 1.0, pairs: int = 20, **correction: Any) -> Sampler:
+    def scores(width: float = 1.0, pairs: int = 20, times: Sequence[int] = TIMES, **correction: Any) -> Sampler:
         steps, corrected = AnnealedSteps(width), Correction(**correction)
-        return LatinoScores(prior, PROMPT, pairs=pairs, steps=steps, chunk_size=BATCH, correction=corrected)
+        return LatinoScores(prior, PROMPT, (), pairs, times, steps, chunk_size=BATCH, correction=corrected)
 
     both = {"width": [2.0], "rate": [0.5, 1.5]}
-    once, often = ({"width": [0.5, 1.0, 2.0], "rate": rates} for rates in ([0.5, 1.0, 2.0], [0.25, 0.5, 1.0]))
+    once = {"width": [1.0, 2.0], "rate": [1.0, 2.0]}
+    often = {"width": [0.5, 1.0], "rate": [0.25, 0.5], "times": [TIMES, LOW_TIMES]}
     found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
         "A^dagger y": (PseudoInverse, {}),
         "LATINO": (latino, width),

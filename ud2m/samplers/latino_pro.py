@@ -171,7 +171,11 @@ class PublishedAscent(Ascent):
 
 
 ASCENTS: dict[str, type[Ascent]] = {"adam": Adam, "averaged": AveragedAdam, "published": PublishedAscent}
-GRADIENTS = ("likelihood", "transition")
+GRADIENTS = ("likelihood", "covariance", "transition")
+NUMBERS = 256
+"""Of y at most, for ``covariance``."""
+RIDGE = 0.01
+"""Share of the mean variance that is added to that of each number of y: networks are no exact posterior means."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +202,15 @@ class PromptOptimizer:
     posterior of z_k, from which the chain draws; rho tempers what one evaluation of G cannot explain. Differs from
     [LATINO-PRO].
 
+    ``covariance``, ours too: grad_c of log N(y; A u, A C A^T + sigma_y^2 1), u = D(G(z_k, t_k, c)), where C, the
+    covariance of x given z_k, is (b^2 / a) J dG/dz_k J^T by Tweedie's formula, J the Jacobian of D; it is kept fixed,
+    and ``RIDGE`` of its mean variance is added. One backward pass for each number of y gives A C A^T. With these passes
+    z is corrected by y as well, z = G + Cov(z, y) Cov(y)^-1 (y - A u), before the chain goes on: exact where all is
+    Gaussian.
+
     Args:
         gradient: which of them.
-        evaluations: first evaluations of a chain that give a gradient. None: 2 of ``likelihood``, all transitions else.
+        evaluations: first evaluations of a chain that give a gradient. None: 2, but all transitions.
         ascent: ``adam``, ``averaged`` or ``published``.
         rate: of the ascent; None: its own.
         checkpoint: evaluate blocks of the networks twice, to save memory (``LatentPrior.checkpoint_layers``).
@@ -240,11 +250,45 @@ class PromptOptimizer:
             return k < min(count - 1, self.evaluations or count)
         return k < (self.evaluations or 2)
 
-    def likelihood(self, u: Tensor, observation: Observation) -> Tensor:
-        """Return the log-likelihoods [B] of ``likelihood`` for images u, up to constants."""
-        misfit = (observation.physics.A(u) - observation.y).flatten(1).square()
-        rho2 = torch.maximum(observation.sigma_y**2, misfit.detach().mean(1))
+    def of_data(
+        self, prior: LatentPrior, t: int, z_t: Tensor, z: Tensor, observation: Observation
+    ) -> tuple[Tensor, Tensor]:
+        """Return values [B] with the data's gradient in the prompt, and the images that the chain goes on with.
+
+        Args:
+            prior: whose estimate z is, at time t.
+            t: see above.
+            z_t: noisy latents that z was made from, with their graph.
+            z: see above.
+            observation: y.
+        """
+        u = prior.decode(z)
+        measured = observation.physics.A(u).flatten(1)
+        residual = observation.y.flatten(1) - measured
+        if self.gradient == "likelihood":
+            return self.likelihood(residual, observation.sigma_y), u
+        onto_z_t, onto_z = jacobians(measured, z_t, z)
+        a, b = (float(root) for root in prior.table.roots(torch.tensor([t])))
+        explained = torch.linalg.solve(
+            measured_covariance(b**2 / a * onto_z_t @ onto_z.mT, observation.sigma_y), residual.detach().unsqueeze(2)
+        )
+        corrected = z.detach() + b**2 / a * (onto_z_t.mT @ explained).view_as(z)
+        return (measured * explained.squeeze(2)).sum(1), prior.decode(corrected)
+
+    def likelihood(self, residual: Tensor, sigma_y: Tensor) -> Tensor:
+        """Return the log-likelihoods [B] of ``likelihood`` for y - A u [B, m], up to constants."""
+        misfit = residual.square()
+        rho2 = torch.maximum(sigma_y**2, misfit.detach().mean(1))
         return -misfit.sum(1) / (2 * rho2)
+
+    def check(self, observation: Observation) -> None:
+        """Raise ValueError for too many numbers in y."""
+        count = observation.y[0].numel()
+        if self.gradient == "covariance" and count > NUMBERS:
+            raise ValueError(
+                f"gradient=covariance takes a backward pass for each number of y, {NUMBERS} at most, and y has {count}: "
+                "take gradient=likelihood"
+            )
 
     def transition(self, prior: LatentPrior, z0: Tensor, z_next: Tensor, t_next: int) -> Tensor:
         """Return the log-densities [B] of ``transition``, up to constants."""
@@ -372,6 +416,7 @@ class LatinoPro(PromptEstimator):
 
     def estimate(self, observation: Observation, streams: list[torch.Generator]) -> tuple[Tensor, Prompt, Trace]:
         """Return the end of the last estimating chain, the prompt of each row, and how they came about."""
+        self.optimizer.check(observation)
         prompt = self.prompt.expand(len(observation))
         first = self.space.first(prompt)
         theta, ascent, x = first, self.optimizer.new_ascent(), self.first(observation)
@@ -397,11 +442,14 @@ class LatinoPro(PromptEstimator):
             moved = theta.detach().requires_grad_()
             used = optimizer.uses(k, count)
             with torch.set_grad_enabled(used):
+                z_t = z_t.requires_grad_(used)
                 z0 = prior.estimate(z_t, t, prompt.with_embeds(self.space.embeds(moved)))
-            with torch.set_grad_enabled(used and optimizer.gradient == "likelihood"):
-                u = prior.decode(z0)
+            with torch.set_grad_enabled(used and optimizer.gradient != "transition"):
                 if torch.is_grad_enabled():
-                    gradient = gradient + gradient_of(optimizer.likelihood(u, observation), moved)
+                    values, u = optimizer.of_data(prior, t, z_t, z0, observation)
+                    gradient = gradient + gradient_of(values, moved)
+                else:
+                    u = prior.decode(z0)
             u = u.detach().clamp(0, 1)
             if k == 0:
                 misfit = (observation.physics.A(u) - observation.y).flatten(1).square().mean(1)
@@ -419,6 +467,20 @@ class LatinoPro(PromptEstimator):
         """Return z_t of images x."""
         z = self.prior.encode(x)
         return self.prior.noised(z, t, randn_like(z, streams))
+
+
+def jacobians(measured: Tensor, *of: Tensor) -> list[Tensor]:
+    """Return the Jacobians [B, m, n] of ``measured`` [B, m], row by row, in each of the tensors [B, ...]."""
+    rows = [torch.autograd.grad(column.sum(), of, retain_graph=True) for column in measured.unbind(1)]
+    return [torch.stack([row.flatten(1) for row in part], 1) for part in zip(*rows, strict=True)]
+
+
+def measured_covariance(found: Tensor, sigma_y: Tensor) -> Tensor:
+    """Return the nearest covariance [B, m, m] to a matrix, with the noise of y and ``RIDGE`` of its mean variance."""
+    variances, vectors = torch.linalg.eigh((found + found.mT) / 2)
+    variances = variances.clamp(min=0)
+    added = sigma_y.view(-1, 1) ** 2 + RIDGE * variances.mean(1, keepdim=True)
+    return vectors * (variances + added).unsqueeze(1) @ vectors.mT
 
 
 def gradient_of(values: Tensor, theta: Tensor) -> Tensor:
