@@ -142,11 +142,15 @@ def methods(
         "LATINO, corrected 8 times": (partial(latino, evaluations=8), often),
         "LATINO-PRO": (pro, both),
         "LATINO-PRO, corrected": (partial(pro, correction=Correction(1)), both),
+        "LATINO-PRO, covariance": (partial(pro, gradient="covariance", correction=Correction(1)), both),
         "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
         "LATINO-PRO, scores": (scores, {"width": [2.0]}),
         **{f"LATINO-PRO, scores of {n} pairs": (partial(scores, pairs=n), {"width": [2.0]}) for n in (3, 80)},
         "LATINO-PRO, scores of 3 pairs, corrected": (partial(scores, pairs=3, evaluations=1), once),
-        "LATINO-PRO, scores of 3 pairs, corrected 8 times": (partial(scores, pairs=3, evaluations=8), often),
+        **{
+            f"LATINO-PRO, scores of {n} pairs, corrected 8 times": (partial(scores, pairs=n, evaluations=8), often)
+            for n in (3, 80)
+        },
         "LATINO-PRO, transition": (lambda **o: pro(gradient="transition", **o), both),
     }
     if teacher is not None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ud2m.evaluation.metrics import psnr
 from ud2m.files import atomic_folder
 from ud2m.losses.terms import NonFiniteLossError
-from ud2m.priors.latent import NoiseTable
+from ud2m.priors.latent import LatentPrior, NoiseTable
 from ud2m.priors.latent_parts import (
     CAPTIONS,
     assemble,
@@ -194,6 +194,8 @@ class LatentModule(ScoredModule):
         text_encoder: likewise of ``TEXT_MODELS``. The tokenizer is learnt from the captions, with ``vocab_size`` tokens
             at most.
         scheduler: the noise table, in the keys of a diffusers ``scheduler_config.json``.
+        start_from: pipeline whose network, text model and tokenizer the run begins with, in place of new ones: a folder
+            or hub id. Its autoencoder must be that of ``vae``.
         prompt_length: tokens of a prompt at most, start and end among them.
         drop_caption: probability in [0, 1).
         lr: peak learning rate of AdamW.
@@ -217,6 +219,7 @@ class LatentModule(ScoredModule):
         network: Mapping[str, Any],
         text_encoder: Mapping[str, Any],
         scheduler: Mapping[str, Any],
+        start_from: str | None = None,
         prompt_length: int = 12,
         drop_caption: float = 0.1,
         lr: float = 1e-3,
@@ -235,10 +238,16 @@ class LatentModule(ScoredModule):
                 f"the table's prediction_type must be one of {', '.join(TARGETS)}, got {self.table.prediction!r}"
             )
         self.vae = load_vae(vae).requires_grad_(False).eval()
-        self.network, self.text_encoder = build_latent_network(network), build_text_encoder(text_encoder)
         self.scheduler, self.prompt_length, self.drop_caption = dict(scheduler), prompt_length, drop_caption
         self.tokenizer: Any = None
         self.captions: tuple[str, ...] = ()
+        if start_from is None:
+            self.network, self.text_encoder = build_latent_network(network), build_text_encoder(text_encoder)
+        else:
+            begun = LatentPrior.from_pretrained(start_from)
+            self.network = begun.network.requires_grad_(True)
+            self.text_encoder = begun.pipeline.text_encoder.requires_grad_(True)
+            self.tokenizer, self.captions = begun.pipeline.tokenizer, begun.captions
         self.ema = Ema([*self.network.parameters(), *self.text_encoder.parameters()], ema_decay)
 
     def on_fit_start(self) -> None:
