@@ -374,10 +374,12 @@ SECTIONS = (
     Section(
         "latent_rivals",
         "Rivals with the latent prior before its distillation",
-        "As above. LDPS, PSLD, P2L and TReg walk with the model that `digits` was distilled from, in 100 steps (their "
-        "authors take 1000, and 200 for TReg), with the same prompt; P2L and TReg have two evaluations a step. Weights "
-        "of 3 are the end of their grid. LATINO-PRO by scores is given ten prompts, and draws 40 images with each once "
-        "for all 200 digits: 2 of its NFE. LATINO is the row from which differences are taken.",
+        "As above. LDPS, PSLD and P2L walk in 1000 steps, their authors' number, and TReg in 200, with the model that "
+        "`digits` was distilled from and the same prompt; P2L and TReg have two evaluations a step. `corrected`: y "
+        "corrects the noisy latents, with one backward pass for each evaluation; `covariance`: with 16 for 30 of its "
+        "68, one for each number of y. LATINO-PRO by scores tries the captions of the training with images that all "
+        "200 digits share: 60 evaluations with 3 pairs, so that one picture alone takes 68, or 124 corrected 8 times; "
+        "1664 with 80 pairs. LATINO is the row from which differences are taken.",
     ),
     *_video_sections(),
     Section(
@@ -405,12 +407,6 @@ SECTIONS = (
         "Memory of LVTINO for clips of four lengths",
         "Peak of all tensors that one sample of a clip of 32x32 in problem A allocates, weights apart; the image prior "
         "sees 16 frames at once. `clip` is one copy of the clip.",
-    ),
-    Section(
-        "latent_ldps",
-        "LDPS in 1000 steps",
-        "As the rivals above, in the steps of its authors, for x8 alone and on 40 test digits, tuned on 10: Frechet "
-        "distances of so few are not those of 200. The best weight lies inside the grid, which ends at 10.",
     ),
     Section(
         "pictures",

@@ -183,8 +183,10 @@ latent() {
     train digits experiment=digits_consistency training.start_from=$RUNS/digits_latent/export
     "$PYTHON" benchmarks/latent_digits.py --images 200 --tune 20 --methods "A^dagger y" LATINO LATINO-PRO \
         "LATINO-PRO, simplex" "LATINO-PRO, transition"
-    "$PYTHON" benchmarks/latent_digits.py --name latent_rivals --images 200 --tune 20 --steps 100 \
-        --teacher "$RUNS/digits_latent/export" --methods LATINO "LATINO-PRO, scores" TReg LDPS PSLD P2L
+    "$PYTHON" benchmarks/latent_digits.py --name latent_rivals --images 200 --tune 20 \
+        --teacher "$RUNS/digits_latent/export" --methods LATINO "LATINO, corrected" "LATINO, corrected 8 times" LATINO-PRO \
+        "LATINO-PRO, covariance" "LATINO-PRO, scores of 3 pairs, corrected" \
+        "LATINO-PRO, scores of 3 pairs, corrected 8 times" TReg LDPS PSLD P2L
 }
 
 # The paper's columns with rivals: bridges, models for the operators that no shipped model is for, and models that go on

@@ -8,8 +8,9 @@ from latent_priors import NUMBERS, SIDE, WIDTH, GaussianLatentPrior
 from ud2m.bars import NetworkEvaluations
 from ud2m.physics import Problem, SuperResolution
 from ud2m.priors.latent import LatentPrior, Prompt
+from ud2m.samplers import latino_pro
 from ud2m.samplers.latent_latino import AnnealedSteps, Correction, LatentLatino, StepRule
-from ud2m.samplers.latino_pro import LatinoPro
+from ud2m.samplers.latino_pro import LatinoPro, PromptOptimizer
 from ud2m.samplers.latino_scores import LatinoScores
 
 SIGMA, PROMPT = 0.02, Prompt(torch.zeros(1, 1, WIDTH))
@@ -159,6 +160,42 @@ def test_the_chain_that_draws_is_corrected_where_a_prompt_is_estimated():
         assert counter.count == count
     assert scores.nfe() == 16
     assert ascent.nfe() == 76
+
+
+# --- the covariance of y, for prompts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [999, 374])
+def test_jacobians_give_the_covariance_of_y_and_with_it_the_gradient_and_the_posterior_mean(t, monkeypatch):
+    monkeypatch.setattr(latino_pro, "RIDGE", 0.0)
+    prior = GaussianLatentPrior()
+    observation, H, offset = observed(prior)
+    a, b = (float(root) for root in prior.table.roots(torch.tensor([t])))
+    generator = torch.Generator().manual_seed(1)
+    z_t = torch.randn(2, NUMBERS, generator=generator, dtype=torch.float64).requires_grad_()
+    c = torch.randn(2, 1, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
+    z = prior.estimate(z_t, t, Prompt(c))
+    twice = observation.rows(torch.tensor([0, 0]))
+    values, u = PromptOptimizer("covariance").of_data(prior, t, z_t, z, twice)
+    (gradient,) = torch.autograd.grad(values.sum(), c)
+    C = torch.diag(prior.v * b**2 / (a**2 * prior.v + b**2))  # of z given z_t, by dense algebra
+    covariance = H @ C @ H.T + SIGMA**2 * torch.eye(len(H))
+    explained = torch.linalg.solve(covariance, (offset - z.detach() @ H.T).T).T
+    torch.testing.assert_close(prior.encode(u.detach()), z.detach() + explained @ H @ C, rtol=1e-5, atol=1e-6)
+    onto_c = H @ torch.diag(b**2 / (a**2 * prior.v + b**2)) @ prior.W
+    torch.testing.assert_close(gradient[:, 0], explained @ onto_c, rtol=1e-5, atol=1e-6)
+
+
+def test_so_many_numbers_of_y_are_refused_before_any_evaluation():
+    prior = LatentPrior(tiny_latent.pipeline("sd"))
+    observation = Problem(SuperResolution(2, "box"), 0.05).observe(torch.rand(1, 3, 32, 32))
+    sampler = LatinoPro(prior, "a", PromptOptimizer("covariance"))
+    with (
+        NetworkEvaluations([prior.network, prior.vae]) as counter,
+        pytest.raises(ValueError, match="for each number of y, 256 at most, and y has 768: take gradient=likelihood"),
+    ):
+        sampler.sample(observation, 1)
+    assert counter.count == 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def latent_module(vae_folder: Path, **options) -> LatentModule:
     scheduler = tiny_latent.TABLE | {"prediction_type": "v_prediction"}
     text = TEXT | {"max_position_embeddings": 10}
     module = LatentModule(str(vae_folder), unet, text, scheduler, prompt_length=10, **options)
-    module.tokenizer = learn_tokenizer(CAPTIONS, 520, 10)
+    module.tokenizer = module.tokenizer or learn_tokenizer(CAPTIONS, 520, 10)
     return module
 
 
@@ -196,6 +196,25 @@ def test_a_checkpoint_holds_the_tokenizer_and_the_export_needs_diffusers_alone(v
     expected = module.embedded(["a red disc"])
     torch.testing.assert_close(pipe.text_encoder(ids)[0], expected)
     assert pipe("a red disc", num_inference_steps=2, guidance_scale=1.0).images[0].size == (16, 16)
+
+
+def test_a_training_begins_with_the_networks_of_a_pipeline_and_all_of_them_learn(vae_folder, tmp_path):
+    first = latent_module(vae_folder)
+    first.captions = ("a red square",)
+    first.export(tmp_path / "pipe")
+    x0, texts = torch.rand(2, 3, 16, 16), ["a square", "a red"]
+    begun = latent_module(vae_folder, start_from=str(tmp_path / "pipe"))
+    again = LatentPrior.from_pretrained(tmp_path / "pipe")
+    assert begun.captions == first.captions
+    assert begun.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    torch.testing.assert_close(begun.embedded(texts), again.encode_prompt(texts).embeds)
+    for ours, theirs in zip(begun.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    loss, _ = begun.losses((x0, texts), streams(2))
+    loss.backward()
+    learning = [*begun.network.parameters(), *begun.text_encoder.parameters()]
+    assert all(parameter.requires_grad for parameter in learning)
+    assert sum(bool(p.grad is not None and p.grad.any()) for p in learning) > 0.8 * len(learning)
 
 
 # --- the consistency model ---------------------------------------------------------------------------------------

@@ -286,8 +286,8 @@ class PromptOptimizer:
         count = observation.y[0].numel()
         if self.gradient == "covariance" and count > NUMBERS:
             raise ValueError(
-                f"gradient=covariance takes a backward pass for each number of y, {NUMBERS} at most, and y has {count}: "
-                "take gradient=likelihood"
+                f"gradient=covariance takes a backward pass for each number of y, {NUMBERS} at most, and y has "
+                f"{count}: take gradient=likelihood"
             )
 
     def transition(self, prior: LatentPrior, z0: Tensor, z_next: Tensor, t_next: int) -> Tensor:
