@@ -135,7 +135,7 @@ def methods(
         return LatinoScores(prior, PROMPT, (), pairs, times, steps, chunk_size=BATCH, correction=corrected)
 
     both = {"width": [2.0], "rate": [0.5, 1.5]}
-    once = {"width": [1.0, 2.0], "rate": [1.0, 2.0]}
+    once = {"width": [1.0, 2.0], "rate": [1.0]}
     often = {"width": [0.5, 1.0], "rate": [0.25, 0.5], "times": [TIMES, LOW_TIMES]}
     found: dict[str, tuple[Make, dict[str, Sequence[Any]]]] = {
         "A^dagger y": (PseudoInverse, {}),

@@ -259,9 +259,9 @@ def test_weights_of_prompts_are_as_sure_as_they_are_right(pairs, size):
     means, roots = normal(count, 1, size) * 1.5 / size**0.5, normal(1, size, size) / size**0.5
     eps = normal(count, pairs, size)
     fitted = PromptWeights(means + torch.cat([eps, -eps], 1) @ roots, sigma_y)
-    y = means + normal(count, 2000, size) @ roots
+    y = means + normal(count, 500, size) @ roots
     y = (y + sigma_y * normal(*y.shape)).flatten(0, 1)
-    truth = torch.arange(count).repeat_interleave(2000)
+    truth = torch.arange(count).repeat_interleave(500)
 
     def excess(weights):
         return (weights.max(1).values.mean() - (weights.argmax(1) == truth).double().mean()).item()

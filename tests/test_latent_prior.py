@@ -110,7 +110,8 @@ def test_folders_of_diffusers_load_and_prompts_come_back(kind, tmp_path):
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(tmp_path):
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the tests wait for no hub
     prior = LatentPrior(tiny_latent.pipeline("sd"))
     x = torch.rand(1, 3, 20, 16)
     for call, message in (
