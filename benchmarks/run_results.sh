@@ -186,7 +186,8 @@ latent() {
     "$PYTHON" benchmarks/latent_digits.py --name latent_rivals --images 200 --tune 20 \
         --teacher "$RUNS/digits_latent/export" --methods LATINO "LATINO, corrected" "LATINO, corrected 8 times" LATINO-PRO \
         "LATINO-PRO, covariance" "LATINO-PRO, scores of 3 pairs, corrected" \
-        "LATINO-PRO, scores of 3 pairs, corrected 8 times" TReg LDPS PSLD P2L
+        "LATINO-PRO, scores of 3 pairs, corrected 8 times" "LATINO-PRO, scores of 80 pairs, corrected 8 times" \
+        TReg LDPS PSLD P2L
 }
 
 # The paper's columns with rivals: bridges, models for the operators that no shipped model is for, and models that go on
