@@ -56,6 +56,7 @@ def test_configuration_keys_between_backticks_exist(tmp_path):
     kinds = (
         *(["experiment=demo"], ["experiment=photos_prior"], ["data=folder", "data.root=x", "loss/distance=lpips"]),
         ["data=webdataset", "data.root=x", "data.held_out=x"],
+        ["experiment=moving_digits_latent", "data.root=x", "training.vae=x"],
         ["trainer=ddp", "logger=wandb"],
     )
     known = {"loss.gradient"}  # the term that docs/extending.md adds
