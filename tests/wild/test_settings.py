@@ -235,6 +235,7 @@ def test_settings_of_the_operator_without_its_name_are_those_of_the_model():
     [
         ("latino", "times", 5.0),
         ("latino", "steps", "abc"),
+        ("latino", "correction", 8),
         ("latino_pro", "optimizer", -1.0),
         ("latino_pro", "candidates", [1, "a"]),
         ("latino_pro", "fixed", True),

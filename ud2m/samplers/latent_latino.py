@@ -96,6 +96,11 @@ PUBLISHED = {
 """Early and late factor, the time of the switch, and whether r is a factor too; ``pro``: of LATINO-PRO."""
 
 
+def data_step(observation: Observation, u: Tensor, delta: Tensor) -> Tensor:
+    """Return argmin_x |y - A x|^2 / (2 sigma_y^2) + |x - u|^2 / (2 delta) for estimates u of variance delta [B]."""
+    return joint_prox(observation, u, float("inf"), delta, 1.0)(u)
+
+
 class Correction:
     """How y corrects the noisy latents before they are denoised, by gradients through decoder and network.
 
@@ -136,11 +141,11 @@ class Correction:
             with torch.enable_grad():
                 z_t = z_t.detach().requires_grad_()
                 z = prior.estimate(z_t, t, prompt)
-                u = prior.decode(z)
-            delta = steps.variance(prior, t, u.detach(), observation)
-            x = joint_prox(observation, u.detach(), float("inf"), delta, 1.0)(u.detach())
-            towards_y = (x - u.detach()) / delta.view(-1, *[1] * (u.ndim - 1))
-            step = self.rate * b**2 * torch.autograd.grad(u, z_t, towards_y.to(u))[0]
+                decoded = prior.decode(z)
+            u = decoded.detach()
+            delta = steps.variance(prior, t, u, observation)
+            towards_y = (data_step(observation, u, delta) - u) / delta.view(-1, 1, 1, 1)
+            step = self.rate * b**2 * torch.autograd.grad(decoded, z_t, towards_y.to(u))[0]
             z, z_t = z.detach() + step / a, z_t.detach() + step
         return z
 
@@ -222,8 +227,7 @@ class LatentSampler(Sampler):
 
     def back_to_data(self, u: Tensor, t: int, observation: Observation) -> Tensor:
         """Return the data step of clipped estimates u at time t, clipped too, as in the authors' code."""
-        delta = self.steps.variance(self.prior, t, u, observation)
-        return joint_prox(observation, u, float("inf"), delta, 1.0)(u).clamp(0, 1)
+        return data_step(observation, u, self.steps.variance(self.prior, t, u, observation)).clamp(0, 1)
 
 
 class LatentLatino(LatentSampler):
