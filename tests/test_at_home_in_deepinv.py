@@ -117,6 +117,7 @@ def test_plug_and_play_of_deepinv_takes_the_prior(prior_folder, physics, x):
     assert len({level[0].item() for level in levels}) > 1
 
 
+@pytest.mark.slow
 def test_the_page_runs():
     scope = {}
     for block in blocks(REPOSITORY / "docs" / "deepinv.md", "python"):

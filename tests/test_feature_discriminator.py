@@ -120,6 +120,7 @@ def loss_after(discriminator, steps=40):
     return loss.item()
 
 
+@pytest.mark.slow
 def test_it_decides_within_steps_in_which_patches_of_pixels_stay_undecided():
     torch.manual_seed(0)
     assert loss_after(FeatureDiscriminator(3, Prior.from_pretrained("photos_prior").features, width=16)) < 0.9

@@ -247,7 +247,7 @@ def test_densities_of_the_scores_are_those_of_a_dense_student_distribution():
     torch.testing.assert_close(ours - ours[:, :1], dense - dense[:, :1])
 
 
-@pytest.mark.parametrize(("pairs", "size"), [(20, 60), (100, 4)])
+@pytest.mark.parametrize(("pairs", "size"), [(20, 60), pytest.param(100, 4, marks=pytest.mark.slow)])
 def test_weights_of_prompts_are_as_sure_as_they_are_right(pairs, size):
     """Prompts are Gaussians; fresh draws tell how often a weight is right. Few draws in many numbers need tempering."""
     generator = torch.Generator().manual_seed(0)

@@ -122,7 +122,7 @@ def test_squeeze_equals_the_values_printed_by_torchmetrics(cache):
     assert distance.name == "squeeze, lpips 0.1.4"
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
+@pytest.mark.parametrize("net", ["alex", pytest.param("vgg", marks=pytest.mark.slow)])
 def test_equals_the_lpips_package(cache, net, monkeypatch):
     first, second = images(2, 3, 40, 48), images(2, 3, 40, 48, seed=1)
     distance = LPIPSDistance(net)

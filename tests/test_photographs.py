@@ -2,9 +2,12 @@
 
 import hashlib
 
+import pytest
+
 from ud2m.images import read_image
 
 
+@pytest.mark.slow
 def test_no_photograph_of_validation_or_test_is_trained_on(shared):
     def pixels(split):
         paths = sorted((shared / "data" / "photographs" / split).iterdir())

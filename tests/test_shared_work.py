@@ -78,6 +78,7 @@ def alone(material, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(material, alone, tmp_path):
     assert started(2, "sample", sample.main, own(material, tmp_path / "out")) == [0, 0]
     made, expected = contents(tmp_path / "out"), contents(alone)
@@ -145,6 +146,7 @@ def lost(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_lost_process_loses_nothing_that_is_written(material, alone, lost, tmp_path, capfd):
     out = tmp_path / "out"
     assert started(2, "sample", sample.main, own(material, out)) == [1, -signal.SIGKILL]

@@ -36,6 +36,7 @@ def test_scores_of_videos_are_means_over_frames(draws):
     assert spread.numbers()["r"] == pytest.approx((variance / error).sqrt().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_video_distance_sees_motion_and_the_distance_of_frames_does_not(shared, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(shared / "torch_home"))
     videos = torch.rand(60, 1, 1, 32, 32, generator=generator()).repeat(1, 1, 8, 1, 1)

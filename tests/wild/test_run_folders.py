@@ -110,6 +110,7 @@ def test_a_child_of_a_killed_process_does_not_hold_its_lock(held, tmp_path):
         os.kill(child.value, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(held, tiny, run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     holder = held(run)
