@@ -143,7 +143,6 @@ def methods(
         "LATINO, corrected": (partial(latino, evaluations=1), once),
         "LATINO, corrected 8 times": (partial(latino, evaluations=8), often),
         "LATINO-PRO": (pro, both),
-        "LATINO-PRO, corrected": (partial(pro, correction=Correction(1)), both),
         "LATINO-PRO, covariance": (partial(pro, gradient="covariance", correction=Correction(1)), both),
         "LATINO-PRO, simplex": (lambda **o: pro(candidates=CLASSES, **o), both),
         "LATINO-PRO, scores": (scores, {"width": [2.0]}),

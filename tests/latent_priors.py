@@ -10,6 +10,12 @@ SIDE, NUMBERS, WIDTH = 8, 64, 5
 """Side of the images, numbers in their latents, and numbers in a prompt."""
 
 
+def onto_y(prior, observation) -> tuple[Tensor, Tensor]:
+    """Return A D without its constant, as a matrix, and y less the constant."""
+    A = observation.physics.A(torch.eye(NUMBERS, dtype=torch.float64).view(NUMBERS, 1, SIDE, SIDE)).flatten(1).T
+    return 0.05 * A @ prior.Q, observation.y.flatten() - A @ torch.full((NUMBERS,), 0.5, dtype=torch.float64)
+
+
 class GaussianLatentPrior:
     """z | c ~ N(W c, diag(v)), x = 0.5 + 0.05 Q z with an orthogonal Q: everything about y is linear in c.
 

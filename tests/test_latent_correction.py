@@ -3,7 +3,7 @@
 import pytest
 import tiny_latent
 import torch
-from latent_priors import NUMBERS, SIDE, WIDTH, GaussianLatentPrior
+from latent_priors import NUMBERS, WIDTH, GaussianLatentPrior, onto_y
 
 from ud2m.bars import NetworkEvaluations
 from ud2m.physics import Problem, SuperResolution
@@ -29,9 +29,7 @@ def observed(prior):
     """Return an observation of a draw from N(0, diag(v)), and A D without its constant, with y less the constant."""
     noise = torch.randn(1, NUMBERS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     observation = Problem(SuperResolution(2, "box"), SIGMA, 0).observe(prior.decode(prior.v.sqrt() * noise))
-    A = observation.physics.A(torch.eye(64, dtype=torch.float64).view(64, 1, SIDE, SIDE)).flatten(1).T
-    offset = observation.y.flatten() - A @ torch.full((64,), 0.5, dtype=torch.float64)
-    return observation, 0.05 * A @ prior.Q, offset
+    return observation, *onto_y(prior, observation)
 
 
 def gaussian_problem():

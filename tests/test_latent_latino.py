@@ -6,7 +6,7 @@ import pytest
 import tiny_latent
 import torch
 from diffusers.configuration_utils import FrozenDict
-from latent_priors import SIDE, WIDTH, GaussianLatentPrior
+from latent_priors import WIDTH, GaussianLatentPrior, onto_y
 from torch import nn
 
 from ud2m.bars import NetworkEvaluations
@@ -159,12 +159,10 @@ def gaussian_problem(seed: int, text: str | None = None):
         c = prior.encode_prompt((text,)).embeds[0].double()
     z = c @ prior.W.T + prior.v.sqrt() * torch.randn(1, 64, generator=generator, dtype=torch.float64)
     observation = Problem(SuperResolution(2, "box"), 0.02, seed).observe(prior.decode(z))
-    A = observation.physics.A(torch.eye(64, dtype=torch.float64).view(64, 1, SIDE, SIDE)).flatten(1).T
-    onto_y = 0.05 * A @ prior.Q
-    covariance = onto_y @ torch.diag(prior.v) @ onto_y.T + 0.02**2 * torch.eye(len(A))
-    model = onto_y @ prior.W
+    H, offset = onto_y(prior, observation)
+    covariance = H @ torch.diag(prior.v) @ H.T + 0.02**2 * torch.eye(len(H))
+    model = H @ prior.W
     fisher = model.T @ torch.linalg.solve(covariance, model)
-    offset = observation.y.flatten() - (A @ torch.full((64,), 0.5, dtype=torch.float64))
     best = torch.linalg.solve(fisher, model.T @ torch.linalg.solve(covariance, offset))
     return prior, observation, best, fisher
 

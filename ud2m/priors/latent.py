@@ -184,6 +184,11 @@ class NoiseTable:
         shares = [1 - k / count for k in range(count)]
         return tuple(self.num_times * shift * u / (1 + (shift - 1) * u) for u in shares)
 
+    def at(self, t: float) -> tuple[float, float]:
+        """Return a and b of one time."""
+        a, b = self.roots(torch.tensor([t]))
+        return a.item(), b.item()
+
     def columns(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return a and b as [B, 1, ...] in the type of latents."""
         a, b = (root.to(like).view(-1, *[1] * (like.ndim - 1)) for root in self.roots(t))

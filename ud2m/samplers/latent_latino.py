@@ -47,7 +47,7 @@ class AnnealedSteps(StepRule):
 
     def variance(self, prior: LatentPrior, t: int, u: Tensor, observation: Observation) -> Tensor:
         """Return delta_k [B]."""
-        b = float(prior.table.roots(torch.tensor([t]))[1])
+        _, b = prior.table.at(t)
         return u.new_full((len(u),), (self.width * b / 2) ** 2)
 
 
@@ -71,7 +71,7 @@ class PublishedSteps(StepRule):
 
     def variance(self, prior: LatentPrior, t: int, u: Tensor, observation: Observation) -> Tensor:
         """Return delta_k [B]."""
-        b = float(prior.table.roots(torch.tensor([t]))[1])
+        _, b = prior.table.at(t)
         delta = u.new_full((len(u),), self.early if t > self.switch else self.late)
         if self.relative:
             delta = delta * 2 * (observation.physics.A(u) - observation.y).flatten(1).norm(dim=1)
@@ -136,7 +136,7 @@ class Correction:
         """Return z [B, c, h, w] from noisy latents at time t; delta is that of ``steps``."""
         if not self.evaluations:
             return prior.estimate(z_t, t, prompt)
-        a, b = (float(root) for root in prior.table.roots(torch.tensor([t])))
+        a, b = prior.table.at(t)
         for _ in range(self.evaluations):
             with torch.enable_grad():
                 z_t = z_t.detach().requires_grad_()
@@ -283,13 +283,17 @@ class LatentLatino(LatentSampler):
     def chain(self, x: Tensor, prompt: Prompt, observation: Observation, streams: list[torch.Generator]) -> Tensor:
         """Return the end of a chain that begins at x [B, C, H, W], with a prompt for each row."""
         prior, z = self.prior, self.prior.encode(x)
-        for k, t in enumerate(self.times, 1):
+        for k, t in enumerate(self.times):
+            if k and not self.correction.evaluations:
+                z = prior.encode(self.restored(z, self.times[k - 1], observation))
             z_t = prior.noised(z, t, randn_like(z, streams))
             z = self.correction.estimate(prior, z_t, t, prompt, self.steps, observation)
-            if k == len(self.times) or not self.correction.evaluations:
-                x = self.back_to_data(prior.decode(z).clamp(0, 1), t, observation)
-                z = prior.encode(x) if k < len(self.times) else z
+        x = self.restored(z, self.times[-1], observation)
         return x if self.final == "prox" else self.prior.decode(self.prior.encode(x))
+
+    def restored(self, z: Tensor, t: int, observation: Observation) -> Tensor:
+        """Return the images of latents estimated at time t, after the data step."""
+        return self.back_to_data(self.prior.decode(z).clamp(0, 1), t, observation)
 
 
 def check_times(times: Sequence[int], prior: LatentPrior) -> None:

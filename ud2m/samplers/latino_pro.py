@@ -268,12 +268,11 @@ class PromptOptimizer:
         if self.gradient == "likelihood":
             return self.likelihood(residual, observation.sigma_y), u
         onto_z_t, onto_z = jacobians(measured, z_t, z)
-        a, b = (float(root) for root in prior.table.roots(torch.tensor([t])))
-        explained = torch.linalg.solve(
-            measured_covariance(b**2 / a * onto_z_t @ onto_z.mT, observation.sigma_y), residual.detach().unsqueeze(2)
-        )
-        corrected = z.detach() + b**2 / a * (onto_z_t.mT @ explained).view_as(z)
-        return (measured * explained.squeeze(2)).sum(1), prior.decode(corrected)
+        a, b = prior.table.at(t)
+        covariance = b**2 / a * onto_z_t @ onto_z.mT
+        explained = solved(covariance, observation.sigma_y, residual.detach())
+        corrected = z.detach() + b**2 / a * (onto_z_t.mT @ explained.unsqueeze(2)).view_as(z)
+        return (measured * explained).sum(1), prior.decode(corrected)
 
     def likelihood(self, residual: Tensor, sigma_y: Tensor) -> Tensor:
         """Return the log-likelihoods [B] of ``likelihood`` for y - A u [B, m], up to constants."""
@@ -441,8 +440,8 @@ class LatinoPro(PromptEstimator):
         for k, t in enumerate(self.chain_times):
             moved = theta.detach().requires_grad_()
             used = optimizer.uses(k, count)
+            z_t = z_t.requires_grad_(used and optimizer.gradient == "covariance")
             with torch.set_grad_enabled(used):
-                z_t = z_t.requires_grad_(used)
                 z0 = prior.estimate(z_t, t, prompt.with_embeds(self.space.embeds(moved)))
             with torch.set_grad_enabled(used and optimizer.gradient != "transition"):
                 if torch.is_grad_enabled():
@@ -475,12 +474,16 @@ def jacobians(measured: Tensor, *of: Tensor) -> list[Tensor]:
     return [torch.stack([row.flatten(1) for row in part], 1) for part in zip(*rows, strict=True)]
 
 
-def measured_covariance(found: Tensor, sigma_y: Tensor) -> Tensor:
-    """Return the nearest covariance [B, m, m] to a matrix, with the noise of y and ``RIDGE`` of its mean variance."""
+def solved(found: Tensor, sigma_y: Tensor, residual: Tensor) -> Tensor:
+    """Return S^-1 r for residuals r [B, m].
+
+    S is the covariance that is nearest to a matrix [B, m, m], with the noise of y and ``RIDGE`` of its mean variance.
+    """
     variances, vectors = torch.linalg.eigh((found + found.mT) / 2)
     variances = variances.clamp(min=0)
     added = sigma_y.view(-1, 1) ** 2 + RIDGE * variances.mean(1, keepdim=True)
-    return vectors * (variances + added).unsqueeze(1) @ vectors.mT
+    along = vectors.mT @ residual.unsqueeze(2)
+    return (vectors @ (along / (variances + added).unsqueeze(2))).squeeze(2)
 
 
 def gradient_of(values: Tensor, theta: Tensor) -> Tensor:

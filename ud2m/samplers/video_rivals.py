@@ -131,7 +131,7 @@ class VisionXl(LatentSampler):
             x = self.back_to_data(frames.unsqueeze(0).transpose(1, 2), t, observation)
             if later >= 0:
                 fresh = randn_like(z[:1], streams)
-                frames = low_pass(x[0].transpose(0, 1), 2**0.5 * float(self.prior.table.roots(torch.tensor([t]))[1]))
+                frames = low_pass(x[0].transpose(0, 1), 2**0.5 * self.prior.table.at(t)[1])
                 z0 = torch.cat([self.prior.encode(part) for part in frames.split(self.chunk_size)])
                 z = self.prior.noised(z0, later, (1 - self.eta**2) ** 0.5 * eps + self.eta * fresh)
         return x
