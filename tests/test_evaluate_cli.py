@@ -223,6 +223,34 @@ def test_a_method_takes_the_setting_that_is_best_on_validation_images(material, 
     assert row["nfe"] == 4
 
 
+@pytest.mark.slow
+def test_one_search_serves_several_numbers_and_is_not_repeated(material, tmp_path, measured):
+    methods = '["ddrm tune.eta=[0.0,1.0] tune.power=[1.0,3.0]",pinv]'
+    one = {"methods": methods, "tune_samples": "2"}
+    one |= {"operators": "[inpainting]", "tune_by": "[psnr_limit,energy]", "metrics": "[psnr,psnr_limit,energy]"}
+    rows = run(material, tmp_path, **one)
+    assert [row["method"] for row in rows] == ["DDRM, best PSNR", "DDRM, best Energy score", "A^dagger y"]
+    assert len(measured) <= 4 + 2 + 1
+    searches = json.loads((tmp_path / "tiny" / "settings.json").read_text())["searches"]
+    assert [len(search["candidates"]) for search in searches] == [4]
+    # Oracle: each number by itself
+    for number, row in zip(("psnr_limit", "energy"), rows, strict=False):
+        (alone, _) = run(material, tmp_path / number, **(one | {"tune_by": number}))
+        assert alone["method"] == "DDRM"
+        assert {k: v for k, v in alone.items() if k not in ("method", "seconds_per_image", "peak_memory")} == {
+            k: v for k, v in row.items() if k not in ("method", "seconds_per_image", "peak_memory")
+        }
+    before = len(measured)
+    assert run(material, tmp_path, **(one | {"metrics": "[psnr]", "num_samples": "3"}))[0]["samples"] == 3
+    assert len(measured) - before <= 2  # other cells, but of A^dagger y, which draws nothing; the same search
+
+
+def test_the_first_of_equal_settings_is_taken_and_none_is_worst():
+    rows = [{"psnr": None}, {"psnr": 3.0}, {"psnr": 3.0}, {"psnr": 2.0}]
+    assert comparison.best_of("abcd", rows, "psnr") == "b"
+    assert comparison.best_of("abcd", [{"lpips": value} for value in (0.3, 0.1, 0.2, 0.1)], "lpips") == "b"
+
+
 def test_a_method_is_called_as_its_entry_says(material, tmp_path):
     entry = f'"ud2m label=mine,_K=3 target.model={material}/{{physics}} target.num_steps=1"'
     rows = run(material, tmp_path, methods=f"[{entry},pinv]", operators="[gaussian_blur]")
@@ -271,6 +299,8 @@ def test_metrics_without_weights_are_skipped_where_that_is_asked_for(material, t
         ),
         ({"unsupported": "maybe"}, "unsupported must be error, skip"),
         ({"tune_by": "fid"}, "tune_by: .* is no number to choose by; take one of psnr_mean"),
+        ({"tune_by": "[psnr,fid]"}, "tune_by: 'fid' is no number to choose by; take one of psnr_mean"),
+        ({"tune_by": "[]"}, "tune_by must be a text that is not empty or a list of texts"),
         ({"num_samples": "0"}, "num_samples must be a whole number of at least 1"),
         ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be a positive noise level"),
         ({"operators": '["super_resolution operator.factor=5"]'}, "super_resolution operator.factor=5 on folder"),

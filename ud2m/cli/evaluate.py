@@ -1,6 +1,7 @@
 """Methods x operators x data sets: what ``ud2m evaluate`` runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -19,8 +20,8 @@ from ud2m.cli.pages import label, method_page, part
 from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.data.module import evenly_spaced
-from ud2m.evaluation.cells import CellStore, Result, images_digest
-from ud2m.evaluation.comparison import Images, Job
+from ud2m.evaluation.cells import CellStore, Result, digest, images_digest
+from ud2m.evaluation.comparison import Images, Job, Search, best_label, metrics_of
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores, left_out
 from ud2m.evaluation.table import selecting
@@ -62,6 +63,7 @@ class EvaluationRun:
         self.config, self.device = config, device
         self.folder = inside(config.results, config.name, "the name of an evaluation")
         self.metrics = list(config.metrics)
+        self.tune_by = [config.tune_by] if isinstance(config.tune_by, str) else list(config.tune_by)
         self._check_config()
         self.prior = Prior.from_pretrained(config.prior).to(self.device)
         if config.compile is not None:
@@ -75,10 +77,11 @@ class EvaluationRun:
 
     def _check_config(self) -> None:
         check_precision(self.config.precision)
-        try:
-            selecting(self.config.tune_by)
-        except ValueError as error:
-            raise ValueError(f"tune_by: {error}") from error
+        for number in self.tune_by:
+            try:
+                selecting(number)
+            except ValueError as error:
+                raise ValueError(f"tune_by: {error}") from error
         if self.config.unsupported == "skip":
             missing = {name: reason for name in self.metrics for reason in left_out([name])}
             for reason in missing.values():
@@ -105,8 +108,8 @@ class EvaluationRun:
             images = self._images(data)
             for entry, physics in operators.items():
                 problem = self._problem(entry, physics, images)
-                jobs = [self._job(name, entry, physics, problem, images) for name in self.config.methods]
-                yield from (job for job in jobs if job is not None)
+                for name in self.config.methods:
+                    yield from self._jobs_of(name, entry, physics, problem, images)
 
     def _images(self, entry: str) -> Images:
         data: ImageDataModule = build(part("data", entry), "data", ImageDataModule)
@@ -124,7 +127,10 @@ class EvaluationRun:
             raise ValueError(f"{entry} on {images.label}: {error}") from error
         return problem
 
-    def _job(self, name: str, entry: str, physics: Mapping[str, Any], problem: Problem, images: Images) -> Job | None:
+    def _jobs_of(
+        self, name: str, entry: str, physics: Mapping[str, Any], problem: Problem, images: Images
+    ) -> Iterator[Job]:
+        """Yield the cell of a method, or one for each number of ``tune_by``; none where it cannot take the operator."""
         config, method = self.config, method_page(name, entry)
         target = method["target"]
         sampler = self._build(target)
@@ -136,33 +142,43 @@ class EvaluationRun:
             if config.unsupported == "error":
                 raise ValueError(f"{error}; leave out {entry}, or unsupported=skip") from error
             tqdm.write(f"skipped: {error}")
-            return None
+            return
         num_samples = config.num_samples if sampler.draws else 1
         metrics = [m for m in self.metrics if sampler.draws or build_score(m).least == 1]
         self.check_scores(tuple(metrics), len(images.test), num_samples, images.shape)
-        settings = {
-            "method": target,
+        common = {
             "model": sampler.fingerprint,
             "prior": getattr(self.prior, "fingerprint", None) if shares_prior(target) else None,
             "operator": physics,
-            "first_observation": images_digest([observation.y]),
-            "images": images_digest([images.test]),
             "seed": config.seed,
-            "num_samples": num_samples,
-            "metrics": metrics,
-            "shown": evenly_spaced(len(images.test), config.show),
             "device": self.device.type,
             "precision": chosen_precision(sampler.precision, self.device) if sampler.networks else None,
             "versions": {name: version(name) for name in ("ud2m", "deepinv")},
         }
-        if config.tune and method.get("tune"):
-            settings["tuned"] = {
-                "candidates": list(combinations(target, method["tune"])),
-                "by": config.tune_by,
-                "num_samples": config.tune_samples,
-                "images": images_digest([images.validation]),
-            }
-        return Job(label(name, method["label"]), entry, images, problem, settings, self._build)
+        settings = common | {
+            "method": target,
+            "first_observation": images_digest([observation.y]),
+            "images": images_digest([images.test]),
+            "num_samples": num_samples,
+            "metrics": metrics,
+            "shown": evenly_spaced(len(images.test), config.show),
+        }
+        job = Job(label(name, method["label"]), entry, images, problem, settings, self._build)
+        if not (config.tune and method.get("tune")):
+            yield job
+            return
+        of_search = common | {
+            "candidates": list(combinations(target, method["tune"])),
+            "by": self.tune_by,
+            "num_samples": config.tune_samples,
+            "first_observation": images_digest([problem.observe(images.validation[:1]).y]),
+            "images": images_digest([images.validation]),
+        }
+        self.check_scores(tuple(metrics_of(self.tune_by)), len(images.validation), config.tune_samples, images.shape)
+        search = Search(f"settings of {job.label}", entry, images, problem, of_search, self._build)
+        for number in self.tune_by:
+            name_there = best_label(job.label, number) if self.tune_by[1:] else job.label
+            yield replace(job, label=name_there, search=search, by=number)
 
     def _check_channels(self, name: str, sampler: Sampler, images: Images) -> None:
         ours = images.shape[0]
@@ -176,17 +192,17 @@ class EvaluationRun:
     def _build(self, target: Mapping[str, Any]) -> Sampler:
         return build_sampler(target, self.prior, self.device, self.config.precision, self.config.compile)
 
+    @property
+    def searches(self) -> list[Search]:
+        """The searches of the cells, each once."""
+        return list({id(job.search): job.search for job in self.jobs if job.search is not None}.values())
+
     def run(self, team: Team = ALONE) -> list[dict[str, Any]]:
         """Measure what is missing, each process of a team its share, and return the rows; the first one writes."""
         store = CellStore(self.folder / "cells")
-        found = team.gathered([store.load(job.settings) for job in self.jobs])[0]
-        done = sum(result is not None for result in found)
-        if done and team.rank == 0:
-            print(f"{done} of {len(self.jobs)} cells are there already", flush=True)
-        results = [
-            self._measured(job, f"{number} of {len(self.jobs)}", store, team) if result is None else result
-            for number, (job, result) in enumerate(zip(self.jobs, found, strict=True), start=1)
-        ]
+        found = dict(zip(map(id, self.searches), self._results(self.searches, store, team), strict=True))
+        self.jobs = [job if job.search is None else job.chosen(found[id(job.search)]) for job in self.jobs]
+        results = self._results(self.jobs, store, team)
         rows = [job.row(result) for job, result in zip(self.jobs, results, strict=True)]
         if self.config.reference is not None:
             rows = with_differences(rows, results, self.config.reference)
@@ -194,17 +210,36 @@ class EvaluationRun:
             self._write(rows, results)
         return rows
 
-    def _measured(self, job: Job, number: str, store: CellStore, team: Team) -> Result:
-        about = f"{number}: {job.label}, {job.operator}"
+    def _results(self, tasks: Sequence[Job | Search], store: CellStore, team: Team) -> list[Result]:
+        """Return the results of all tasks, of which those that are not in the store are measured."""
+        found = team.gathered([store.load(task.settings) for task in tasks])[0]
+        done = sum(result is not None for result in found)
+        if done and team.rank == 0:
+            print(f"{done} of {len(tasks)} cells are there already", flush=True)
+        results: dict[str, Result] = {}  # two numbers may choose the same setting
+        for number, (task, result) in enumerate(zip(tasks, found, strict=True), start=1):
+            name = digest(task.settings)
+            if name not in results:
+                about = f"{number} of {len(tasks)}: {task.label}, {task.operator}"
+                results[name] = self._measured(task, about, store, team) if result is None else result
+        return [results[digest(task.settings)] for task in tasks]
+
+    def _measured(self, task: Job | Search, about: str, store: CellStore, team: Team) -> Result:
         with progress_bar(desc=about, unit="evaluation", disable=team.rank > 0) as bar:
-            result = job.measured(Forecast(bar, job.work), team)
+            result = task.measured(Forecast(bar, task.work), team)
         if team.rank == 0:
-            store.save(job.settings, result)
+            store.save(task.settings, result)
         return result
 
     def _write(self, rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> None:
         config, cells = plain(self.config), [job.settings for job in self.jobs]
-        settings = {"config": config, "cells": cells, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        settings = {
+            "config": config,
+            "cells": cells,
+            "searches": [search.settings for search in self.searches],
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         names = {job.images.label: {k: job.images.names[k] for k in job.settings["shown"]} for job in self.jobs}
         operators = {job.operator: in_words(resolved(job.settings["operator"]["operator"])) for job in self.jobs}
         board = Board(f"Evaluation {self.config.name}", rows, results, settings, names, operators)

@@ -143,5 +143,5 @@ def label(entry: str, default: str) -> str:
     given = [word.removeprefix(LABEL) for word in words if word.startswith(LABEL)]
     if given:
         return given[0].replace("_", " ")
-    words = [word.removeprefix("target.") for word in words if not word.startswith("tune=")]
+    words = [word.removeprefix("target.") for word in words if not word.startswith(("tune=", "tune."))]
     return f"{default} ({', '.join(words)})" if words else default

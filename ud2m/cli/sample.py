@@ -24,10 +24,10 @@ from ud2m.cli.objects import TARGET, build, in_words, resolved
 from ud2m.cli.train import quiet_libraries, resolve
 from ud2m.data import ImageDataModule
 from ud2m.data.module import evenly_spaced
-from ud2m.evaluation.comparison import best_settings, difference
+from ud2m.evaluation.comparison import best_label, best_settings, difference
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import Draws, Score, build_score, distance_score, fitting_scores, left_out, lpips_metric
-from ud2m.evaluation.table import column_of, without_bounds
+from ud2m.evaluation.table import without_bounds
 from ud2m.evaluation.team import ALONE, Team
 from ud2m.files import SETTINGS, UNFINISHED, check_free, inside, parse_json, read_tensors, resumable_folder, write_json
 from ud2m.images import (
@@ -473,8 +473,7 @@ class SamplingRun:
             told = Forecast(bar, work)
             best = best_settings(candidates, self.build, self.problem, validation, by, samples, told, team)
         for key, target in best.items():
-            words = column_of(key).heading.split(" of ")[0]
-            yield f"{page['label']}, best {words}", target, {"setting": difference(target, candidates)}
+            yield best_label(page["label"], key), target, {"setting": difference(target, candidates)}
 
     def build(self, target: Mapping[str, Any]) -> Sampler:
         """Return the sampler of a page of conf/method."""

@@ -1,4 +1,4 @@
-"""Comparing samplers: the best setting of each, found on validation images, then a cell for each problem."""
+"""Comparing samplers: the best settings of each, found on validation images, then a cell for each problem."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from ud2m.bars import Forecast
 from ud2m.evaluation.cells import Result
 from ud2m.evaluation.measure import measure
 from ud2m.evaluation.scores import build_score
-from ud2m.evaluation.table import metric_of, selecting
+from ud2m.evaluation.table import column_of, metric_of, selecting
 from ud2m.evaluation.team import ALONE, Team
 from ud2m.names import flattened
 from ud2m.physics import Problem
@@ -18,6 +18,25 @@ from ud2m.samplers.base import Sampler
 
 Setting = TypeVar("Setting")
 EDGE = " (edge of the grid)"
+
+
+def search(
+    candidates: Sequence[Setting],
+    build: Callable[[Setting], Sampler],
+    problem: Problem,
+    batches: Sequence[Tensor],
+    by: Sequence[str],
+    num_samples: int,
+    forecast: Forecast | None = None,
+    team: Team = ALONE,
+) -> list[Mapping[str, Any]]:
+    """Return the row of numbers of each setting on validation images; the arguments are those of ``best_settings``."""
+    metrics, device = metrics_of(by), batches[0].device
+    rows = []
+    for candidate in candidates:
+        scores = [build_score(name) for name in metrics]
+        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), forecast, device, team).row)
+    return rows
 
 
 def best_settings(
@@ -45,18 +64,28 @@ def best_settings(
     Raises:
         ValueError: for a number that nothing can be chosen by.
     """
-    columns = {key: selecting(key) for key in by}
-    metrics, device = dict.fromkeys(metric_of(key) for key in by), batches[0].device
-    rows = []
-    for candidate in candidates:
-        scores = [build_score(name) for name in metrics]
-        rows.append(measure(build(candidate), problem, batches, scores, num_samples, (), forecast, device, team).row)
-    best = {}
-    for key, column in columns.items():
-        qualities = [column.quality(row[key]) for row in rows]
-        finite = [float("-inf") if quality is None else quality for quality in qualities]
-        best[key] = candidates[finite.index(max(finite))]
-    return best
+    for key in by:
+        selecting(key)
+    rows = search(candidates, build, problem, batches, by, num_samples, forecast, team)
+    return {key: best_of(candidates, rows, key) for key in by}
+
+
+def metrics_of(by: Sequence[str]) -> list[str]:
+    """Return the metrics that compute numbers."""
+    return list(dict.fromkeys(metric_of(key) for key in by))
+
+
+def best_of(candidates: Sequence[Setting], rows: Sequence[Mapping[str, Any]], by: str) -> Setting:
+    """Return the setting whose row is best in a number; the first of equal ones."""
+    column = selecting(by)
+    qualities = [column.quality(row[by]) for row in rows]
+    finite = [float("-inf") if quality is None else quality for quality in qualities]
+    return candidates[finite.index(max(finite))]
+
+
+def best_label(label: str, by: str) -> str:
+    """Return what a method is called at the setting that is best in a number, as ``LATINO, best LPIPS``."""
+    return f"{label}, best {column_of(by).heading.split(' of ')[0]}"
 
 
 @dataclass(frozen=True)
@@ -84,16 +113,16 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A cell to be measured: one sampler on one problem and set of images.
+class Search:
+    """The settings of one sampler, to be measured on validation images.
 
     Attributes:
         label: how the sampler is called.
         operator: how the operator is called.
         images: the set.
         problem: how they are observed.
-        settings: all that determines the numbers, plain. ``method`` describes the sampler; with ``tuned`` the best of
-            its ``candidates`` is taken, by the number ``by``, of ``num_samples`` per validation image.
+        settings: all that determines the numbers, plain: ``candidates``, descriptions of samplers, are measured with
+            ``num_samples`` per validation image by the numbers ``by``.
         build: makes the sampler of a description.
     """
 
@@ -107,31 +136,65 @@ class Job:
     @property
     def work(self) -> int:
         """Samples to be drawn."""
-        tuned, images = self.settings.get("tuned"), self.images
-        searched = len(images.validation) * len(tuned["candidates"]) * tuned["num_samples"] if tuned else 0
-        return searched + len(images.test) * self.settings["num_samples"]
+        return len(self.images.validation) * len(self.settings["candidates"]) * self.settings["num_samples"]
 
     def measured(self, forecast: Forecast | None = None, team: Team = ALONE) -> Result:
-        """Return the cell, of which each process of a team makes its share.
+        """Return the rows of all candidates, as a curve."""
+        candidates, by, samples = (self.settings[key] for key in ("candidates", "by", "num_samples"))
+        batches = self.images.validation.split(self.images.batch)
+        rows = search(candidates, self.build, self.problem, batches, by, samples, forecast, team)
+        return Result({}, {"rows": rows}, {})
 
-        With a tuned setting, the row says which under ``setting``.
-        """
-        method, tuned, images = self.settings["method"], self.settings.get("tuned"), self.images
-        found = {}
-        if tuned:
-            by, candidates, samples = tuned["by"], tuned["candidates"], tuned["num_samples"]
-            validation = images.validation.split(images.batch)
-            method = best_settings(candidates, self.build, self.problem, validation, [by], samples, forecast, team)[by]
-            found = {"setting": difference(method, candidates)}
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to be measured: one sampler on one problem and set of images.
+
+    Attributes:
+        label: how the sampler is called.
+        operator: how the operator is called.
+        images: the set.
+        problem: how they are observed.
+        settings: all that determines the numbers, plain. ``method`` describes the sampler.
+        build: makes the sampler of a description.
+        search: finds the best ``method``; None: it is given.
+        by: the number that it is chosen by.
+        setting: what was chosen, in words.
+    """
+
+    label: str
+    operator: str
+    images: Images
+    problem: Problem
+    settings: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any]], Sampler]
+    search: Search | None = None
+    by: str = ""
+    setting: str | None = None
+
+    @property
+    def work(self) -> int:
+        """Samples to be drawn."""
+        return len(self.images.test) * self.settings["num_samples"]
+
+    def chosen(self, found: Result) -> "Job":
+        """Return the cell at the setting that is best in what its search found."""
+        assert self.search is not None
+        candidates = self.search.settings["candidates"]
+        method = best_of(candidates, found.curves["rows"], self.by)
+        settings = {**self.settings, "method": method}
+        return replace(self, settings=settings, setting=difference(method, candidates))
+
+    def measured(self, forecast: Forecast | None = None, team: Team = ALONE) -> Result:
+        """Return the cell, of which each process of a team makes its share."""
         scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
-        test, samples = images.test.split(images.batch), self.settings["num_samples"]
-        sampler, device = self.build(method), images.test.device
-        result = measure(sampler, self.problem, test, scores, samples, shown, forecast, device, team)
-        return replace(result, row={**result.row, **found})
+        test, samples = self.images.test.split(self.images.batch), self.settings["num_samples"]
+        sampler, device = self.build(self.settings["method"]), self.images.test.device
+        return measure(sampler, self.problem, test, scores, samples, shown, forecast, device, team)
 
     def row(self, result: Result) -> dict[str, Any]:
-        """Return the row of ``metrics.json``."""
-        setting = {
+        """Return the row of ``metrics.json``; of a search, it says what was chosen under ``setting``."""
+        measured_on = {
             "method": self.label,
             "data": self.images.label,
             "size": "x".join(map(str, self.images.shape[1:])),
@@ -139,7 +202,8 @@ class Job:
             "sigma_y": self.problem.sigma_y,
             "seed": self.problem.seed,
         }
-        return setting | dict(result.row)
+        chosen = {} if self.setting is None else {"setting": self.setting}
+        return measured_on | dict(result.row) | chosen
 
 
 def difference(target: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
