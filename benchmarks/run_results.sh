@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -420,6 +420,39 @@ adversarial() {
     collect adversarial results/adversarial --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh adversarial"
 }
 
+# The paper's losses on PHOTOGRAPHS: L2 + LPIPS, and the adversarial term at growing weights, each as large beside them as it says.
+paper_losses() {
+    local weight methods='"ud2m target.model=photographs_gaussian_blur label=energy_score_(shipped)"'
+    for weight in 0 0.3 1; do
+        train "paper_$weight" experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur \
+            data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
+            loss/distance=lpips loss.distance.net=vgg loss.adversarial="$weight" steps=1500 validate_every=500 \
+            training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 training.optimizer.discriminator_warmup=150
+        methods+=",\"ud2m target.model=$RUNS/paper_$weight/export label=L2_+_LPIPS_+_${weight}_adversarial\""
+    done
+    evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=64 tile_size=64 test_limit=260\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy,coverage,frechet_alex]' reference="'energy score (shipped)'"
+    collect paper_losses results/paper_losses --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh paper_losses"
+}
+
+# Rivals on the new prior on PHOTOGRAPHS, each tuned by the PSNR of its mean and by LPIPS, with and without random orientations.
+photographs_rivals() {
+    local folders=() operator ours
+    local latino="tune={setting.tau_first:[0.1,0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4,2.0]}"
+    local ddrm="tune={eta:[0.3,0.5,0.7,0.85],power:[2.0,3.0,4.0]}"
+    for operator in $OPERATORS; do
+        ours="\"ud2m target.model=photographs_$operator label=UD2M_as_shipped\""
+        ours+=",\"ud2m target.model=photographs_$operator label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,0.5,1.0]}\""
+        evaluate "photographs_rivals_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
+            tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
+            methods="[$ours,\"latino $latino\",\"latino target.symmetries=8 label=LATINO,_orientations $latino\",\"ddrm $ddrm\",\"ddrm target.symmetries=8 label=DDRM,_orientations $ddrm\"]" \
+            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
+        folders+=("results/photographs_rivals_$operator")
+    done
+    collect photographs_rivals "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
+}
+
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
 shipped() {
     local folders=() operator
@@ -435,7 +468,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs mixture tradeoff calibration adversarial shipped $PARTS " in
+    case " models photographs mixture tradeoff calibration adversarial paper_losses photographs_rivals shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

@@ -74,14 +74,29 @@ def test_a_run_says_that_its_prior_has_other_weights_than_the_model_it_starts_fr
             torch.testing.assert_close(value, first.network.own_state()[name])
 
 
+def test_a_run_with_other_modules_takes_the_adapter_alone_and_says_so(prior, tmp_path):
+    first = distillation(prior)
+    fit(first, tmp_path / "first")
+    first.export(tmp_path / "export")
+    network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
+    with pytest.warns(UserWarning, match="has another num_blocks and rule than this run: its adapter is taken, and psi begins"):
+        module = distillation(prior, network=network, start_from=str(tmp_path / "export"))
+    fresh = distillation(prior, network=network)
+    for name, value in module.network.own_state().items():
+        torch.testing.assert_close(value, fresh.network.own_state()[name])
+    with first.ema.applied():
+        expected = {name: value.clone() for name, value in without_judge(first).items() if "lora_" in name}
+    found = without_judge(module)
+    assert any(value.any() for name, value in expected.items() if "lora_B" in name)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
     distillation(prior).export(tmp_path / "export")
     start = {"start_from": str(tmp_path / "export")}
     with pytest.raises(ValueError, match=r"cannot start from the model .*it has another lora: "):
         distillation(prior, lora={**LORA, "rank": 1}, **start)
-    network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
-    with pytest.raises(ValueError, match="it has another num_blocks"):
-        distillation(prior, network=network, **start)
     with pytest.raises(ValueError, match=r"cannot start from the model .*does not fit"):
         distillation(save_tiny_prior(tmp_path / "wider", block_out_channels=(16, 32)), **start)
     (tmp_path / "export" / "psi.safetensors").unlink()

@@ -95,30 +95,33 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
         network: the one to be trained.
         reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
             a learned warm start goes on from the model's where that has the same weights, and else begins anew. So may
-            be the prior's weights, as after its own training went on: a warning says so.
+            be the prior's weights, as after its own training went on, and the number of modules or the kind of psi,
+            which then begins by its rule: a warning says so.
 
     Raises:
         FileNotFoundError: when nothing is there.
-        ValueError: when it has another architecture of the prior, adapter or kind of psi.
+        ValueError: when it has another architecture of the prior, or adapter.
     """
     folder = _export_folder(str(reference))
     content = _read_config(folder)
     prior = cast(Prior, network.denoiser)
-    here = {
-        "lora": (prior.lora or LoraSpec(rank=0)).to_dict(),
-        **{part: network.spec.get(part) for part in PSI_MEANS},
-    }
+    lora = (prior.lora or LoraSpec(rank=0)).to_dict()
     try:
-        theirs = content["prior"]["fingerprint"]
-        there = {"lora": LoraSpec(**content["lora"]).to_dict()}
-        there |= {part: content["network"].get(part) for part in PSI_MEANS}
-        other = [part for part in here if here[part] != there[part]]
-        if other:
-            raise ValueError(f"it has another {' and '.join(other)}: {', '.join(str(there[part]) for part in other)}")
+        theirs, theirs_lora = content["prior"]["fingerprint"], LoraSpec(**content["lora"]).to_dict()
+        if theirs_lora != lora:
+            raise ValueError(f"it has another lora: {theirs_lora}")
+        other = [part for part in PSI_MEANS if content["network"].get(part) != network.spec.get(part)]
         prior.read_adapter(folder)
-        network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
+        if not other:
+            network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
+    if other:
+        warnings.warn(
+            f"the model {reference} has another {' and '.join(other)} than this run: its adapter is taken, and psi "
+            "begins by its rule",
+            stacklevel=2,
+        )
     if theirs != prior.fingerprint:
         warnings.warn(
             f"the model {reference} was trained on a prior with other weights (fingerprint {theirs[:12]}; "
