@@ -436,17 +436,16 @@ paper_losses() {
     collect paper_losses results/paper_losses --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh paper_losses"
 }
 
-# Rivals on the new prior on PHOTOGRAPHS, each tuned by the PSNR of its mean and by LPIPS, with and without random orientations.
+# Rivals on the new prior on PHOTOGRAPHS, all tuned by the PSNR of their mean and by LPIPS, random orientations included.
 photographs_rivals() {
     local folders=() operator ours
-    local latino="tune={setting.tau_first:[0.1,0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4,2.0]}"
-    local ddrm="tune={eta:[0.3,0.5,0.7,0.85],power:[2.0,3.0,4.0]}"
+    local latino="tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4],symmetries:[1,8]}"
+    local ddrm="tune={eta:[0.3,0.5,0.85],power:[2.0,3.0],symmetries:[1,8]}"
     for operator in $OPERATORS; do
-        ours="\"ud2m target.model=photographs_$operator label=UD2M_as_shipped\""
-        ours+=",\"ud2m target.model=photographs_$operator label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,0.5,1.0]}\""
+        ours="ud2m target.model=photographs_$operator"
         evaluate "photographs_rivals_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
-            tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-            methods="[$ours,\"latino $latino\",\"latino target.symmetries=8 label=LATINO,_orientations $latino\",\"ddrm $ddrm\",\"ddrm target.symmetries=8 label=DDRM,_orientations $ddrm\"]" \
+            tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
+            methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino $latino\",\"ddrm $ddrm\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
         folders+=("results/photographs_rivals_$operator")
     done
