@@ -15,6 +15,7 @@ from tiny_training import write_images
 
 from ud2m.cli.commands import TASKS
 from ud2m.cli.methods import combinations
+from ud2m.cli.pages import part
 from ud2m.evaluation import comparison
 from ud2m.evaluation.cells import images_digest
 from ud2m.images import read_image
@@ -249,6 +250,18 @@ def test_the_first_of_equal_settings_is_taken_and_none_is_worst():
     rows = [{"psnr": None}, {"psnr": 3.0}, {"psnr": 3.0}, {"psnr": 2.0}]
     assert comparison.best_of("abcd", rows, "psnr") == "b"
     assert comparison.best_of("abcd", [{"lpips": value} for value in (0.3, 0.1, 0.2, 0.1)], "lpips") == "b"
+
+
+def test_a_grid_of_an_entry_takes_the_place_of_the_pages(material):
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        assert set(part("method", "latino")["tune"]) == {"setting.tau_first", "setting.tau_last", "setting.width"}
+        grid = part("method", "latino tune={symmetries:[1,8],setting.width:[1.0,1.4]}")["tune"]
+        assert grid == {"symmetries": [1, 8], "setting.width": [1.0, 1.4]}
+        assert part("method", "ud2m tune={eta:[0.0,1.0]}")["tune"] == {"eta": [0.0, 1.0]}
+        assert part("method", "latino tune=null")["tune"] is None
+        assert part("method", "latino tune.setting.width=[3.0]")["tune"]["setting.width"] == [3.0]
+        with pytest.raises(ValueError, match=r"unknown setting of method pinv 'tune'"):
+            part("method", "pinv tune={a:[1]}")
 
 
 def test_a_method_is_called_as_its_entry_says(material, tmp_path):

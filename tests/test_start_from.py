@@ -79,7 +79,9 @@ def test_a_run_with_other_modules_takes_the_adapter_alone_and_says_so(prior, tmp
     fit(first, tmp_path / "first")
     first.export(tmp_path / "export")
     network = {"num_blocks": 3, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
-    with pytest.warns(UserWarning, match="has another num_blocks and rule than this run: its adapter is taken, and psi begins"):
+    with pytest.warns(
+        UserWarning, match="has another num_blocks and rule than this run: its adapter is taken, and psi begins"
+    ):
         module = distillation(prior, network=network, start_from=str(tmp_path / "export"))
     fresh = distillation(prior, network=network)
     for name, value in module.network.own_state().items():

@@ -120,7 +120,8 @@ def part(group: str, entry: str) -> dict[str, Any]:
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
     try:
         words = [quoted(text) if is_text(text.partition("=")[0]) else text for text in overrides]
-        composed = compose(overrides=[f"+{group}={name}", *fixed, *(as_override(f"{group}.{text}") for text in words)])
+        given = [part for text in words for part in _overrides(group, text)]
+        composed = compose(overrides=[f"+{group}={name}", *fixed, *given])
     except HydraException as error:
         keys = flattened(part(group, name))
         for key in (text.partition("=")[0] for text in overrides):
@@ -128,6 +129,12 @@ def part(group: str, entry: str) -> dict[str, Any]:
                 raise ValueError(f"{entry!r}: {unknown(f'setting of {group} {name}', key, keys)}") from error
         raise ValueError(f"{entry!r}: {str(error).splitlines()[0]}") from error
     return plain(composed[group])
+
+
+def _overrides(group: str, text: str) -> list[str]:
+    """Return the overrides of Hydra for ``key=value`` of a page; ``tune=...`` is a grid in place of the page's."""
+    override = as_override(f"{group}.{text}")
+    return [f"{group}.tune=null", f"++{override}"] if text.startswith("tune=") else [override]
 
 
 def filled(value: Any, physics: str) -> Any:
