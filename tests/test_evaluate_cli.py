@@ -16,6 +16,7 @@ from tiny_training import write_images
 from ud2m.cli.commands import TASKS
 from ud2m.cli.methods import combinations
 from ud2m.cli.pages import part
+from ud2m.cli.words import is_text
 from ud2m.evaluation import comparison
 from ud2m.evaluation.cells import images_digest
 from ud2m.images import read_image
@@ -246,6 +247,13 @@ def test_one_search_serves_several_numbers_and_is_not_repeated(material, tmp_pat
     assert len(measured) - before <= 2  # other cells, but of A^dagger y, which draws nothing; the same search
 
 
+@pytest.mark.parametrize(("word", "read"), [("tune_by=[psnr,lpips]", ["psnr", "lpips"]), ("tune_by=psnr", "psnr")])
+def test_the_command_line_takes_one_number_or_a_list(word, read):
+    assert not is_text("tune_by", "evaluate")  # what is, is quoted
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        assert compose("evaluate", [word]).tune_by == read
+
+
 def test_the_first_of_equal_settings_is_taken_and_none_is_worst():
     rows = [{"psnr": None}, {"psnr": 3.0}, {"psnr": 3.0}, {"psnr": 2.0}]
     assert comparison.best_of("abcd", rows, "psnr") == "b"
@@ -259,7 +267,7 @@ def test_a_grid_of_an_entry_takes_the_place_of_the_pages(material):
         assert grid == {"symmetries": [1, 8], "setting.width": [1.0, 1.4]}
         assert part("method", "ud2m tune={eta:[0.0,1.0]}")["tune"] == {"eta": [0.0, 1.0]}
         assert part("method", "latino tune=null")["tune"] is None
-        assert part("method", "latino tune.setting.width=[3.0]")["tune"]["setting.width"] == [3.0]
+        assert part("method", "ddrm tune.eta=[0.5]")["tune"]["eta"] == [0.5]
         with pytest.raises(ValueError, match=r"unknown setting of method pinv 'tune'"):
             part("method", "pinv tune={a:[1]}")
 
@@ -313,7 +321,7 @@ def test_metrics_without_weights_are_skipped_where_that_is_asked_for(material, t
         ({"unsupported": "maybe"}, "unsupported must be error, skip"),
         ({"tune_by": "fid"}, "tune_by: .* is no number to choose by; take one of psnr_mean"),
         ({"tune_by": "[psnr,fid]"}, "tune_by: 'fid' is no number to choose by; take one of psnr_mean"),
-        ({"tune_by": "[]"}, "tune_by must be a text that is not empty or a list of texts"),
+        ({"tune_by": "[]"}, "tune_by must be a list of texts, .*, of at least one or a text that is not empty"),
         ({"num_samples": "0"}, "num_samples must be a whole number of at least 1"),
         ({"operators": '["gaussian_blur sigma_y=0"]'}, "sigma_y must be a positive noise level"),
         ({"operators": '["super_resolution operator.factor=5"]'}, "super_resolution operator.factor=5 on folder"),

@@ -125,7 +125,7 @@ class EvaluateSettings(Settings):
     tune: Flag
     tune_images: Count
     tune_samples: Count
-    tune_by: Text | Names
+    tune_by: Names | Text  # Hydra reads it, as a list or a word
     unsupported: Literal["error", "skip"]
     reference: Text | None
     show: Natural
