@@ -24,6 +24,7 @@ from ud2m.priors.prior import LoraSpec
 from ud2m.random import randn_like
 from ud2m.training import AutoencoderModule, ConsistencyModule, LatentModule
 from ud2m.training.consistency import energy_distance
+from ud2m.training.latent_training import warn_of_drift
 from ud2m.training.random_streams import row_streams
 
 sys.path.insert(0, str(REPOSITORY / "data_prep"))
@@ -333,3 +334,22 @@ def test_the_energy_distance_of_gaussians_is_the_known_one():
     folded = 2 / torch.pi**0.5 * torch.exp(torch.tensor(-(m**2) / 4)) + m * (2 * phi.cdf(torch.tensor(m / 2**0.5)) - 1)
     expected = 2 * folded - 4 / torch.pi**0.5
     assert abs(energy_distance(x, y + m).item() - expected.item()) < 0.05
+
+
+def moving_square(frames: int) -> torch.Tensor:
+    """A bright square that goes to the right and comes back [1, 1, T, 32, 32]."""
+    clip = torch.zeros(1, 1, frames, 32, 32)
+    for t in range(frames):
+        left = 4 + abs(t % 16 - 8)
+        clip[:, :, t, 12:20, left : left + 8] = 1
+    return clip
+
+
+def test_videos_that_are_longer_than_those_of_the_autoencoder_are_said(recwarn):
+    # its latents drift beyond the 9 frames of its training
+    vae = LatentPrior.from_pretrained("moving_digits").vae
+    warn_of_drift(vae, moving_square(9))
+    warn_of_drift(vae, moving_square(1))
+    assert not [w for w in recwarn if "autoencoder" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"the second with .* dB: it was trained on shorter ones; .*data.frames=17"):
+        warn_of_drift(vae, moving_square(17))

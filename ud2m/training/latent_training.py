@@ -1,5 +1,6 @@
 """Lightning modules of a small latent model of images or videos: its autoencoder, then network and text model."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from ud2m.priors.latent_parts import (
     build_vae,
     decode_unclipped,
     encode_texts,
+    latent_scale,
     learn_tokenizer,
     measured_scale,
     merges_of,
@@ -251,7 +253,9 @@ class LatentModule(ScoredModule):
         self.ema = Ema([*self.network.parameters(), *self.text_encoder.parameters()], ema_decay)
 
     def on_fit_start(self) -> None:
-        """Learn the tokenizer from the captions, unless a checkpoint holds it, and keep them for the export."""
+        """Learn the tokenizer from the captions, unless a checkpoint holds it, and look whether videos are too long."""
+        x0, _ = next(iter(cast(Any, self.trainer).datamodule.val_dataloader()))
+        warn_of_drift(self.vae, x0.to(self.device))
         if self.tokenizer is None:
             texts = [line for text in cast(Any, self.trainer).datamodule.all_captions() for line in text.split("\n")]
             self.tokenizer = learn_tokenizer(texts, self.text_encoder.config.vocab_size, self.prompt_length)
@@ -321,6 +325,31 @@ TARGETS = {
     "flow_prediction": lambda z, eps, a, b: eps - z,
 }
 """What a network is trained to return, from latents, noise and the two roots of the table."""
+
+
+DRIFT = 2.0
+"""Factor of square error, 3 dB, from which on an autoencoder is said to lose the second half of videos."""
+
+
+@torch.no_grad()
+def warn_of_drift(vae: Any, x0: Tensor) -> None:
+    """Warn where an autoencoder keeps the second half of videos x0 [B, C, T, H, W] much worse than the first.
+
+    A causal autoencoder that was trained on shorter ones takes them, but its latents drift from frame to frame.
+    """
+    if x0.ndim < 5 or x0.shape[2] == 1:
+        return
+    z = to_latents(vae, x0)
+    mean, scale = latent_scale(vae, z)
+    error = ((vae.decode(z / scale + mean).sample + 1) / 2 - x0).square().mean((0, 1, 3, 4))
+    first, second = (half.mean() for half in error.split(-(-len(error) // 2)))
+    if second > DRIFT * first:
+        heard = [f"{-10 * half.log10():.1f} dB" for half in (first, second)]
+        warnings.warn(
+            f"the autoencoder keeps the first half of videos of {len(error)} frames with {heard[0]} and the second "
+            f"with {heard[1]}: it was trained on shorter ones; train it with data.frames={len(error)}, or take fewer",
+            stacklevel=2,
+        )
 
 
 def draw_captions(captions: Sequence[str], uniform: Sequence[float]) -> list[str]:
