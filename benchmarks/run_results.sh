@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -452,6 +452,35 @@ photographs_rivals() {
     collect photographs_rivals "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
 }
 
+# One to nine evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer steps, and models of one and of four modules.
+photographs_few() {
+    local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
+    train photographs_K1 $common data.root="$PHOTOGRAPHS" network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
+    train photographs_K4 $common data.root="$PHOTOGRAPHS" network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
+    for steps in 1 2; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
+    for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1/export target.num_steps=$steps label=K_=_1,_N_=_$steps\","; done
+    methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\","
+    methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_3_(shipped)"'
+    evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 3 (shipped)'"
+    collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
+}
+
+# The shipped models and LATINO at 256x256 on PHOTOGRAPHS.
+photographs_256() {
+    local folders=() operator
+    local latino="tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
+    for operator in $OPERATORS; do
+        evaluate "photographs_256_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
+            tune_by='[psnr,lpips]' tune_samples=1 reference="UD2M" metrics='[psnr,psnr_limit,lpips,r,energy]' \
+            methods="[\"ud2m target.model=photographs_$operator label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino $latino\"]" \
+            datasets="[\"folder root=$PHOTOGRAPHS crop_size=256 tile_size=256 test_limit=40 val_limit=24 batch_size=2\"]"
+        folders+=("results/photographs_256_$operator")
+    done
+    collect photographs_256 "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_256"
+}
+
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
 shipped() {
     local folders=() operator
@@ -467,7 +496,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs mixture tradeoff calibration adversarial paper_losses photographs_rivals shipped $PARTS " in
+    case " models photographs mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_few photographs_256 shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
