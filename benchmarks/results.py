@@ -155,9 +155,9 @@ SECTIONS = (
     Section(
         "paper_losses",
         "The paper's losses: L2 + LPIPS + adversarial",
-        "The shipped deblurring model, which the energy score trained, and the same trained on for 1500 steps by L2 + "
-        "0.5 LPIPS (vgg), and with the adversarial term beside them, which pulls 0.3 times and once as strongly as L2 "
-        "(`loss.relative=true`; `discriminator=features`, which learns alone for 150 steps). 260 pieces of 64x64, "
+        "The shipped deblurring model, which the energy score trained, and the same trained on for 1500 steps by L2 +"
+        " 0.5 LPIPS (vgg), and with the adversarial term beside them, which pulls 0.3 times and once as strongly as "
+        "L2 (`loss.relative=true`; `discriminator=features`, which learns alone for 150 steps). 260 pieces of 64x64, "
         "evenly spaced over those of 118 test photographs, 13 samples. One run each, of one seed.",
     ),
     Section(
@@ -186,22 +186,22 @@ SECTIONS = (
     Section(
         "photographs_rivals",
         "Models trained on 1,250 photographs, and rivals tuned for both",
-        "UD2M as shipped, and UD2M, LATINO and DDRM with the same prior, each at the setting of its grid that is best in "
-        "the PSNR of the mean (freed of the number of samples) and at the one that is best in LPIPS, of two samples each "
-        "of 24 validation pieces; the grids hold random orientations of the network's images (`symmetries`). Test "
-        "pieces as above, 4 samples. With 95 % intervals, over images.",
+        "UD2M as shipped, and UD2M, LATINO and DDRM with the same prior, each at the setting of its grid that is best"
+        " in the PSNR of the mean (freed of the number of samples) and at the one that is best in LPIPS, of two "
+        "samples each of 24 validation pieces; the grids hold random orientations of the network's images "
+        "(`symmetries`). Test pieces as above, 4 samples. With 95 % intervals, over images.",
     ),
     Section(
         "photographs_256",
         "The models at 256x256",
-        "As above, 40 pieces of 256x256 of the test photographs, 4 samples. LATINO is tuned by the PSNR and by the LPIPS "
-        "of one sample each of 24 validation pieces of that size. With 95 % intervals, over images.",
+        "As above, 40 pieces of 256x256 of the test photographs, 4 samples. LATINO is tuned by the PSNR and by the "
+        "LPIPS of one sample each of 24 validation pieces of that size. With 95 % intervals, over images.",
     ),
     Section(
         "photographs_few",
         "One to nine evaluations on photographs",
-        "Deblurring, test pieces as above, 4 samples. K = 1 was trained on for 1200 steps from the adapter of the shipped "
-        "model for four steps and is sampled in fewer too, K = 4 for 800 steps for one.",
+        "Deblurring, test pieces as above, 4 samples. K = 1 was trained on for 1200 steps from the adapter of the "
+        "shipped model for four steps and is sampled in fewer too, K = 4 for 800 steps for one.",
     ),
     Section(
         "general",
