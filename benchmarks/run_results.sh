@@ -428,7 +428,9 @@ paper_losses() {
             data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
             loss/distance=lpips loss.distance.net=vgg loss.adversarial="$weight" steps=1500 validate_every=500 \
             training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 training.optimizer.discriminator_warmup=150
-        methods+=",\"ud2m target.model=$RUNS/paper_$weight/export label=L2_+_LPIPS_+_${weight}_adversarial\""
+        # the last checkpoint: the best one by the energy score is the one that these losses changed least
+        [ -d "$RUNS/paper_$weight/export-last" ] || "$PYTHON" train.py export=last.ckpt run_dir="$RUNS/paper_$weight"
+        methods+=",\"ud2m target.model=$RUNS/paper_$weight/export-last label=L2_+_LPIPS_+_${weight}_adversarial\""
     done
     evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=64 tile_size=64 test_limit=260\"]" \
