@@ -94,14 +94,16 @@ def test_every_operator_instantiates(choice, priors, tmp_path):
     "override",
     [
         *(f"{group}={choice}" for group in ("network", "lora", "discriminator") for choice in choices(group)),
-        *(f"loss/distance={choice}" for choice in choices("loss/distance")),
+        *(f"loss/{group}={choice}" for group in ("distance", "features") for choice in choices(f"loss/{group}")),
         *(f"loss.{term}=0.1" for term in ("l2", "perceptual", "energy", "feature_energy", "adversarial")),
     ],
 )
 def test_every_part_can_be_chosen(override, priors, tmp_path, request, monkeypatch):
-    if override == "loss/distance=lpips":
+    if override in ("loss/distance=lpips", "loss/features=lpips"):
         monkeypatch.setenv("TORCH_HOME", str(request.getfixturevalue("shared") / "torch_home"))
     overrides = [override, f"prior={priors[3]}", "loss.adversarial=0.01"]
+    if override.startswith("loss/features"):
+        overrides.append("loss.feature_energy=0.1")
     if override in ("network=ram", "network=paper_ram"):
         overrides.append("network.warm_start.weights=null")  # the real architecture, with random weights
     with composed(*overrides, folder=tmp_path) as config:

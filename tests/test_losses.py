@@ -558,6 +558,13 @@ def test_lpips_is_chosen_by_group_and_missing_weights_are_named(tmp_path):
         built(config)
 
 
+def test_features_of_lpips_are_chosen_by_group_and_missing_weights_are_named(tmp_path):
+    overrides = ("loss.feature_energy=0.1", "loss/features=lpips", "loss.features.net=alex")
+    config = configured(*overrides, f"loss.features.weights={tmp_path}/x.pth")
+    with pytest.raises(Exception, match=r"x\.pth do not exist"):
+        built(config)
+
+
 def test_gradient_penalty_and_knobs_reach_their_objects():
     config = configured("loss.gradient_penalty=0.01", "loss.terms.energy.term.spread=0.7", "loss.energy=1")
     assert hydra.utils.instantiate(config.loss.discriminator).gradient_penalty == 0.01

@@ -10,8 +10,9 @@ import skimage.metrics
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, cached
+from ud2m.evaluation.features import BACKBONES, DISTSDistance, LPIPSDistance, LPIPSFeatures, cached
 from ud2m.evaluation.metrics import calibration_ratio, psnr, psnr_limit, spread_and_error, ssim
+from ud2m.losses.terms import unit_features
 
 
 @pytest.fixture
@@ -130,6 +131,15 @@ def test_equals_the_lpips_package(cache, net, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(cache.parents[1]))
     package = lpips.LPIPS(net=net, verbose=False)
     torch.testing.assert_close(distance(first, second), package(first, second, normalize=True).flatten())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lpips_is_the_weighted_distance_of_its_features(cache, channels):
+    features, distance = LPIPSFeatures("squeeze"), LPIPSDistance("squeeze")
+    first, second = images(2, channels, 40, 48), images(2, channels, 40, 48, seed=1)
+    pairs = zip(unit_features(features, first), unit_features(features, second), distance.network.lins, strict=True)
+    layers = [((a - b).square() * lin.model[-1].weight).sum(1).mean((1, 2)) for a, b, lin in pairs]
+    torch.testing.assert_close(torch.stack(layers).sum(0), distance(first, second), atol=1e-5, rtol=1e-4)
 
 
 def similarity_of_maps(a, b, alpha, beta):

@@ -182,22 +182,39 @@ def _coloured(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+class LPIPSFeatures(nn.Module):
+    """All feature maps that LPIPS compares: images [B, 1 or 3, H, W] in [0, 1] -> list of [B, c_l, h_l, w_l].
+
+    Args:
+        net: see ``LPIPSDistance``, as are the errors.
+        weights: see there.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None):
+        super().__init__()
+        self.distance = LPIPSDistance(net, weights)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps, fine to coarse, never computed under autocast; grey images are repeated."""
+        network = self.distance.network
+        with full_precision(images.device):
+            return list(network.net(network.scaling_layer(2 * _coloured(images) - 1)))
+
+
 class BackboneFeatures(nn.Module):
     """The last feature map of an LPIPS backbone, averaged over locations: [B, C, H, W] in [0, 1] -> [B, F]."""
 
     def __init__(self, net: str):
         super().__init__()
-        self.distance = LPIPSDistance(net)
+        self.features = LPIPSFeatures(net)
         self.num_features = self(torch.zeros(1, 3, 64, 64)).shape[1]
-        self.smallest = self.distance.smallest
-        self.name = f"{self.distance.name}, last features"
+        self.smallest = self.features.distance.smallest
+        self.name = f"{self.features.distance.name}, last features"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the features; grey images are repeated."""
-        network = self.distance.network
-        maps = network.net(network.scaling_layer(2 * _coloured(images) - 1))
-        return maps[-1].mean((2, 3))
+        return self.features(images)[-1].mean((2, 3))
 
 
 class InceptionFeatures(nn.Module):

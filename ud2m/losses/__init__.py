@@ -12,6 +12,7 @@ from ud2m.losses.terms import (
     NonFiniteLossError,
     Perceptual,
     Prediction,
+    prior_features,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "Prediction",
     "build_generator_loss",
     "gradient_square",
+    "prior_features",
 ]

@@ -205,6 +205,11 @@ class EnergyScore(LossTerm):
         return patch_energy(scale * prediction.x0, scale * prediction.outputs, self.patch_size, self.spread)
 
 
+def prior_features(features: Features) -> Features:
+    """Return the given features, those of the frozen prior: the choice of ``conf/loss/features`` without a network."""
+    return features
+
+
 class FeatureEnergyScore(LossTerm):
     """Energy score of the unit-normalised feature vectors of the outputs, summed over layers.
 
@@ -213,7 +218,7 @@ class FeatureEnergyScore(LossTerm):
     Features do not determine an image, so this term alone does not either.
 
     Args:
-        features: images [N, C, H, W] -> list of [N, c_l, h_l, w_l].
+        features: images [N, C, H, W] -> list of [N, c_l, h_l, w_l], of the prior or of ``LPIPSFeatures``.
         patch_size: side of the patches in locations of each layer (at most the layer's size).
         spread: weight of the second term, see ``EnergyScore``.
         num_outputs: M >= 2.
