@@ -185,6 +185,9 @@ def _coloured(images: Tensor) -> Tensor:
 class LPIPSFeatures(nn.Module):
     """All feature maps that LPIPS compares: images [B, 1 or 3, H, W] in [0, 1] -> list of [B, c_l, h_l, w_l].
 
+    As terms of a loss they are computed in the training's precision: bfloat16 takes 0.6 of the time, and errs alike in
+    all that is compared.
+
     Args:
         net: see ``LPIPSDistance``, as are the errors.
         weights: see there.
@@ -195,10 +198,9 @@ class LPIPSFeatures(nn.Module):
         self.distance = LPIPSDistance(net, weights)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps, fine to coarse, never computed under autocast; grey images are repeated."""
+        """Return the maps, fine to coarse; grey images are repeated."""
         network = self.distance.network
-        with full_precision(images.device):
-            return list(network.net(network.scaling_layer(2 * _coloured(images) - 1)))
+        return list(network.net(network.scaling_layer(2 * _coloured(images) - 1)))
 
 
 class BackboneFeatures(nn.Module):
@@ -213,8 +215,9 @@ class BackboneFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features; grey images are repeated."""
-        return self.features(images)[-1].mean((2, 3))
+        """Return the features, never computed under autocast; grey images are repeated."""
+        with full_precision(images.device):
+            return self.features(images)[-1].mean((2, 3))
 
 
 class InceptionFeatures(nn.Module):

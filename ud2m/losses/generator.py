@@ -75,16 +75,20 @@ class GeneratorLoss(nn.Module):
             raise ValueError(f"the loss needs {self.num_outputs} outputs per sample, got {prediction.outputs.shape[1]}")
         values = {name: _finite(name, term(prediction)) for name, term in self.terms.items()}
         weights: dict[str, float | Tensor] = dict(self.weights)
-        gradients: dict[str, Tensor] = {}
-        if (self.relative or measured) and prediction.outputs.requires_grad:
-            gradients = {name: _gradient_size(value, prediction.outputs) for name, value in values.items()}
-        if self.relative and gradients:
-            first = next(iter(gradients.values()))
-            factors = {n: (first / size.clamp_min(TINY)).clamp_max(LARGEST) for n, size in gradients.items()}
+        outputs, gradients = prediction.outputs, dict[str, Tensor]()
+        if (self.relative or measured) and outputs.requires_grad:
+            gradients = {name: _gradient(value, outputs) for name, value in values.items()}
+        sizes = {name: gradient.square().mean().sqrt() for name, gradient in gradients.items()}
+        if self.relative and sizes:
+            first = next(iter(sizes.values()))
+            factors = {n: (first / size.clamp_min(TINY)).clamp_max(LARGEST) for n, size in sizes.items()}
             weights = {name: weight * factors[name] for name, weight in self.weights.items()}
-        counted = [weights[n] * v for n, v in values.items() if judged or not self._is_adversarial(n)]
-        total = torch.stack(counted or [0 * prediction.outputs.sum()]).sum()
-        values |= {f"gradient/{name}": weights[name] * size for name, size in gradients.items() if measured}
+        counted = [name for name in values if judged or not self._is_adversarial(name)]
+        total = _sum([weights[name] * values[name] for name in counted], outputs)
+        if gradients:
+            # the terms are not differentiated again: D and feature networks are what a step spends most on
+            total = _with_gradient(total, outputs, _sum([weights[name] * gradients[name] for name in counted], outputs))
+        values |= {f"gradient/{name}": weights[name] * size for name, size in sizes.items() if measured}
         return total, {name: value.detach() for name, value in values.items()}
 
     def _is_adversarial(self, name: str) -> bool:
@@ -94,10 +98,21 @@ class GeneratorLoss(nn.Module):
         return iter(self.terms.values())  # type: ignore[arg-type]  # typed as plain modules
 
 
-def _gradient_size(value: Tensor, outputs: Tensor) -> Tensor:
-    """Return the root mean square of d value / d outputs."""
+def _gradient(value: Tensor, outputs: Tensor) -> Tensor:
+    """Return d value / d outputs."""
     (gradient,) = torch.autograd.grad(value, outputs, retain_graph=True)
-    return gradient.square().mean().sqrt()
+    return gradient
+
+
+def _sum(parts: list[Tensor], outputs: Tensor) -> Tensor:
+    """Return the sum of tensors of one shape; of none, a 0 that depends on the outputs."""
+    return torch.stack(parts or [0 * outputs.sum()]).sum(0)
+
+
+def _with_gradient(value: Tensor, outputs: Tensor, gradient: Tensor) -> Tensor:
+    """Return a value whose gradient in the outputs is given."""
+    linear = (outputs * gradient).sum()
+    return value.detach() + linear - linear.detach()
 
 
 def build_generator_loss(
