@@ -330,6 +330,15 @@ picture() {
     "$PYTHON" benchmarks/gallery.py
 }
 
+# features NAME overrides...: the model runs/results/NAME trained on with the energy score of VGG's features besides, shipped as NAME
+features() {
+    local name=$1
+    shift
+    train "${name}_features" experiment=photographs settings=features training.start_from="$RUNS/$name/export" \
+        steps=800 validate_every=800 training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
+    ship "$RUNS/${name}_features/export" "$name" --prior photographs_prior
+}
+
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
 photographs() {
     local folders=() operator
@@ -337,9 +346,9 @@ photographs() {
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS"
-        ship "$RUNS/photographs_$operator/export" "photographs_$operator" --prior photographs_prior
+        features "photographs_$operator" physics="$operator"
         evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
-            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"$latino\"]" \
+            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"$latino\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
         folders+=("results/photographs_$operator")
@@ -353,7 +362,7 @@ mixture() {
     local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
     train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
-    ship "$RUNS/photographs_general/export" photographs_general --prior photographs_prior
+    features photographs_general physics=general network=conditioned "physics.operator.weights=[2,1,1,1,5,1,1,1]"
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
             valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;

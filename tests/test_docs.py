@@ -54,7 +54,11 @@ def test_no_path_of_a_developer_is_named(path):
 def test_configuration_keys_between_backticks_exist(tmp_path):
     """Such as `training.levels.spread`."""
     kinds = (
-        *(["experiment=demo"], ["experiment=photos_prior"], ["data=folder", "data.root=x", "loss/distance=lpips"]),
+        *(
+            ["experiment=demo"],
+            ["experiment=photos_prior"],
+            ["data=folder", "data.root=x", "loss/distance=lpips", "loss/features=lpips"],
+        ),
         ["data=webdataset", "data.root=x", "data.held_out=x"],
         ["experiment=moving_digits_latent", "data.root=x", "training.vae=x"],
         ["trainer=ddp", "logger=wandb"],

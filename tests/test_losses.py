@@ -646,3 +646,42 @@ def test_while_the_discriminator_learns_the_sum_leaves_its_term_out():
     outputs = p.outputs.clone().requires_grad_()
     only(replace(p, outputs=outputs), judged=False)[0].backward()
     assert outputs.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(("relative", "measured"), [(True, False), (True, True), (False, True), (False, False)])
+def test_terms_are_differentiated_once_and_the_gradient_is_the_weighted_sum(relative, measured):
+    passes = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passes.append(1)
+            return gradient
+
+    class Term(LossTerm):
+        num_outputs = 1
+
+        def __init__(self, power):
+            super().__init__()
+            self.power = power
+
+        def forward(self, prediction):
+            return Counted.apply(prediction.outputs).abs().pow(self.power).mean()
+
+    p = prediction()
+    loss = GeneratorLoss({"a": (2.0, Term(2)), "b": (0.5, Term(3))}, relative=relative)
+    p.outputs.requires_grad_(True)
+    total, values = loss(p, measured=measured)
+    total.backward()
+    assert len(passes) == 2
+    x = p.outputs.detach()
+    first, second = 2 * x / x.numel(), 3 * x.abs() * x / x.numel()
+    share = (first.square().mean() / second.square().mean()).sqrt() if relative else 1.0
+    torch.testing.assert_close(p.outputs.grad, 2 * first + 0.5 * share * second)
+    expected = 2 * x.square().mean() + 0.5 * share * x.abs().pow(3).mean()
+    torch.testing.assert_close(total.detach(), expected)
+    assert ("gradient/b" in values) == measured
