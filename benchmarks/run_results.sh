@@ -346,7 +346,8 @@ photographs() {
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS"
-        features "photographs_$operator" physics="$operator"
+        [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
+        features "photographs_$operator" physics="$operator" "$@"
         evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
             methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"$latino\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
@@ -362,7 +363,8 @@ mixture() {
     local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
     train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
-    features photographs_general physics=general network=conditioned "physics.operator.weights=[2,1,1,1,5,1,1,1]"
+    features photographs_general physics=general network=conditioned \
+        "physics.operator.weights=[2,1,1,1,5,1,1,1]" steps=1000 validate_every=1000
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
             valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;
