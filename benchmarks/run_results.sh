@@ -451,15 +451,14 @@ paper_losses() {
 
 # Rivals on the new prior on PHOTOGRAPHS, all tuned by the PSNR of their mean and by LPIPS, random orientations included.
 photographs_rivals() {
-    local folders=() operator ours latino ddrm last
+    local folders=() operator ours
+    local latino="tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4],symmetries:[1,8]}"
+    local ddrm="tune={eta:[0.3,0.5,0.85],power:[2.0,3.0],symmetries:[1,8]}"
     for operator in $OPERATORS; do
-        [ "$operator" = super_resolution ] && last=[0.02,0.04,0.08] || last=[0.01,0.02,0.04]
-        latino="tune={setting.tau_first:[0.2,0.4,0.8],setting.tau_last:$last,setting.width:[0.7,1.0,1.4]}"
-        ddrm="tune={eta:[0.5,0.7,0.85,1.0],power:[2.0,3.0]}"
         ours="ud2m target.model=photographs_$operator"
         evaluate "photographs_rivals_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
             tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-            methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino $latino\",\"latino target.symmetries=8 label=LATINO,_orientations tune={setting.tau_first:[0.4],setting.tau_last:[0.02,0.04],setting.width:[1.0,1.4]}\",\"ddrm $ddrm\",\"ddrm target.symmetries=8 label=DDRM,_orientations tune={eta:[0.5,0.85],power:[2.0]}\"]" \
+            methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino $latino\",\"ddrm $ddrm\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
         folders+=("results/photographs_rivals_$operator")
     done
