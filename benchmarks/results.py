@@ -146,19 +146,21 @@ SECTIONS = (
     Section(
         "adversarial",
         "The adversarial term with a discriminator that learns",
-        "The shipped deblurring model, trained on for 400 steps by the energy score, and for 400 and 500 with the "
-        "adversarial term beside it, which pulls 0.3 times and once as strongly (`loss.relative=true`); "
-        "`discriminator=features`, which learns alone for 150 steps. 40 pieces of 128x128 of the test photographs, "
-        "8 samples. At 0.3 the samples spread more nearly as far as their mean errs, and their mean looks more like "
-        "the truth; at 1 they are calibrated, and pay for it with artefacts. One short run each, of one seed.",
+        "The shipped deblurring model before its last stage, trained on for 400 steps by the energy score, and for "
+        "400 and 500 with the adversarial term beside it, which pulls 0.3 times and once as strongly "
+        "(`loss.relative=true`); `discriminator=features`, which learns alone for 150 steps. 40 pieces of 128x128 "
+        "of the test photographs, 8 samples. At 0.3 the samples spread more nearly as far as their mean errs, and "
+        "their mean looks more like the truth; at 1 they are calibrated, and pay for it with artefacts. One short "
+        "run each, of one seed.",
     ),
     Section(
         "paper_losses",
         "The paper's losses: L2 + LPIPS + adversarial",
-        "The shipped deblurring model, which the energy score trained, and the same trained on for 1500 steps by L2 +"
-        " 0.5 LPIPS (vgg), and with the adversarial term beside them, which pulls 0.3 times and once as strongly as "
-        "L2 (`loss.relative=true`; `discriminator=features`, which learns alone for 150 steps). 260 pieces of 64x64, "
-        "evenly spaced over those of 118 test photographs, 13 samples. One run each, of one seed.",
+        "The shipped deblurring model before its last stage, which the energy score trained, and the same trained "
+        "on for 1500 steps by L2 + 0.5 LPIPS (vgg), and with the adversarial term beside them, which pulls 0.3 "
+        "times and once as strongly as L2 (`loss.relative=true`; `discriminator=features`, which learns alone for "
+        "150 steps). 260 pieces of 64x64, evenly spaced over those of 118 test photographs, 13 samples. One run "
+        "each, of one seed.",
     ),
     Section(
         "initialisation",
@@ -208,14 +210,14 @@ SECTIONS = (
         "One model for many operators, trained on 1,250 photographs",
         "`photographs_general` beside the specialists `photographs_...`, `photos_general` and LATINO with "
         "`photographs_prior` at the best of 12 settings, by LPIPS of one sample each of 12 validation pieces. 30 "
-        "pieces of 128x128, evenly spaced over those of 118 test photographs, 4 samples. Of blurs the second has the "
-        "boundary `valid`. No model saw motion blur; `photos_general` saw neither strokes nor `valid` blurs.",
+        "pieces of 128x128, evenly spaced over those of 118 test photographs, 4 samples. No model saw motion blur; "
+        "`photos_general` saw no strokes.",
     ),
     Section(
         "tradeoff",
         "Distortion against perception",
-        "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS, "
-        "beside zero-shot LATINO and DDRM with the same prior at several settings, none of them chosen. 16 pieces of "
+        "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS "
+        "(of the models before their last stage), beside zero-shot LATINO and DDRM with the same prior at several settings, none of them chosen. 16 pieces of "
         "128x128, evenly spaced over those of 118 test photographs; the LPIPS of means stands in "
         "`docs/results/tradeoff.json`. DDRM at eta 0.5 lies outside of the right figure."
         "\n\n![PSNR against LPIPS of single samples and of means](images/tradeoff.png)",
