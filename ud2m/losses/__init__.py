@@ -12,7 +12,7 @@ from ud2m.losses.terms import (
     NonFiniteLossError,
     Perceptual,
     Prediction,
-    prior_features,
+    PriorFeatures,
 )
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "NonFiniteLossError",
     "Perceptual",
     "Prediction",
+    "PriorFeatures",
     "build_generator_loss",
     "gradient_square",
-    "prior_features",
 ]

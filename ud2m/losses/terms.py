@@ -205,9 +205,20 @@ class EnergyScore(LossTerm):
         return patch_energy(scale * prediction.x0, scale * prediction.outputs, self.patch_size, self.spread)
 
 
-def prior_features(features: Features) -> Features:
-    """Return the given features, those of the frozen prior: the choice of ``conf/loss/features`` without a network."""
-    return features
+class PriorFeatures(nn.Module):
+    """The given features, those of the frozen prior: the choice of ``conf/loss/features`` without a network of its own.
+
+    Args:
+        features: images [N, C, H, W] -> list of [N, c_l, h_l, w_l].
+    """
+
+    def __init__(self, features: Features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps."""
+        return list(self.features(images))
 
 
 class FeatureEnergyScore(LossTerm):
