@@ -413,7 +413,7 @@ calibration() {
         methods='["ud2m target.model=photographs_gaussian_blur"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=8\"]"
     collect calibration results/calibration_gaussian_blur --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh calibration" \
-        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.038, 0.073: 0.012, 0.025, 0.032, 0.052, 0.084 (the plot of the report)."
+        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.037, 0.073: 0.011, 0.026, 0.032, 0.053, 0.085 (the plot of the report)."
 }
 
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a shipped model trained on by the energy score, and with the term beside it.
