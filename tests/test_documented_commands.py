@@ -181,7 +181,7 @@ def test_a_sweep_is_every_combination():
 
 def test_other_commands_exist(tmp_path):
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    parts = set(re.findall(r"^([a-z]+)\(\) \{", SCRIPT.read_text(), re.MULTILINE))
+    parts = set(re.findall(r"^([a-z0-9_]+)\(\) \{", SCRIPT.read_text(), re.MULTILINE))
     commands = [command for _, command in fenced_commands()] + scripted_commands(tmp_path)
     for command in commands:
         if is_hydra(command):
