@@ -14,6 +14,7 @@ RUNS=runs/results      # trained models
 OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
+LATINO_GRID="setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]" # on photographs
 # of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour,
 SHORT="steps=120 validate_every=120 data.crop_size=32 training.optimizer.warmup=10"
 SIXTH="data.test_limit=57"            # their test pieces: every sixth one
@@ -342,14 +343,13 @@ features() {
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
 photographs() {
     local folders=() operator
-    local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS"
         [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
         features "photographs_$operator" physics="$operator" "$@"
         evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
-            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"$latino\"]" \
+            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
         folders+=("results/photographs_$operator")
@@ -360,7 +360,6 @@ photographs() {
 # The general model on operators of its family, beside specialists, and on motion blur, on PHOTOGRAPHS.
 mixture() {
     local folders=() operator specialist
-    local latino="latino tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
     train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
     features photographs_general physics=general network=conditioned \
@@ -374,7 +373,7 @@ mixture() {
         specialist=${2:+"\"ud2m target.model=photographs_$2 label=specialist\","}
         evaluate "general_$operator" operators="[$1]" prior=photographs_prior num_samples=4 \
             tune_by=lpips tune_samples=1 tune_images=12 reference=LATINO \
-            methods="[$specialist\"ud2m target.model=photographs_general label=photographs_general\",\"ud2m target.model=photos_general label=photos_general\",\"$latino\"]" \
+            methods="[$specialist\"ud2m target.model=photographs_general label=photographs_general\",\"ud2m target.model=photos_general label=photos_general\",\"latino tune={$LATINO_GRID}\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=30 val_limit=24\"]" \
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/general_$operator")
@@ -416,16 +415,16 @@ calibration() {
         --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.037, 0.073: 0.011, 0.026, 0.032, 0.053, 0.085 (the plot of the report)."
 }
 
-# The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a shipped model trained on by the energy score, and with the term beside it.
+# The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a model of the part `photographs` before its last stage, trained on by the energy score, and with the term beside it.
 adversarial() {
-    local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur discriminator=features
+    local common="experiment=photographs physics=gaussian_blur training.start_from=$RUNS/photographs_gaussian_blur/export discriminator=features
         training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 data.root=$PHOTOGRAPHS"
     local felt="loss.relative=true training.optimizer.discriminator_warmup=150" folder=$RUNS/adversarial
     train adversarial_0 $common steps=400 validate_every=200
     train adversarial_0.3 $common $felt steps=400 validate_every=400 loss.adversarial=0.3
     train adversarial_1 $common $felt steps=500 validate_every=500 loss.adversarial=1
     evaluate adversarial operators='[gaussian_blur]' prior=photographs_prior \
-        methods="[\"ud2m target.model=photographs_gaussian_blur label=shipped\",\"ud2m target.model=${folder}_0/export label=energy\",\"ud2m target.model=${folder}_0.3/export label=energy_and_adversarial_0.3\",\"ud2m target.model=${folder}_1/export label=energy_and_adversarial_1\"]" \
+        methods="[\"ud2m target.model=$RUNS/photographs_gaussian_blur/export label=shipped\",\"ud2m target.model=${folder}_0/export label=energy\",\"ud2m target.model=${folder}_0.3/export label=energy_and_adversarial_0.3\",\"ud2m target.model=${folder}_1/export label=energy_and_adversarial_1\"]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=40 val_limit=24\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' tune=false reference=shipped
     collect adversarial results/adversarial --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh adversarial"
@@ -433,9 +432,10 @@ adversarial() {
 
 # The paper's losses on PHOTOGRAPHS: L2 + LPIPS, and the adversarial term at growing weights, each as large beside them as it says.
 paper_losses() {
-    local weight methods='"ud2m target.model=photographs_gaussian_blur label=energy_score_(shipped)"'
+    local weight start=$RUNS/photographs_gaussian_blur/export
+    local methods="\"ud2m target.model=$start label=energy_score_alone\""
     for weight in 0 0.3 1; do
-        train "paper_$weight" experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur \
+        train "paper_$weight" experiment=photographs physics=gaussian_blur training.start_from="$start" \
             data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
             loss/distance=lpips loss.distance.net=vgg loss.adversarial="$weight" steps=1500 validate_every=500 \
             training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 training.optimizer.discriminator_warmup=150
@@ -445,24 +445,18 @@ paper_losses() {
     done
     evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=64 tile_size=64 test_limit=260\"]" \
-        metrics='[psnr,psnr_limit,lpips,r,energy,coverage,frechet_alex]' reference="'energy score (shipped)'"
+        metrics='[psnr,psnr_limit,lpips,r,energy,coverage,frechet_alex]' reference="'energy score alone'"
     collect paper_losses results/paper_losses --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh paper_losses"
 }
 
 # Rivals on the new prior on PHOTOGRAPHS, all tuned by the PSNR of their mean and by LPIPS, random orientations included.
 photographs_rivals() {
-    local folders=() operator ours
-    local latino="tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4],symmetries:[1,8]}"
-    local ddrm="tune={eta:[0.3,0.5,0.85],power:[2.0,3.0],symmetries:[1,8]}"
-    for operator in $OPERATORS; do
-        ours="ud2m target.model=photographs_$operator"
-        evaluate "photographs_rivals_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
-            tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-            methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino $latino\",\"ddrm $ddrm\"]" \
-            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
-        folders+=("results/photographs_rivals_$operator")
-    done
-    collect photographs_rivals "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
+    local ours="ud2m target.model=photographs_{physics}"
+    evaluate photographs_rivals operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
+        tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
+        methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino tune={$LATINO_GRID,symmetries:[1,8]}\",\"ddrm tune={eta:[0.3,0.5,0.85],power:[2.0,3.0],symmetries:[1,8]}\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
+    collect photographs_rivals results/photographs_rivals --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
 }
 
 # One to nine evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer steps, and models of one and of four modules.
@@ -482,16 +476,11 @@ photographs_few() {
 
 # The shipped models and LATINO at 256x256 on PHOTOGRAPHS.
 photographs_256() {
-    local folders=() operator
-    local latino="tune={setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]}"
-    for operator in $OPERATORS; do
-        evaluate "photographs_256_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
-            tune_by='[psnr,lpips]' tune_samples=1 reference="UD2M" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-            methods="[\"ud2m target.model=photographs_$operator label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino $latino\"]" \
-            datasets="[\"folder root=$PHOTOGRAPHS crop_size=256 tile_size=256 test_limit=40 val_limit=24 batch_size=2\"]"
-        folders+=("results/photographs_256_$operator")
-    done
-    collect photographs_256 "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_256"
+    evaluate photographs_256 operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
+        tune_by='[psnr,lpips]' tune_samples=1 reference=UD2M metrics='[psnr,psnr_limit,lpips,r,energy]' \
+        methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_GRID}\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=256 tile_size=256 test_limit=40 val_limit=24 batch_size=2\"]"
+    collect photographs_256 results/photographs_256 --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_256"
 }
 
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.

@@ -21,7 +21,7 @@ from ud2m.cli.train import quiet_libraries
 from ud2m.data import ImageDataModule
 from ud2m.data.module import evenly_spaced
 from ud2m.evaluation.cells import CellStore, Result, digest, images_digest
-from ud2m.evaluation.comparison import Images, Job, Search, best_label, metrics_of
+from ud2m.evaluation.comparison import Images, Job, Search, Task, best_label, metrics_of
 from ud2m.evaluation.differences import with_differences
 from ud2m.evaluation.scores import build_score, check_scores, left_out
 from ud2m.evaluation.table import selecting
@@ -210,7 +210,7 @@ class EvaluationRun:
             self._write(rows, results)
         return rows
 
-    def _results(self, tasks: Sequence[Job | Search], store: CellStore, team: Team) -> list[Result]:
+    def _results(self, tasks: Sequence[Task], store: CellStore, team: Team) -> list[Result]:
         """Return the results of all tasks, of which those that are not in the store are measured."""
         found = team.gathered([store.load(task.settings) for task in tasks])[0]
         done = sum(result is not None for result in found)
@@ -224,7 +224,7 @@ class EvaluationRun:
                 results[name] = self._measured(task, about, store, team) if result is None else result
         return [results[digest(task.settings)] for task in tasks]
 
-    def _measured(self, task: Job | Search, about: str, store: CellStore, team: Team) -> Result:
+    def _measured(self, task: Task, about: str, store: CellStore, team: Team) -> Result:
         with progress_bar(desc=about, unit="evaluation", disable=team.rank > 0) as bar:
             result = task.measured(Forecast(bar, task.work), team)
         if team.rank == 0:

@@ -120,7 +120,7 @@ def part(group: str, entry: str) -> dict[str, Any]:
     fixed = ["data.samples_per_epoch=1", "data.num_workers=0", "data.seed=0"] if group == "data" else []
     try:
         words = [quoted(text) if is_text(text.partition("=")[0]) else text for text in overrides]
-        given = [part for text in words for part in _overrides(group, text)]
+        given = [override for text in words for override in _overrides(group, text)]
         composed = compose(overrides=[f"+{group}={name}", *fixed, *given])
     except HydraException as error:
         keys = flattened(part(group, name))

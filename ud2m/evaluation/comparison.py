@@ -113,16 +113,15 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Search:
-    """The settings of one sampler, to be measured on validation images.
+class Task:
+    """What is measured once and kept: a cell, or the search for a setting.
 
     Attributes:
         label: how the sampler is called.
         operator: how the operator is called.
         images: the set.
         problem: how they are observed.
-        settings: all that determines the numbers, plain: ``candidates``, descriptions of samplers, are measured with
-            ``num_samples`` per validation image by the numbers ``by``.
+        settings: all that determines the numbers, plain.
         build: makes the sampler of a description.
     """
 
@@ -132,6 +131,24 @@ class Search:
     problem: Problem
     settings: Mapping[str, Any]
     build: Callable[[Mapping[str, Any]], Sampler]
+
+    @property
+    def work(self) -> int:
+        """Samples to be drawn."""
+        raise NotImplementedError
+
+    def measured(self, forecast: Forecast | None = None, team: Team = ALONE) -> Result:
+        """Return what is kept, of which each process of a team makes its share."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Search(Task):
+    """The settings of one sampler, to be measured on validation images.
+
+    Of ``settings`` the ``candidates``, descriptions of samplers, are measured with ``num_samples`` per validation image
+    by the numbers ``by``.
+    """
 
     @property
     def work(self) -> int:
@@ -147,27 +164,12 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A cell to be measured: one sampler on one problem and set of images.
+class Job(Task):
+    """A cell to be measured: one sampler, the ``method`` of ``settings``, on one problem and set of images.
 
-    Attributes:
-        label: how the sampler is called.
-        operator: how the operator is called.
-        images: the set.
-        problem: how they are observed.
-        settings: all that determines the numbers, plain. ``method`` describes the sampler.
-        build: makes the sampler of a description.
-        search: finds the best ``method``; None: it is given.
-        by: the number that it is chosen by.
-        setting: what was chosen, in words.
+    ``search`` finds the best method by the number ``by``, which ``setting`` then says in words; None: it is given.
     """
 
-    label: str
-    operator: str
-    images: Images
-    problem: Problem
-    settings: Mapping[str, Any]
-    build: Callable[[Mapping[str, Any]], Sampler]
     search: Search | None = None
     by: str = ""
     setting: str | None = None
@@ -186,7 +188,7 @@ class Job:
         return replace(self, settings=settings, setting=difference(method, candidates))
 
     def measured(self, forecast: Forecast | None = None, team: Team = ALONE) -> Result:
-        """Return the cell, of which each process of a team makes its share."""
+        """Return the cell."""
         scores, shown = [build_score(name) for name in self.settings["metrics"]], self.settings["shown"]
         test, samples = self.images.test.split(self.images.batch), self.settings["num_samples"]
         sampler, device = self.build(self.settings["method"]), self.images.test.device

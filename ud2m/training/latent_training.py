@@ -23,7 +23,6 @@ from ud2m.priors.latent_parts import (
     build_vae,
     decode_unclipped,
     encode_texts,
-    latent_scale,
     learn_tokenizer,
     measured_scale,
     merges_of,
@@ -339,9 +338,8 @@ def warn_of_drift(vae: Any, x0: Tensor) -> None:
     """
     if x0.ndim < 5 or x0.shape[2] == 1:
         return
-    z = to_latents(vae, x0)
-    mean, scale = latent_scale(vae, z)
-    error = ((vae.decode(z / scale + mean).sample + 1) / 2 - x0).square().mean((0, 1, 3, 4))
+    z = vae.encode(2 * x0 - 1).latent_dist.mode()
+    error = ((vae.decode(z).sample + 1) / 2 - x0).square().mean((0, 1, 3, 4))
     first, second = (half.mean() for half in error.split(-(-len(error) // 2)))
     if second > DRIFT * first:
         heard = [f"{-10 * half.log10():.1f} dB" for half in (first, second)]
