@@ -43,7 +43,8 @@ from ud2m.samplers.ud2m import PosteriorSampler
 SIDE, NUM_SAMPLES, SEED = 256, 8, 0
 DETAIL = 4  # an enlarged detail has a side of SIDE / DETAIL
 HOLE = 0.85  # grey of a pixel that was not measured
-INCHES, DPI, QUALITY = 1.95, 105, 72  # side of a picture; of the files
+INCHES, DPI = 1.95, 105  # side of a picture; of the files
+QUALITIES, MAX_BYTES = range(72, 20, -2), 100_000  # of the files: the first quality that is small enough
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 
@@ -167,12 +168,21 @@ def draw(rows: Sequence[tuple[str, Mapping[str, Tensor]]], path: Path, every_row
             if every_row or number == 0:
                 axis.set_title(name, fontsize=9, pad=3)
         line[0].set_ylabel(heading, fontsize=10)
-    drawn, compressed = io.BytesIO(), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").save(compressed, format=path.suffix[1:], quality=QUALITY, method=6)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, compressed.getvalue())
+    write_bytes(path, compressed(Image.open(drawn).convert("RGB"), path.suffix[1:]))
+
+
+def compressed(image: Image.Image, file_format: str) -> bytes:
+    """Return a picture in a lossy format, in the best of QUALITIES that needs at most MAX_BYTES, or the lowest."""
+    for quality in QUALITIES:
+        buffer = io.BytesIO()
+        image.save(buffer, format=file_format, quality=quality, method=6)
+        if buffer.tell() <= MAX_BYTES:
+            break
+    return buffer.getvalue()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,14 +1,17 @@
 """Shipped models: how they are shipped, the examples that load them, and what is measured with them."""
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from documents import blocks
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import adapted, save_tiny_prior, tiny_network
 
@@ -95,9 +98,20 @@ def test_pictures_have_a_sheet_per_scene_and_a_row_per_operator(shipped, tmp_pat
     assert sizes.keys() == {"overview", *(f"gallery-{name}" for name in gallery.SCENES)}
     for name, (height, width) in sizes.items():
         assert width / height == pytest.approx(2 if name == "overview" else 4 / 3, rel=0.15)
-    for path in (REPOSITORY / "docs" / "images").glob("gallery-*"):
-        assert path.stem in sizes
-        assert path.stat().st_size < 100_000
+    assert {path.stem for path in (REPOSITORY / "docs" / "images").glob("gallery-*")} <= sizes.keys()
+
+
+def test_pictures_that_would_be_large_are_compressed_more():
+    gallery = importlib.import_module("gallery")
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    flat = np.zeros_like(noise)
+    sizes = [len(gallery.compressed(Image.fromarray(pixels), "webp")) for pixels in (noise, flat)]
+    assert sizes[1] < 2_000 < gallery.MAX_BYTES / 2 < sizes[0] <= gallery.MAX_BYTES
+    with_quality = io.BytesIO()
+    Image.fromarray(noise).save(with_quality, format="webp", quality=gallery.QUALITIES[0], method=6)
+    assert with_quality.tell() > gallery.MAX_BYTES
+    for name in ("overview", *(f"gallery-{scene}" for scene in gallery.SCENES)):
+        assert (REPOSITORY / "docs" / "images" / f"{name}.webp").stat().st_size <= gallery.MAX_BYTES
 
 
 def test_the_least_certain_place_is_that_of_the_largest_mean_deviation():
