@@ -103,7 +103,7 @@ def test_pictures_have_a_sheet_per_scene_and_a_row_per_operator(shipped, tmp_pat
 
 def test_pictures_that_would_be_large_are_compressed_more():
     gallery = importlib.import_module("gallery")
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (480, 480, 3), dtype=np.uint8)
     flat = np.zeros_like(noise)
     sizes = [len(gallery.compressed(Image.fromarray(pixels), "webp")) for pixels in (noise, flat)]
     assert sizes[1] < 2_000 < gallery.MAX_BYTES / 2 < sizes[0] <= gallery.MAX_BYTES
