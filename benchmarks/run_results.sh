@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `photographs_more`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -15,6 +15,7 @@ OUT=samples/results    # scores
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
 LATINO_GRID="setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]" # on photographs
+LATINO_WIDER=${LATINO_GRID/0.04/0.04,0.08}  # where its best setting lay at the edge
 # of the comparisons of losses and of initialisations: small crops, so that many runs fit into an hour,
 SHORT="steps=120 validate_every=120 data.crop_size=32 training.optimizer.warmup=10"
 SIXTH="data.test_limit=57"            # their test pieces: every sixth one
@@ -331,11 +332,11 @@ picture() {
     "$PYTHON" benchmarks/gallery.py
 }
 
-# features NAME overrides...: the model runs/results/NAME trained on with the energy score of VGG's features besides, shipped as NAME
+# features NAME START overrides...: the model START trained on with the energy score of VGG's features besides, shipped as NAME
 features() {
-    local name=$1
-    shift
-    train "${name}_features" experiment=photographs settings=features training.start_from="$RUNS/$name/export" \
+    local name=$1 start=$2
+    shift 2
+    train "${name}_features" experiment=photographs settings=features training.start_from="$start" \
         steps=800 validate_every=800 training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
     ship "$RUNS/${name}_features/export" "$name" --prior photographs_prior
 }
@@ -347,7 +348,7 @@ photographs() {
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS"
         [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
-        features "photographs_$operator" physics="$operator" "$@"
+        features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" "$@"
         evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
             methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
             datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
@@ -357,12 +358,24 @@ photographs() {
     collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
 
+# Models for two operators more, each trained on from the one of the operator that is most like it, with the losses of their last stage.
+photographs_more() {
+    features photographs_jpeg photographs_super_resolution physics=jpeg loss.feature_energy=1 \
+        steps=1400 validate_every=700 training.optimizer.lr=6e-4
+    features photographs_uniform_blur photographs_gaussian_blur physics=uniform_blur loss.feature_energy=1
+    evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior tune_by=lpips tune_samples=1 unsupported=skip \
+        methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=UD2M
+    collect photographs_more results/photographs_more --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_more"
+}
+
 # The general model on operators of its family, beside specialists, and on motion blur, on PHOTOGRAPHS.
 mixture() {
     local folders=() operator specialist
     train photographs_general experiment=photographs physics=general network=conditioned steps=2400 validate_every=600 \
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
-    features photographs_general physics=general network=conditioned \
+    features photographs_general "$RUNS/photographs_general/export" physics=general network=conditioned \
         "physics.operator.weights=[2,1,1,1,5,1,1,1]" steps=1000 validate_every=1000
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
@@ -454,7 +467,7 @@ photographs_rivals() {
     local ours="ud2m target.model=photographs_{physics}"
     evaluate photographs_rivals operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-        methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino tune={$LATINO_GRID,symmetries:[1,8]}\",\"ddrm tune={eta:[0.3,0.5,0.85],power:[2.0,3.0],symmetries:[1,8]}\"]" \
+        methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino tune={$LATINO_WIDER,symmetries:[1,8]}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0],symmetries:[1,8]}\"]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
     collect photographs_rivals results/photographs_rivals --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
 }
@@ -478,7 +491,7 @@ photographs_few() {
 photographs_256() {
     evaluate photographs_256 operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
         tune_by='[psnr,lpips]' tune_samples=1 reference=UD2M metrics='[psnr,psnr_limit,lpips,r,energy]' \
-        methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_GRID}\"]" \
+        methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\"]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=256 tile_size=256 test_limit=40 val_limit=24 batch_size=2\"]"
     collect photographs_256 results/photographs_256 --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_256"
 }
@@ -498,7 +511,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_few photographs_256 shipped $PARTS " in
+    case " models photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_few photographs_256 shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
