@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `photographs_more`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `photographs_more`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_bridges`, `photographs_start`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -472,6 +472,33 @@ photographs_rivals() {
     collect photographs_rivals results/photographs_rivals --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
 }
 
+# Rivals that are trained, and one of a hundred evaluations, on fewer pieces of PHOTOGRAPHS, tuned as above.
+photographs_bridges() {
+    local operator bridge="target.model=$RUNS/photographs_bridge_{physics}/export"
+    for operator in $OPERATORS; do
+        train "photographs_bridge_$operator" experiment=photos_bridge physics="$operator" prior=photographs_prior \
+            data=folder data.root="$PHOTOGRAPHS" data.tile_size=128 data.val_limit=24
+    done
+    evaluate photographs_bridges operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=2 \
+        tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
+        methods="[\"ud2m target.model=photographs_{physics} label=UD2M,_as_shipped\",\"i2sb $bridge\",\"cddb $bridge tune={num_steps:[3,9],consistency:[0.3,1.0,3.0]}\",\"diffpir tune={zeta:[0.3,0.8],lambda_:[3.0,7.0,20.0]}\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=30 val_limit=24\"]"
+    collect photographs_bridges results/photographs_bridges --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_bridges"
+}
+
+# A trained warm start on PHOTOGRAPHS, three evaluations more, beside as many steps of training without it.
+photographs_start() {
+    local name common="experiment=photographs settings=features physics=super_resolution training.start_from=photographs_super_resolution
+        steps=600 validate_every=600 training.optimizer.lr=4e-4 data.root=$PHOTOGRAPHS" methods=""
+    train photographs_no_start $common
+    train photographs_start $common network=learned training.optimizer.lr_start=1e-3
+    for name in no_start start; do methods+=",\"ud2m target.model=$RUNS/photographs_$name/export label=$name\""; done
+    evaluate photographs_start operators='[super_resolution]' prior=photographs_prior num_samples=4 \
+        methods="[\"ud2m target.model=photographs_super_resolution label=as_shipped\"$methods]" reference="'as shipped'" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59\"]" metrics='[psnr,psnr_limit,lpips,r,energy]'
+    collect photographs_start results/photographs_start --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_start"
+}
+
 # One to nine evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer steps, and models of one and of four modules.
 photographs_few() {
     local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
@@ -511,7 +538,7 @@ shipped() {
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_few photographs_256 shipped $PARTS " in
+    case " models photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_256 shipped $PARTS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

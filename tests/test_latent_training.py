@@ -1,6 +1,7 @@
 """The three trainings of a latent prior, in miniature: losses against their formulas, exports, and resumption."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import REPOSITORY
 from diffusers import StableDiffusionPipeline
 from hydra.utils import instantiate
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_training import composed, write_images
 from torch import nn
 
@@ -216,6 +218,33 @@ def test_a_training_begins_with_the_networks_of_a_pipeline_and_all_of_them_learn
     learning = [*begun.network.parameters(), *begun.text_encoder.parameters()]
     assert all(parameter.requires_grad for parameter in learning)
     assert sum(bool(p.grad is not None and p.grad.any()) for p in learning) > 0.8 * len(learning)
+
+
+def test_a_training_does_not_begin_with_the_networks_of_other_latents_or_noise(vae_folder, tmp_path):
+    pipe = tmp_path / "pipe"
+    first = latent_module(vae_folder)
+    first.captions = ("a red square",)
+    first.export(pipe)
+    file = pipe / "scheduler" / "scheduler_config.json"
+    written = json.loads(file.read_text())
+    for wrong, said in (
+        ({"prediction_type": "epsilon"}, "has learnt epsilon with"),
+        ({"beta_end": 2 * written["beta_end"]}, "or other noise at them"),
+    ):
+        file.write_text(json.dumps(written | wrong))
+        with pytest.raises(ValueError, match=said):
+            latent_module(vae_folder, start_from=str(pipe))
+    file.write_text(json.dumps(written))
+    index = json.loads((pipe / "model_index.json").read_text())
+    (pipe / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "LCMScheduler"]}))
+    with pytest.raises(ValueError, match="is distilled into few steps"):
+        latent_module(vae_folder, start_from=str(pipe))
+    (pipe / "model_index.json").write_text(json.dumps(index))
+    weights = pipe / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 1.01 * value for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="the latents of another autoencoder than"):
+        latent_module(vae_folder, start_from=str(pipe))
+    assert latent_module(str(pipe), start_from=str(pipe)).captions == first.captions
 
 
 # --- the consistency model ---------------------------------------------------------------------------------------

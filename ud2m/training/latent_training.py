@@ -196,7 +196,7 @@ class LatentModule(ScoredModule):
             at most.
         scheduler: the noise table, in the keys of a diffusers ``scheduler_config.json``.
         start_from: pipeline whose network, text model and tokenizer the run begins with, in place of new ones: a folder
-            or hub id. Its autoencoder must be that of ``vae``.
+            or hub id, of the same autoencoder and noise, and not distilled.
         prompt_length: tokens of a prompt at most, start and end among them.
         drop_caption: probability in [0, 1).
         lr: peak learning rate of AdamW.
@@ -245,7 +245,7 @@ class LatentModule(ScoredModule):
         if start_from is None:
             self.network, self.text_encoder = build_latent_network(network), build_text_encoder(text_encoder)
         else:
-            begun = LatentPrior.from_pretrained(start_from)
+            begun = pipeline_to_go_on_from(start_from, self.vae, self.table)
             self.network = begun.network.requires_grad_(True)
             self.text_encoder = begun.pipeline.text_encoder.requires_grad_(True)
             self.tokenizer, self.captions = begun.pipeline.tokenizer, begun.captions
@@ -316,6 +316,39 @@ class LatentModule(ScoredModule):
         """Write the averaged model as the folder of a pipeline (float16 safetensors)."""
         with self.ema.applied(), atomic_folder(folder, overwrite=True) as partial:
             save_pipeline(self.pipeline(), partial, self.captions)
+
+
+def pipeline_to_go_on_from(reference: str, vae: Any, table: NoiseTable) -> LatentPrior:
+    """Return the pipeline whose networks a training on these latents and this noise begins with.
+
+    Raises:
+        ValueError: where it is a model for few steps, or its network has learnt other latents, noise or another target.
+    """
+    begun = LatentPrior.from_pretrained(reference)
+    if begun.distilled:
+        raise ValueError(f"training.start_from={reference} is distilled into few steps; take a pipeline that is not")
+    if (begun.table.prediction, begun.table.num_times) != (table.prediction, table.num_times) or not same_noise(
+        begun.table, table
+    ):
+        raise ValueError(
+            f"training.start_from={reference} has learnt {begun.table.prediction} with {begun.table.num_times} times, "
+            f"and training.scheduler says {table.prediction} with {table.num_times}, or other noise at them; give the "
+            "numbers of its scheduler/scheduler_config.json"
+        )
+    theirs, ours = begun.pipeline.vae.state_dict(), vae.state_dict()
+    # a pipeline holds halves of what the autoencoder's own folder may hold in full
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[key].half(), ours[key].half()) for key in ours):
+        raise ValueError(
+            f"training.start_from={reference} has learnt the latents of another autoencoder than training.vae; take "
+            f"training.vae={reference}"
+        )
+    return begun
+
+
+def same_noise(first: NoiseTable, second: NoiseTable) -> bool:
+    """Return whether two tables with equally many times have the same a and b at all of them."""
+    times = torch.arange(first.last_time + 1)
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first.roots(times), second.roots(times), strict=True))
 
 
 TARGETS = {
