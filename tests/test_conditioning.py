@@ -11,9 +11,11 @@ from ud2m.physics import (
     GaussianBlur,
     Inpainting,
     Jpeg,
+    MissingBoxes,
     Mixture,
     Observation,
     SuperResolution,
+    UniformBlur,
     kept_gain,
     mean_gain,
     observe,
@@ -24,7 +26,7 @@ from ud2m.unfolded.conditioning import FEATURES, feature_values
 from ud2m.unfolded.network import build_network
 
 SHAPE = (3, SIZE, SIZE)
-NAMES = ["noise", "gain", "strength", "level"]
+NAMES = ["noise", "gain", "strength", "hidden", "level"]
 
 
 def network(conditioning=None, prior=None):
@@ -88,9 +90,33 @@ def test_features_are_what_they_say():
     torch.testing.assert_close(features[:, 0], (sigma_y / 0.02).log())
     torch.testing.assert_close(features[:, 1], mean_gain(physics, x).log())
     torch.testing.assert_close(features[:, 2], kept_gain(physics, x).log())
-    torch.testing.assert_close(features[:, 3], torch.tensor([math.log(0.5 / 1.5), math.log(5 / 6)]))
+    torch.testing.assert_close(features[:, 3], (1 - mean_gain(physics, x)) * kept_gain(physics, x) ** 4)
+    torch.testing.assert_close(features[:, 4], torch.tensor([math.log(0.5 / 1.5), math.log(5 / 6)]))
     assert feature_values((), x, sigma, observation).shape == (2, 0)
     assert set(NAMES) == set(FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "lowest", "highest"),
+    [
+        (Inpainting(0.7), 0.64, 0.76),
+        (MissingBoxes(0.12, 4), 0.05, 0.3),
+        (Denoising(), 0.0, 1e-6),
+        (GaussianBlur(0.6), 0.0, 0.1),
+        (GaussianBlur(1.6), 0.0, 0.1),
+        (UniformBlur(9), 0.0, 0.1),
+        (SuperResolution(2), 0.0, 0.01),
+        (SuperResolution(4), 0.0, 0.01),
+        (Jpeg(), 0.0, 0.0),
+    ],
+)
+def test_masks_alone_hide_pixels(family, lowest, highest):
+    x0 = torch.full((2, 3, 64, 64), 0.5)
+    physics = family.draw(2, (3, 64, 64), torch.Generator().manual_seed(0))
+    observation = Observation(observe(physics, x0, 0.01), physics, torch.full((2,), 0.01))
+    found = FEATURES["hidden"](x0, torch.ones(2), observation)
+    assert found.min() >= lowest
+    assert found.max() <= highest
 
 
 def test_conditioned_psi_starts_as_the_plain_one_and_then_scales_with_the_features():
@@ -144,5 +170,5 @@ def test_slopes_receive_gradients_and_are_exported(tmp_path):
 
 
 def test_unknown_features_are_refused():
-    with pytest.raises(ValueError, match=r"conditioned on \['weather'\]; choose from noise, gain, strength, level"):
+    with pytest.raises(ValueError, match=r"conditioned on \['weather'\]; choose from noise, gain, strength, hidden"):
         network(["weather"])

@@ -3,7 +3,7 @@ import torch
 from tiny import LORA, save_tiny_prior, trained
 from tiny_training import distillation, fit
 
-from ud2m.physics import Inpainting
+from ud2m.physics import Inpainting, Observation
 
 
 def without_judge(module):
@@ -92,6 +92,33 @@ def test_a_run_with_other_modules_takes_the_adapter_alone_and_says_so(prior, tmp
     assert any(value.any() for name, value in expected.items() if "lora_B" in name)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("before", [[], ["noise"], ["gain", "noise"]])
+def test_a_run_whose_psi_has_more_features_begins_as_the_same_function(prior, tmp_path, before):
+    def network(conditioning):
+        spec = {"num_blocks": 2, "rule": {"name": "annealed"}, "warm_start": {"name": "pinv"}}
+        return spec | ({"conditioning": conditioning} if conditioning else {})
+
+    first = distillation(prior, network=network(before))
+    with torch.no_grad():
+        for k, value in enumerate(first.network.own_state().values()):
+            value.add_(0.05 * torch.arange(1.0, value.numel() + 1).view_as(value) - 0.02 * k)
+    first.ema.update()
+    first.export(tmp_path / "export")
+    second = distillation(prior, network=network(["noise", "gain", "hidden"]), start_from=str(tmp_path / "export"))
+    x0 = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    physics = Inpainting(0.4).draw(2, (3, 16, 16), torch.Generator().manual_seed(1))
+    observation = Observation(physics.A(x0), physics, torch.tensor([0.01, 0.2]))
+    with first.ema.applied(), torch.no_grad():
+        one, other = (
+            module.network(x0, torch.tensor([0.1, 1.0]), observation, torch.Generator().manual_seed(2))
+            for module in (first, second)
+        )
+    torch.testing.assert_close(one, other)
+    if before:
+        with pytest.warns(UserWarning, match="has another conditioning than this run"):
+            distillation(prior, network=network(["level"]), start_from=str(tmp_path / "export"))
 
 
 def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):

@@ -20,7 +20,7 @@ from ud2m.unfolded.network import UnfoldedNetwork, build_network
 
 CONFIG_FILE = "config.json"
 FORMAT = 1
-PSI_MEANS = ("num_blocks", "rule", "conditioning")
+PSI_MEANS = ("num_blocks", "rule")
 """Parts of a network's description without which psi means nothing."""
 
 
@@ -95,8 +95,9 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
         network: the one to be trained.
         reference: name of a shipped model, export folder or hub id. Operator, noise level and warm start may be others;
             a learned warm start goes on from the model's where that has the same weights, and else begins anew. So may
-            be the prior's weights, as after its own training went on, and the number of modules or the kind of psi,
-            which then begins by its rule: a warning says so.
+            be the prior's weights, as after its own training went on, and the number of modules, the rule or the
+            features of psi. psi is taken with slopes of 0 for new features, and begins by its rule where it means
+            something else; a warning says so.
 
     Raises:
         FileNotFoundError: when nothing is there.
@@ -110,10 +111,12 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
         theirs, theirs_lora = content["prior"]["fingerprint"], LoraSpec(**content["lora"]).to_dict()
         if theirs_lora != lora:
             raise ValueError(f"it has another lora: {theirs_lora}")
+        features = tuple(content["network"].get("conditioning", ()))
         other = [part for part in PSI_MEANS if content["network"].get(part) != network.spec.get(part)]
+        other += ["conditioning"] if set(features) - set(network.conditioning) else []
         prior.read_adapter(folder)
         if not other:
-            network.load_own_state(network.with_fitting_start(read_weights(folder / PSI_FILE)))
+            network.load_own_state(network.fitted(read_weights(folder / PSI_FILE), features))
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"a run cannot start from the model {reference} ({error})") from error
     if other:

@@ -27,6 +27,14 @@ def strength(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor
     return observation.kept_gain.clamp_min(1e-6).log()
 
 
+def hidden(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
+    """Return (1 - g) s^4 [B] with g and s of ``gain`` and ``strength``: the share of pixels that a mask hides.
+
+    It is below .1 for blurs and super-resolution, and 0 for A = I: a slope on it changes psi for masks alone.
+    """
+    return (1 - observation.mean_gain) * observation.kept_gain**4
+
+
 def level(x_sigma: Tensor, sigma: Tensor, observation: Observation) -> Tensor:
     """Return log(sigma / (1 + sigma)) [B], the noise level of x_sigma against the range of an image."""
     return (sigma / (1 + sigma)).log()
@@ -36,6 +44,7 @@ FEATURES: dict[str, Callable[[Tensor, Tensor, Observation], Tensor]] = {
     "noise": noise,
     "gain": gain,
     "strength": strength,
+    "hidden": hidden,
     "level": level,
 }
 

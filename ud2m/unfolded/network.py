@@ -199,12 +199,23 @@ class UnfoldedNetwork(nn.Module):
             for name, value in own.items():
                 value.copy_(state[name])
 
-    def with_fitting_start(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return another network's ``own_state`` with this network's warm start where the other's has other weights."""
+    def fitted(self, state: Mapping[str, Tensor], conditioning: Sequence[str]) -> dict[str, Tensor]:
+        """Return another network's ``own_state`` as one of this network, with which psi is the same function.
+
+        The warm start is this network's where the other's has other weights.
+
+        Args:
+            state: of the other network. conditioning: its features, each of which this network has too; the slopes of
+                further ones are 0.
+        """
         mine, theirs = _of_start(self.own_state()), _of_start(state)
-        if {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}:
-            return dict(state)
-        return {k: v for k, v in state.items() if k not in theirs} | mine
+        fits = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+        psi = {k: v for k, v in state.items() if k not in theirs and "slope_" not in k}
+        for name, slope in self.own_state().items():
+            if "slope_" in name:
+                known = dict(zip(conditioning, state.get(name, ()), strict=True))
+                psi[name] = torch.stack([known.get(feature, slope.new_zeros(())) for feature in self.conditioning])
+        return psi | (theirs if fits else mine)
 
     def psi(self) -> dict[str, float]:
         """Return the learned factors on the rule where all features are 0, for logs: e.g. ``{"delta_1": 0.8, ...}``."""
