@@ -343,19 +343,18 @@ features() {
 
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
 photographs() {
-    local folders=() operator
+    local operator
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS"
         [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
         features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" "$@"
-        evaluate "photographs_$operator" operators="[$operator]" prior=photographs_prior tune_by=lpips tune_samples=1 \
-            methods="[\"ud2m target.model=photos_$operator label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_$operator/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_$operator label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
-            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
-            metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
-        folders+=("results/photographs_$operator")
     done
-    collect photographs "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
+    evaluate photographs operators="[${OPERATORS// /,}]" prior=photographs_prior tune_by=lpips tune_samples=1 \
+        methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
+        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
+    collect photographs results/photographs --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
 
 # Models for two operators more, each trained on from the one of the operator that is most like it, with the losses of their last stage.
