@@ -30,6 +30,7 @@ from ud2m.images import std_image, std_scale
 from ud2m.physics import (
     GaussianBlur,
     Inpainting,
+    Jpeg,
     MissingBoxes,
     MissingStrokes,
     MotionBlur,
@@ -67,6 +68,7 @@ SCENES = {
         "super-resolution x4", "photographs_super_resolution", SuperResolution(4), "coffee", 72, 200
     ),
     "inpainting": Scene("inpainting, 70 %", "photographs_inpainting", Inpainting(0.7), "chelsea", 14, 96),
+    "jpeg": Scene("JPEG, quality 10", "photographs_jpeg", Jpeg(10, likelihood="gaussian"), "chelsea", 14, 96),
     "strokes": Scene("strokes", "photographs_general", MissingStrokes((0.2, 0.3)), "coffee", 72, 200),
     "boxes": Scene("boxes", "photographs_general", MissingBoxes(0.12, 4), "chelsea", 14, 96),
 }

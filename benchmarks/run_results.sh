@@ -524,10 +524,13 @@ photographs_256() {
 
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
 shipped() {
-    local folders=() operator
-    for operator in $OPERATORS; do
-        evaluate "models_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 \
-            methods="[\"ud2m target.model=photographs_$operator\",\"ud2m target.model=photos_$operator\",\"ud2m target.model=photographs_general\",\"ud2m target.model=photos_general\"]" \
+    local folders=() operator name methods
+    for operator in $OPERATORS jpeg uniform_blur; do
+        methods=""
+        for name in "photographs_$operator" "photos_$operator" photographs_general photos_general; do
+            [ -d "ud2m/pretrained/$name" ] && methods+="\"ud2m target.model=$name\","
+        done
+        evaluate "models_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 methods="[${methods%,}]" \
             datasets="[\"folder root=$CBSD68 crop_size=64 tile_size=64 test_limit=70\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/models_$operator")
     done

@@ -40,6 +40,17 @@ def shipped(tmp_path, monkeypatch):
     return folder
 
 
+def test_rows_of_models_that_are_not_measured_again_stay():
+    merged = importlib.import_module("precision").merged
+    stored = [{"operator": name, "psnr": k} for k, name in enumerate(["a", "a", "b", "gone"])]
+    assert merged(stored, [{"operator": "c"}, {"operator": "b", "psnr": 7}], ["a", "b", "c"]) == [
+        {"operator": "a", "psnr": 0},
+        {"operator": "a", "psnr": 1},
+        {"operator": "b", "psnr": 7},
+        {"operator": "c"},
+    ]
+
+
 # --- examples in Python ----------------------------------------------------------------------------------------------
 
 
