@@ -45,7 +45,7 @@ SIDE, NUM_SAMPLES, SEED = 256, 8, 0
 DETAIL = 4  # an enlarged detail has a side of SIDE / DETAIL
 HOLE = 0.85  # grey of a pixel that was not measured
 INCHES, DPI = 1.95, 105  # side of a picture; of the files
-QUALITIES, MAX_BYTES = range(72, 20, -2), 100_000  # of the files: the first quality that is small enough
+QUALITIES, MAX_BYTES = range(72, 20, -2), 130_000  # of the files: the first quality that is small enough
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 
@@ -68,11 +68,11 @@ SCENES = {
         "super-resolution x4", "photographs_super_resolution", SuperResolution(4), "coffee", 72, 200
     ),
     "inpainting": Scene("inpainting, 70 %", "photographs_inpainting", Inpainting(0.7), "chelsea", 14, 96),
-    "jpeg": Scene("JPEG, quality 10", "photographs_jpeg", Jpeg(10, likelihood="gaussian"), "chelsea", 14, 96),
+    "jpeg": Scene("JPEG, quality 10", "photographs_jpeg", Jpeg(10, likelihood="gaussian"), "coffee", 72, 200),
     "strokes": Scene("strokes", "photographs_general", MissingStrokes((0.2, 0.3)), "coffee", 72, 200),
     "boxes": Scene("boxes", "photographs_general", MissingBoxes(0.12, 4), "chelsea", 14, 96),
 }
-OVERVIEW = ("gaussian_blur", "super_resolution", "inpainting")
+OVERVIEW = ("gaussian_blur", "super_resolution", "inpainting", "jpeg")
 
 
 @dataclass(frozen=True, eq=False)
