@@ -203,7 +203,7 @@ SECTIONS = (
         "photographs_more",
         "Models trained on 1,250 photographs: JPEG and uniform blur",
         "JPEG at quality 10 (chroma 4:2:0, seen as a decoded picture with noise of 0.04) and a box of 9x9 pixels. 59 "
-        "test pieces as above, 8 samples; LATINO and DDRM, which takes linear operators alone, at the best setting by "
+        "test pieces as above, 4 samples; LATINO and DDRM, which takes linear operators alone, at the best setting by "
         "LPIPS of one sample each of 24 validation pieces. The general model saw no JPEG.",
     ),
     Section(

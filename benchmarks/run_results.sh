@@ -362,7 +362,7 @@ photographs_more() {
     features photographs_jpeg photographs_super_resolution physics=jpeg loss.feature_energy=1 \
         steps=1400 validate_every=700 training.optimizer.lr=6e-4
     features photographs_uniform_blur photographs_gaussian_blur physics=uniform_blur loss.feature_energy=1
-    evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior tune_by=lpips tune_samples=1 unsupported=skip \
+    evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior num_samples=4 tune_by=lpips tune_samples=1 unsupported=skip \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
         datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=UD2M
