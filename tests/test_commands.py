@@ -162,7 +162,7 @@ def test_models_are_listed_with_their_scores_and_words_that_choose_them(capsys, 
     for name in shipped:
         settings = json.loads((SHIPPED / name / "config.json").read_text())
         own = [line for line in table if line.startswith(f"model={name} ")]
-        assert len(own) == (3 if name.endswith("_general") else 1)
+        assert len(own) == (5 if name.endswith("_general") else 1)
         assert all(f" {settings['network']['num_blocks'] * settings['sampler']['num_steps']} " in line for line in own)
         trained = settings["sampler"]["info"]["physics"]["operator"]["class"].rpartition(".")[2].lower()
         assert len(own) > 1 or own[0].split()[1].replace("_", "") == trained
@@ -173,6 +173,8 @@ def test_models_are_listed_with_their_scores_and_words_that_choose_them(capsys, 
         assert line.split()[-4:] == [f"{row['psnr_mean']:.2f}", "dB", f"{row['lpips']:.3f}", f"{row['r']:.2f}"]
     (line,) = [line for line in table if line.startswith("model=photos_general physics=inpainting ")]
     assert f" {rows['UD2M (model=photos_general)']['lpips']:.3f} " in line
+    levels = {line.split()[-9]: line.split()[-8] for line in table}
+    assert levels == {row["operator"]: f"{row['sigma_y']:g}" for row in stored}
     assert "of CBSD68" in lines[-4]
     with initialize_config_dir(str(commands.conf_folder()), version_base="1.3"):
         assert f"it is {compose('sample').model}." in lines[-1]

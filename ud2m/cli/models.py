@@ -35,7 +35,7 @@ def models() -> str:
             "",
             f"Scores: {pieces} (docs/results.md).",
             "LPIPS: of single samples. r: their spread over the error of their mean, 1 where calibrated.",
-            "sigma_y is that of training and of the scores, for images in [0, 1]; others may be given.",
+            "sigma_y is that of the scores, and by default of samples, for images in [0, 1]; others may be given.",
             f"Without model=... it is {chosen}. What has several lines was trained on many operators.",
         ]
     )
@@ -61,5 +61,6 @@ def lines_of(name: str, rows: Rows) -> Iterator[tuple[str, ...]]:
     for row in measured or [{"operator": "-"}]:
         words = f"model={name}" + (f" physics={row['operator']}" if len(measured) > 1 else "")
         scores = [form.format(row[key]) if key in row else "-" for key, form in MEASURED.items()]
-        numbers = (f"{sampler.config.sigma_y:g}", str(sampler.nfe()), f"{size / 1e6:.1f} MB")
+        sigma_y = row.get("sigma_y", sampler.config.sigma_y)
+        numbers = (f"{sigma_y:g}", str(sampler.nfe()), f"{size / 1e6:.1f} MB")
         yield words, str(row["operator"]), *numbers, *scores
