@@ -445,7 +445,7 @@ adversarial() {
 # The paper's losses on PHOTOGRAPHS: L2 + LPIPS, and the adversarial term at growing weights, each as large beside them as it says.
 paper_losses() {
     local weight start=$RUNS/photographs_gaussian_blur/export
-    local methods="\"ud2m target.model=$start label=energy_score_alone\""
+    local methods="\"ud2m target.model=$start label=energy_score_alone\",\"ud2m target.model=photographs_gaussian_blur label=as_shipped\""
     for weight in 0 0.3 1; do
         train "paper_$weight" experiment=photographs physics=gaussian_blur training.start_from="$start" \
             data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
