@@ -27,10 +27,10 @@ import loading
 from cost import TrainingCost, compiled_row, interleaved, sampling_ratio
 from experiments import composed
 from memory import peak
-from precision import MODELS
 from results import machine
 from ud2m.cli.errors import is_out_of_memory
 from ud2m.cli.estimate import estimate
+from ud2m.cli.models import shipped_models
 from ud2m.cli.objects import build
 from ud2m.cli.sample import trained_operator
 from ud2m.data import FolderData, ShardData
@@ -44,6 +44,7 @@ from ud2m.samplers.ud2m import PosteriorSampler
 from ud2m.training import DistillationModule
 
 EXPERIMENT, ARCHITECTURE = "imagenet256", "imagenet256"
+MODELS = tuple(shipped_models())
 ADAM = 2
 """Moments per trained parameter, which are there after the first step."""
 Row = dict[str, Any]

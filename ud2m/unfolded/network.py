@@ -205,8 +205,8 @@ class UnfoldedNetwork(nn.Module):
         The warm start is this network's where the other's has other weights.
 
         Args:
-            state: of the other network. conditioning: its features, each of which this network has too; the slopes of
-                further ones are 0.
+            state: of the other network.
+            conditioning: its features, each of which this network has too; the slopes of further ones are 0.
         """
         mine, theirs = _of_start(self.own_state()), _of_start(state)
         fits = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
