@@ -327,9 +327,7 @@ def pipeline_to_go_on_from(reference: str, vae: Any, table: NoiseTable) -> Laten
     begun = LatentPrior.from_pretrained(reference)
     if begun.distilled:
         raise ValueError(f"training.start_from={reference} is distilled into few steps; take a pipeline that is not")
-    if (begun.table.prediction, begun.table.num_times) != (table.prediction, table.num_times) or not same_noise(
-        begun.table, table
-    ):
+    if begun.table.prediction != table.prediction or not same_noise(begun.table, table):
         raise ValueError(
             f"training.start_from={reference} has learnt {begun.table.prediction} with {begun.table.num_times} times, "
             f"and training.scheduler says {table.prediction} with {table.num_times}, or other noise at them; give the "
@@ -346,9 +344,11 @@ def pipeline_to_go_on_from(reference: str, vae: Any, table: NoiseTable) -> Laten
 
 
 def same_noise(first: NoiseTable, second: NoiseTable) -> bool:
-    """Return whether two tables with equally many times have the same a and b at all of them."""
+    """Return whether two tables have equally many times, and the same a and b at all of them."""
     times = torch.arange(first.last_time + 1)
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first.roots(times), second.roots(times), strict=True))
+    return first.num_times == second.num_times and all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(first.roots(times), second.roots(times), strict=True)
+    )
 
 
 TARGETS = {
