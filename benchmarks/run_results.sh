@@ -3,7 +3,7 @@
 #
 #     TORCH_HOME=/path/to/torch_home bash benchmarks/run_results.sh [part...]
 #
-# Parts: PARTS at the end, in order, by default, `models`, and `photographs`, `photographs_more`, `mixture`, `tradeoff`, `calibration`, `adversarial`, `paper_losses`, `photographs_rivals`, `photographs_bridges`, `photographs_start`, `photographs_few`, `photographs_256` and `shipped`, which need folders of them.
+# Parts: PARTS at the end, in order, by default, `models`, and those of ON_FOLDERS, which need folders of photographs: PHOTOGRAPHS, CBSD68.
 # `models` trains the prior `photos_prior` and the four models on it anew and puts them into ud2m/pretrained. What is finished
 # in runs/results and samples/results is not repeated (remove these folders to start anew), and an interrupted training is
 # resumed. LPIPS needs AlexNet's weights in $TORCH_HOME/hub/checkpoints, and its use as a loss those of VGG.
@@ -50,6 +50,22 @@ evaluate() {
 
 collect() {
     "$PYTHON" benchmarks/results.py collect "$@"
+}
+
+# pieces FOLDER SIZE LIMIT words...: the data set of LIMIT square test pieces of FOLDER's images
+pieces() {
+    local root=$1 size=$2 limit=$3
+    shift 3
+    echo "folder root=$root crop_size=$size tile_size=$size test_limit=$limit${*:+ $*}"
+}
+
+# latino FIRST LAST WIDTH ORIENTATIONS LABEL, ddrm ETA POWER ORIENTATIONS LABEL: these methods at one setting, as a list holds them
+latino() {
+    echo "\"latino target.setting.tau_first=$1 target.setting.tau_last=$2 target.setting.width=$3 target.symmetries=$4 label=$5\""
+}
+
+ddrm() {
+    echo "\"ddrm target.eta=$1 target.power=$2 target.symmetries=$3 label=$4\""
 }
 
 ship() {
@@ -352,7 +368,7 @@ photographs() {
     done
     evaluate photographs operators="[${OPERATORS// /,}]" prior=photographs_prior tune_by=lpips tune_samples=1 \
         methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
     collect photographs results/photographs --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
 }
@@ -364,7 +380,7 @@ photographs_more() {
     features photographs_uniform_blur photographs_gaussian_blur physics=uniform_blur loss.feature_energy=1
     evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior num_samples=4 tune_by=lpips tune_samples=1 unsupported=skip \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=UD2M
     collect photographs_more results/photographs_more --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_more"
 }
@@ -386,7 +402,7 @@ mixture() {
         evaluate "general_$operator" operators="[$1]" prior=photographs_prior num_samples=4 \
             tune_by=lpips tune_samples=1 tune_images=12 reference=LATINO \
             methods="[$specialist\"ud2m target.model=photographs_general label=photographs_general\",\"ud2m target.model=photos_general label=photos_general\",\"latino tune={$LATINO_GRID}\"]" \
-            datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=30 val_limit=24\"]" \
+            datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]" \
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/general_$operator")
     done
@@ -402,15 +418,15 @@ tradeoff() {
         for scale in 0.7 1.4; do all+=",\"$ours target.step_scale=$scale label=UD2M_step_scale_$scale\""; done
         for setting in "0.2 0.01 1.0" "0.4 0.02 1.4" "0.4 0.04 1.4"; do
             read -r first last width <<< "$setting"
-            all+=",\"latino target.setting.tau_first=$first target.setting.tau_last=$last target.setting.width=$width label=LATINO_${first}_to_${last}_width_$width\""
+            all+=",$(latino "$first" "$last" "$width" 1 "LATINO_${first}_to_${last}_width_$width")"
         done
-        for eta in 0.85 0.5; do all+=",\"ddrm target.eta=$eta target.power=3.0 label=DDRM_eta_$eta\""; done
+        for eta in 0.85 0.5; do all+=",$(ddrm $eta 3.0 1 DDRM_eta_$eta)"; done
         for number in 8 4 2; do
             [ "$number" = 2 ] || setting="\"$ours label=UD2M_mean_$number\""
             [ "$number" != 2 ] || setting=$all
             evaluate "tradeoff_${operator}_$number" operators="[$operator]" prior=photographs_prior num_samples="$number" \
                 tune=false metrics='[psnr,lpips]' show=0 methods="[$setting]" \
-                datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=16\"]"
+                datasets="[\"$(pieces "$PHOTOGRAPHS" 128 16)\"]"
             folders+=("results/tradeoff_${operator}_$number")
         done
     done
@@ -422,7 +438,7 @@ tradeoff() {
 calibration() {
     evaluate calibration_gaussian_blur operators='[gaussian_blur]' prior=photographs_prior num_samples=19 show=2 \
         methods='["ud2m target.model=photographs_gaussian_blur"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=8\"]"
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 8)\"]"
     collect calibration results/calibration_gaussian_blur --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh calibration" \
         --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.037, 0.073: 0.011, 0.026, 0.032, 0.053, 0.085 (the plot of the report)."
 }
@@ -437,7 +453,7 @@ adversarial() {
     train adversarial_1 $common $felt steps=500 validate_every=500 loss.adversarial=1
     evaluate adversarial operators='[gaussian_blur]' prior=photographs_prior \
         methods="[\"ud2m target.model=$RUNS/photographs_gaussian_blur/export label=shipped\",\"ud2m target.model=${folder}_0/export label=energy\",\"ud2m target.model=${folder}_0.3/export label=energy_and_adversarial_0.3\",\"ud2m target.model=${folder}_1/export label=energy_and_adversarial_1\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=40 val_limit=24\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 40 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' tune=false reference=shipped
     collect adversarial results/adversarial --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh adversarial"
 }
@@ -456,7 +472,7 @@ paper_losses() {
         methods+=",\"ud2m target.model=$RUNS/paper_$weight/export-last label=L2_+_LPIPS_+_${weight}_adversarial\""
     done
     evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=64 tile_size=64 test_limit=260\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 64 260)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,coverage,frechet_alex]' reference="'energy score alone'"
     collect paper_losses results/paper_losses --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh paper_losses"
 }
@@ -467,7 +483,7 @@ photographs_rivals() {
     evaluate photographs_rivals operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
         methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino tune={$LATINO_WIDER,symmetries:[1,8]}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0],symmetries:[1,8]}\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59 val_limit=24\"]"
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]"
     collect photographs_rivals results/photographs_rivals --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
 }
 
@@ -481,7 +497,7 @@ photographs_bridges() {
     evaluate photographs_bridges operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=2 \
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M,_as_shipped\",\"i2sb $bridge\",\"cddb $bridge tune={num_steps:[3,9],consistency:[0.3,1.0,3.0]}\",\"diffpir tune={zeta:[0.3,0.8],lambda_:[3.0,7.0,20.0]}\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=30 val_limit=24\"]"
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
     collect photographs_bridges results/photographs_bridges --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_bridges"
 }
 
@@ -494,7 +510,7 @@ photographs_start() {
     for name in no_start start; do methods+=",\"ud2m target.model=$RUNS/photographs_$name/export label=$name\""; done
     evaluate photographs_start operators='[super_resolution]' prior=photographs_prior num_samples=4 \
         methods="[\"ud2m target.model=photographs_super_resolution label=as_shipped\"$methods]" reference="'as shipped'" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59\"]" metrics='[psnr,psnr_limit,lpips,r,energy]'
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" metrics='[psnr,psnr_limit,lpips,r,energy]'
     collect photographs_start results/photographs_start --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_start"
 }
 
@@ -508,18 +524,28 @@ photographs_few() {
     methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\","
     methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_3_(shipped)"'
     evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=128 tile_size=128 test_limit=59\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 3 (shipped)'"
     collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
 }
 
-# The shipped models and LATINO at 256x256 on PHOTOGRAPHS.
+# The shipped models and their rivals at 256x256 on CBSD68, with the rivals' settings that were the best ones of `photographs_rivals` and `photographs_more`.
 photographs_256() {
-    evaluate photographs_256 operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=4 \
-        tune_by='[psnr,lpips]' tune_samples=1 reference=UD2M metrics='[psnr,psnr_limit,lpips,r,energy]' \
-        methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\"]" \
-        datasets="[\"folder root=$PHOTOGRAPHS crop_size=256 tile_size=256 test_limit=40 val_limit=24 batch_size=2\"]"
-    collect photographs_256 results/photographs_256 --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_256"
+    local operator ours="ud2m target.model=photographs_{physics} label=UD2M" general="ud2m target.model=photographs_general label=UD2M,_general_model"
+    local -A rivals=(
+        [gaussian_blur]="$(latino 0.4 0.01 1.0 8 LATINO,_best_PSNR),$(latino 0.4 0.02 1.4 8 LATINO,_best_LPIPS),$(ddrm 0.85 3.0 1 DDRM,_best_PSNR),$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS)"
+        [super_resolution]="$(latino 0.4 0.04 1.0 1 LATINO),$(ddrm 0.85 2.0 1 DDRM)"
+        [inpainting]="$(latino 0.2 0.02 1.4 1 LATINO),$(ddrm 1.0 3.0 8 DDRM)"
+        [jpeg]="$(latino 0.2 0.08 1.0 1 LATINO)"
+    )
+    local folders=()
+    for operator in $OPERATORS jpeg; do
+        evaluate "photographs_256_$operator" operators="[$operator]" prior=photographs_prior num_samples=2 tune=false reference=UD2M \
+            metrics='[psnr,psnr_limit,lpips,r,energy]' methods="[\"$ours\",\"$general\",${rivals[$operator]}]" \
+            datasets="[\"$(pieces "$CBSD68" 256 68 batch_size=2)\"]"
+        folders+=("results/photographs_256_$operator")
+    done
+    collect photographs_256 "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh photographs_256" --note "Times are those of a busy machine."
 }
 
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
@@ -531,16 +557,17 @@ shipped() {
             [ -d "ud2m/pretrained/$name" ] && methods+="\"ud2m target.model=$name\","
         done
         evaluate "models_$operator" operators="[$operator]" prior=photographs_prior num_samples=4 methods="[${methods%,}]" \
-            datasets="[\"folder root=$CBSD68 crop_size=64 tile_size=64 test_limit=70\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
+            datasets="[\"$(pieces "$CBSD68" 64 70)\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/models_$operator")
     done
     collect models "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh shipped" --note "Times are those of a busy machine."
 }
 
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
+ON_FOLDERS="photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_256 shipped"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
-    case " models photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_256 shipped $PARTS " in
+    case " models $PARTS $ON_FOLDERS " in
         *" $part "*) "$part" ;;
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac

@@ -67,13 +67,18 @@ def scripted_commands(tmp_path: Path) -> list[Command]:
     stub = tmp_path / "python"
     stub.write_text('#!/usr/bin/env bash\nprintf "python"\nprintf " %q" "$@"\necho\n')
     stub.chmod(0o755)
-    parts = re.search(r'^PARTS="([a-z ]+)"', SCRIPT.read_text(), re.MULTILINE)
-    assert parts
+    parts = [
+        part
+        for names in re.findall(r'^(?:PARTS|ON_FOLDERS)="(.+)"', SCRIPT.read_text(), re.M)
+        for part in names.split()
+    ]
+    assert len(parts) > 20
     copy = tmp_path / "copy" / SCRIPT.relative_to(REPOSITORY)
     copy.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, copy)
-    script = ["bash", str(copy), "models", *parts[1].split()]
-    done = subprocess.run(script, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True, check=True)
+    script = ["bash", str(copy), "models", *parts]
+    given = {"PYTHON": str(stub), "PHOTOGRAPHS": "photographs", "CBSD68": "cbsd68"}
+    done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True, check=True)
     return [words(line) for line in done.stdout.splitlines()]
 
 
