@@ -218,7 +218,7 @@ SECTIONS = (
     Section(
         "photographs_256",
         "The models at 256x256",
-        "All 68 images of CBSD68, their central 256x256, 2 samples each. LATINO and DDRM, which takes linear operators "
+        "Every second image of CBSD68, its central 256x256, 2 samples each. LATINO and DDRM, which takes linear operators "
         "alone, have the settings that were the best ones at 128x128 (the tables above): in the PSNR of the mean and in "
         "LPIPS, or the latter where they hardly differ. JPEG at quality 10 with noise of 0.04, sigma_y = 0.01 else. "
         "The general model saw no JPEG. With 95 % intervals, over images.",

@@ -542,7 +542,7 @@ photographs_256() {
     for operator in $OPERATORS jpeg; do
         evaluate "photographs_256_$operator" operators="[$operator]" prior=photographs_prior num_samples=2 tune=false reference=UD2M \
             metrics='[psnr,psnr_limit,lpips,r,energy]' methods="[\"$ours\",\"$general\",${rivals[$operator]}]" \
-            datasets="[\"$(pieces "$CBSD68" 256 68 batch_size=2)\"]"
+            datasets="[\"$(pieces "$CBSD68" 256 34 batch_size=2)\"]"
         folders+=("results/photographs_256_$operator")
     done
     collect photographs_256 "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh photographs_256" --note "Times are those of a busy machine."
