@@ -1,5 +1,6 @@
 """Scores of an evaluation against cases whose answer is known."""
 
+import itertools
 import math
 from importlib.metadata import PackageNotFoundError
 
@@ -17,6 +18,7 @@ from ud2m.evaluation.calibration import (
 from ud2m.evaluation.features import INCEPTION_FILE, LPIPSDistance
 from ud2m.evaluation.metrics import calibration_ratio, psnr, spread_and_error, ssim
 from ud2m.evaluation.scores import Draws, FeatureDistances, build_score, check_scores, with_interval
+from ud2m.evaluation.table import metric_of
 from ud2m.physics import GaussianBlur, Inpainting, Observation, Problem, UniformBlur, measured, observe, residual
 from ud2m.priors.gaussian_mixture import GaussianMixture
 
@@ -344,6 +346,28 @@ def test_lpips_is_the_package_and_diversity_is_that_between_samples(weights):
     between = torch.stack([distance(draws.samples[:, s], draws.samples[:, s + 1]) for s in range(2)])
     assert found["diversity_lpips"] == pytest.approx(between.mean().item(), rel=1e-5)
     assert found["lpips_backend"].startswith("alex, lpips ")
+
+
+def test_lpips_freed_of_spread_is_that_of_the_mean_of_all_samples_features(weights):
+    # a sampler that draws one of two pictures: the mean over its four pairs of samples is what is expected of two
+    a, b, x0 = torch.rand(3, 3, 32, 32, generator=generator())
+    pairs = torch.stack([torch.stack(pair) for pair in itertools.product((a, b), repeat=2)])
+    truths = x0.expand(4, -1, -1, -1)
+    found = numbers("lpips", draws_of(truths, truths, Inpainting().draw(1, x0.shape), 0.1, 0.1, pairs), 2)
+
+    net = LPIPSDistance("alex").network
+
+    def features(image):
+        layers = net.net(net.scaling_layer(2 * image[None] - 1))
+        return [layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10) for layer in layers]
+
+    expected = sum(
+        net.lins[k].model(((f + g) / 2 - f0).square()).mean().item()
+        for k, (f, g, f0) in enumerate(zip(features(a), features(b), features(x0), strict=True))
+    )
+    assert found["lpips_limit"] == pytest.approx(expected, rel=1e-4)
+    assert found["lpips_limit"] < found["lpips"]
+    assert metric_of("lpips_limit_vgg") == "lpips_vgg"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

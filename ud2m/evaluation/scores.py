@@ -538,7 +538,12 @@ class ConditionalW2(Score):
 
 
 def lpips_score(net: str) -> PerImage:
-    """Return LPIPS of the mean, of single samples, and between samples (diversity), with a backbone."""
+    """Return LPIPS of the mean, of single samples, between samples (diversity), and freed of spread, with a backbone.
+
+    LPIPS is a squared distance of features, so that a single sample pays for the spread as in its PSNR. Freed of it,
+    E d(x, x0) - E d(x, x') / 2 = d(E f(x), f(x0)), it is that of the mean of infinitely many samples' features
+    (``lpips_limit``), estimated without bias from two samples or more.
+    """
     check_weights(net)
     network = lpips_distance(net)
     distance = over_frames(network)
@@ -549,7 +554,11 @@ def lpips_score(net: str) -> PerImage:
         found = against_truth(draws)
         if draws.samples.shape[1] > 1:
             pairs = pairwise(draws.samples.unbind(1))
-            found[f"diversity_lpips{suffix}"] = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
+            between = torch.stack([distance(a, b) for a, b in pairs]).mean(0)
+            found |= {
+                f"diversity_lpips{suffix}": between,
+                f"lpips_limit{suffix}": found[f"lpips{suffix}"] - between / 2,
+            }
         return found
 
     backend = {f"lpips{suffix}_backend": network.name}

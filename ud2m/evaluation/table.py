@@ -65,6 +65,15 @@ COLUMNS = (
     Column("ssim_mean", "SSIM of mean", "structural similarity of the mean, 1 if equal", ".3f", "max", selects=True),
     Column("ssim", "SSIM", "structural similarity of single samples, 1 if equal", ".3f", "max", selects=True),
     Column("lpips_mean", "LPIPS of mean", "perceptual distance of the mean", ".3f", "min", selects=True, variants=True),
+    Column(
+        "lpips_limit",
+        "LPIPS, S → ∞",
+        "of the mean of infinitely many samples' features: single samples less half of that between samples",
+        ".3f",
+        "min",
+        selects=True,
+        variants=True,
+    ),
     Column("lpips", "LPIPS", "perceptual distance of single samples", ".3f", "min", selects=True, variants=True),
     Column("lpips_backend", "LPIPS network"),
     Column("dists_mean", "DISTS of mean", "structure and texture distance of the mean", ".3f", "min", selects=True),
@@ -101,6 +110,7 @@ COLUMNS = (
 
 SETTING = ("data", "size", "operator", "sigma_y")
 """Keys of a row that say what was measured on: scores compare only where these agree."""
+_LPIPS = ("lpips", "lpips_mean", "lpips_limit")
 _LPIPS_BACKEND = "lpips_backend"  # a row's word on the network behind them
 
 
@@ -120,7 +130,7 @@ def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         keys.remove(_LPIPS_BACKEND)
     columns = [column_of(key) for key in sorted(keys, key=_place)]
     network = f" ({backends.pop()})" if len(backends) == 1 else ""
-    return [replace(c, heading=c.heading + network) if c.key in ("lpips", "lpips_mean") else c for c in columns]
+    return [replace(c, heading=c.heading + network) if c.key in _LPIPS else c for c in columns]
 
 
 def selecting(key: str) -> Column:
@@ -137,8 +147,8 @@ def selecting(key: str) -> Column:
 
 
 def metric_of(key: str) -> str:
-    """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_mean_vgg``."""
-    return key.replace("_mean", "", 1)
+    """Return the metric that computes a number: ``psnr`` of ``psnr_mean``, ``lpips_vgg`` of ``lpips_limit_vgg``."""
+    return key.replace("_mean", "", 1).replace("lpips_limit", "lpips", 1)
 
 
 def without_bounds(row: Mapping[str, Any]) -> dict[str, Any]:
