@@ -514,19 +514,32 @@ photographs_start() {
     collect photographs_start results/photographs_start --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_start"
 }
 
-# One to nine evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer steps, and models of one and of four modules.
+# One to 21 evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer and in more steps, models of one and of four modules, and DDRM.
 photographs_few() {
     local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
     train photographs_K1 $common data.root="$PHOTOGRAPHS" network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
     train photographs_K4 $common data.root="$PHOTOGRAPHS" network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
-    for steps in 1 2; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
+    for steps in 1 2 5 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
     for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1/export target.num_steps=$steps label=K_=_1,_N_=_$steps\","; done
-    methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\","
+    methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\",$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS),"
     methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_3_(shipped)"'
     evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 3 (shipped)'"
     collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
+}
+
+# The general model on PHOTOGRAPHS at noise levels across its range.
+photographs_noise() {
+    local folders=() level
+    for level in 0.005 0.02 0.05 0.1; do
+        evaluate "photographs_noise_$level" prior=photographs_prior num_samples=4 tune_by=lpips tune_samples=1 reference=UD2M \
+            operators="[\"gaussian_blur sigma_y=$level\",\"motion_blur sigma_y=$level\",\"super_resolution sigma_y=$level\"]" \
+            methods='["ud2m target.model=photographs_general","latino tune={setting.tau_first:[0.4],setting.tau_last:[0.01,0.02,0.04,0.08,0.16],setting.width:[1.0]}"]' \
+            metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
+        folders+=("results/photographs_noise_$level")
+    done
+    collect photographs_noise "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_noise" --note "Times are those of a busy machine."
 }
 
 # The shipped models and their rivals at 256x256 on CBSD68, with the rivals' settings that were the best ones of `photographs_rivals` and `photographs_more`.
@@ -564,7 +577,7 @@ shipped() {
 }
 
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
-ON_FOLDERS="photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_256 shipped"
+ON_FOLDERS="photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_noise photographs_256 shipped"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
     case " models $PARTS $ON_FOLDERS " in
