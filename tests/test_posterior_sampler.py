@@ -227,6 +227,7 @@ def test_a_picture_of_any_size_is_sampled(sampler):
         ({"grid_power": 0}, "grid_power"),
         ({"grid_power": "steep"}, "grid_power"),
         ({"step_scale": 0.0}, "step_scale"),
+        ({"grid_power": 0.0}, "grid_power"),
         ({"step_scale": float("inf")}, "step_scale"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"tile": 8}, r"tile .* at least 16"),

@@ -51,7 +51,7 @@ from ud2m.samplers.base import Sampler
 from ud2m.samplers.ud2m import PosteriorSampler
 
 AUTO = "auto"
-OPTIONS = ("num_steps", "eta", "symmetries", "step_scale", "chunk_size", "tile", "precision")
+OPTIONS = ("num_steps", "grid_power", "eta", "symmetries", "step_scale", "chunk_size", "tile", "precision")
 """Keys that are options of the sampler."""
 METRICS = ("psnr", "ssim")
 """Besides LPIPS, the distance of the prior's features and the residual."""

@@ -84,6 +84,7 @@ class SampleSettings(Settings):
     sigma_y: NoiseLevel | Literal["auto"] | None
     num_samples: Count
     num_steps: Count | None
+    grid_power: Scale | None
     eta: Share | Literal["fresh"] | None
     symmetries: Symmetries | None
     step_scale: Scale | None
