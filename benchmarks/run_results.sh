@@ -519,7 +519,8 @@ photographs_few() {
     local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
     train photographs_K1 $common data.root="$PHOTOGRAPHS" network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
     train photographs_K4 $common data.root="$PHOTOGRAPHS" network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
-    for steps in 1 2 5 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
+    for steps in 1 2; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
+    for steps in 5 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps target.grid_power=2.0 target.eta=0.0 label=K_=_3,_N_=_$steps,_grid_2,_eta_0\","; done
     for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1/export target.num_steps=$steps label=K_=_1,_N_=_$steps\","; done
     methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\",$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS),"
     methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_3_(shipped)"'
