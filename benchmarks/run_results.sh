@@ -530,6 +530,15 @@ photographs_few() {
     collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
 }
 
+# The shipped models on PHOTOGRAPHS in their three steps, and in five with more levels between the first and the last.
+photographs_steps() {
+    local ours="ud2m target.model=photographs_{physics} target.num_steps"
+    evaluate photographs_steps operators="[${OPERATORS// /,},uniform_blur,jpeg]" prior=photographs_prior num_samples=4 tune=false \
+        methods="[\"$ours=3 target.grid_power=5.0 target.eta=1.0 label=N_=_3,_as_trained\",\"$ours=5 target.grid_power=2.0 target.eta=0.0 label=N_=_5,_grid_2,_eta_0\"]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30)\"]" reference="'N = 3, as trained'"
+    collect photographs_steps results/photographs_steps --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_steps" --note "Times are those of a busy machine."
+}
+
 # The general model on PHOTOGRAPHS at noise levels across its range.
 photographs_noise() {
     local folders=() level
@@ -545,17 +554,16 @@ photographs_noise() {
 
 # The shipped models and their rivals at 256x256 on CBSD68, with the rivals' settings that were the best ones of `photographs_rivals` and `photographs_more`.
 photographs_256() {
-    local operator ours="ud2m target.model=photographs_{physics} label=UD2M" general="ud2m target.model=photographs_general label=UD2M,_general_model"
+    local operator ours="ud2m target.model=photographs_{physics} label=UD2M" folders=()
     local -A rivals=(
         [gaussian_blur]="$(latino 0.4 0.01 1.0 8 LATINO,_best_PSNR),$(latino 0.4 0.02 1.4 8 LATINO,_best_LPIPS),$(ddrm 0.85 3.0 1 DDRM,_best_PSNR),$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS)"
         [super_resolution]="$(latino 0.4 0.04 1.0 1 LATINO),$(ddrm 0.85 2.0 1 DDRM)"
         [inpainting]="$(latino 0.2 0.02 1.4 1 LATINO),$(ddrm 1.0 3.0 8 DDRM)"
         [jpeg]="$(latino 0.2 0.08 1.0 1 LATINO)"
     )
-    local folders=()
     for operator in $OPERATORS jpeg; do
         evaluate "photographs_256_$operator" operators="[$operator]" prior=photographs_prior num_samples=2 tune=false reference=UD2M \
-            metrics='[psnr,psnr_limit,lpips,r,energy]' methods="[\"$ours\",\"$general\",${rivals[$operator]}]" \
+            metrics='[psnr,psnr_limit,lpips,r,energy]' methods="[\"$ours\",${rivals[$operator]}]" \
             datasets="[\"$(pieces "$CBSD68" 256 34 batch_size=2)\"]"
         folders+=("results/photographs_256_$operator")
     done
@@ -578,7 +586,7 @@ shipped() {
 }
 
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"
-ON_FOLDERS="photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_noise photographs_256 shipped"
+ON_FOLDERS="photographs photographs_more mixture tradeoff calibration adversarial paper_losses photographs_rivals photographs_bridges photographs_start photographs_few photographs_steps photographs_noise photographs_256 shipped"
 [ $# -gt 0 ] || set -- $PARTS
 for part in "$@"; do
     case " models $PARTS $ON_FOLDERS " in
