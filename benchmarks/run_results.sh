@@ -357,6 +357,17 @@ features() {
     ship "$RUNS/${name}_features/export" "$name" --prior photographs_prior
 }
 
+# sharp NAME START overrides...: the model START trained on for sharper single samples, shipped as NAME, with more levels
+# between the first and the last
+sharp() {
+    local name=$1 start=$2
+    shift 2
+    train "${name}_sharp" experiment=photographs settings=sharp training.start_from="$start" \
+        steps=700 validate_every=350 training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
+    [ -d "$RUNS/${name}_sharp/export-last" ] || "$PYTHON" train.py export=last.ckpt run_dir="$RUNS/${name}_sharp"
+    ship "$RUNS/${name}_sharp/export-last" "$name" --prior photographs_prior --options num_steps=5 grid_power=2.0 eta=0.0
+}
+
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
 photographs() {
     local operator
@@ -366,6 +377,7 @@ photographs() {
         [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
         features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" "$@"
     done
+    sharp photographs_gaussian_blur "$RUNS/photographs_gaussian_blur_features/export" physics=gaussian_blur
     evaluate photographs operators="[${OPERATORS// /,}]" prior=photographs_prior tune_by=lpips tune_samples=1 \
         methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
@@ -377,7 +389,7 @@ photographs() {
 photographs_more() {
     features photographs_jpeg photographs_super_resolution physics=jpeg loss.feature_energy=1 \
         steps=1400 validate_every=700 training.optimizer.lr=6e-4
-    features photographs_uniform_blur photographs_gaussian_blur physics=uniform_blur loss.feature_energy=1
+    features photographs_uniform_blur "$RUNS/photographs_gaussian_blur_features/export" physics=uniform_blur loss.feature_energy=1
     evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior num_samples=4 tune_by=lpips tune_samples=1 unsupported=skip \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
@@ -461,7 +473,7 @@ adversarial() {
 # The paper's losses on PHOTOGRAPHS: L2 + LPIPS, and the adversarial term at growing weights, each as large beside them as it says.
 paper_losses() {
     local weight start=$RUNS/photographs_gaussian_blur/export
-    local methods="\"ud2m target.model=$start label=energy_score_alone\",\"ud2m target.model=photographs_gaussian_blur label=as_shipped\""
+    local methods="\"ud2m target.model=$start label=energy_score_alone\",\"ud2m target.model=$RUNS/photographs_gaussian_blur_features/export label=energy_score_of_features_besides\""
     for weight in 0 0.3 1; do
         train "paper_$weight" experiment=photographs physics=gaussian_blur training.start_from="$start" \
             data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
@@ -519,14 +531,13 @@ photographs_few() {
     local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
     train photographs_K1 $common data.root="$PHOTOGRAPHS" network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
     train photographs_K4 $common data.root="$PHOTOGRAPHS" network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
-    for steps in 1 2; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
-    for steps in 5 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps target.grid_power=2.0 target.eta=0.0 label=K_=_3,_N_=_$steps,_grid_2,_eta_0\","; done
+    for steps in 1 2 3 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
     for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1/export target.num_steps=$steps label=K_=_1,_N_=_$steps\","; done
     methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\",$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS),"
-    methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_3_(shipped)"'
+    methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_5_(shipped)"'
     evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" \
-        metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 3 (shipped)'"
+        metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 5 (shipped)'"
     collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
 }
 

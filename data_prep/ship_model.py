@@ -2,6 +2,8 @@
 
     python data_prep/ship_model.py runs/photos_prior/export photos_prior
     python data_prep/ship_model.py runs/photos_gaussian_blur/export photos_gaussian_blur --prior photos_prior
+    python data_prep/ship_model.py runs/sharp/export-last photographs_gaussian_blur --prior photographs_prior \
+        --options num_steps=5 grid_power=2.0 eta=0.0
 
 A prior (a diffusers folder) is copied as it is. Of a model (an export) the adapter is stored in half precision, and its
 reference to the prior becomes the name of the shipped one, whose fingerprint must be the one that the model was trained
@@ -11,9 +13,12 @@ on. What is copied is loaded before it gets its place. Only safetensors and JSON
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors.torch import load_file, save_file
 
 import ud2m.priors.adm
@@ -22,6 +27,7 @@ from ud2m.files import move_into_place, parse_json, plain_name, write_json
 from ud2m.priors.prior import Prior
 from ud2m.priors.shipped import PSI_FILE, SCHEDULER_FILE, shipped_folder
 from ud2m.priors.store import UNET_FILE
+from ud2m.samplers.config import SamplerConfig
 from ud2m.samplers.export import CONFIG_FILE
 from ud2m.samplers.ud2m import PosteriorSampler
 
@@ -31,12 +37,13 @@ PRIOR_LIMIT, MODEL_LIMIT = 4_000_000, 2_000_000
 """Largest size of a folder in bytes: the package must stay small."""
 
 
-def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
+def ship(source: Path, name: str, prior: str, replace: bool = False, options: Mapping[str, Any] | None = None) -> Path:
     """Copy a prior or export folder to ``ud2m/pretrained/NAME`` and return that folder.
 
     Args:
         source: a diffusers folder or an export. name: what users will call it.
         prior: name of the shipped prior of an export. replace: an older one of this name gives way.
+        options: of ``SamplerConfig``, that take the place of the export's.
 
     Raises:
         FileNotFoundError: when a file is missing.
@@ -53,7 +60,7 @@ def ship(source: Path, name: str, prior: str, replace: bool = False) -> Path:
         if is_prior:
             copy_prior(source, work)
         else:
-            copy_model(source, work, prior)
+            copy_model(source, work, prior, options or {})
         check(work, PRIOR_LIMIT if is_prior else MODEL_LIMIT)
         move_into_place(work, target)
     finally:
@@ -69,12 +76,13 @@ def copy_prior(source: Path, work: Path) -> None:
         raise ValueError(f"the copy of {source} differs from it; copy again")
 
 
-def copy_model(source: Path, work: Path, prior: str) -> None:
-    """Copy an export that refers to the shipped prior, and load the copy, which checks the fingerprint."""
+def copy_model(source: Path, work: Path, prior: str, options: Mapping[str, Any]) -> None:
+    """Copy an export that refers to the shipped prior, and load the copy, which checks fingerprint and options."""
     if shipped_folder(prior) is None:
         raise ValueError(f"no shipped prior is called {prior!r}; ship it first")
     config = read_json(source / CONFIG_FILE)
     config["prior"]["reference"] = prior
+    config["sampler"] |= options
     write_json(work / CONFIG_FILE, config)
     copy(source / PSI_FILE, work / PSI_FILE)
     if config["lora"]["rank"] > 0:
@@ -126,13 +134,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("name", help="what users will call it, e.g. photos_gaussian_blur")
     parser.add_argument("--prior", default="photos_prior", help="shipped prior of a model")
     parser.add_argument("--replace", action="store_true", help="replace a shipped one of this name")
+    parser.add_argument(
+        "--options", nargs="*", default=[], type=option, metavar="KEY=VALUE", help="how the model samples by default"
+    )
     return parser
+
+
+def option(text: str) -> tuple[str, Any]:
+    """Return key and value of an option of sampling."""
+    key, separator, value = text.partition("=")
+    if key not in {field.name for field in fields(SamplerConfig)} or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option of sampling, as num_steps=5")
+    return key, yaml.safe_load(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ship one folder."""
     options = parser().parse_args(arguments)
-    folder = ship(options.source, options.name, options.prior, options.replace)
+    folder = ship(options.source, options.name, options.prior, options.replace, dict(options.options))
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size:>9d}  {path}")
 

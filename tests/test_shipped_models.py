@@ -158,6 +158,25 @@ def test_a_model_of_rank_zero_ships_without_adapter(shipped, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"config.json", "psi.safetensors"}
 
 
+def test_a_model_ships_with_options_of_its_own(shipped, tmp_path):
+    def ship(*options: str) -> None:
+        given = [str(tmp_path / "export"), "photographs_gaussian_blur", "--replace", "--prior=photos_prior"]
+        ship_model.main([*given, "--options", *options])
+
+    ship("num_steps=5", "grid_power=1.5", "eta=0.0")
+    config = PosteriorSampler.from_pretrained("photographs_gaussian_blur").config
+    assert config == PosteriorSampler.from_pretrained(tmp_path / "export").config.with_options(
+        num_steps=5, grid_power=1.5, eta=0.0
+    )
+    before = (shipped / "photographs_gaussian_blur" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="step_scale"):
+        ship("step_scale=0")
+    for unknown in ("steps=5", "num_steps"):
+        with pytest.raises(SystemExit):
+            ship(unknown)
+    assert (shipped / "photographs_gaussian_blur" / "config.json").read_bytes() == before
+
+
 def test_what_must_not_be_shipped_is_refused(shipped, tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
     save_tiny_prior(tmp_path / "other", seed=1)
