@@ -227,8 +227,8 @@ SECTIONS = (
         "photographs_few",
         "One to 21 evaluations on photographs",
         "Deblurring, test pieces as above, 4 samples. The shipped model (K = 3) in N = 1 to 7 steps; K = 1 was "
-        "trained on for 1200 steps from its adapter for four steps and is sampled in fewer too, K = 4 for 800 steps for "
-        "one; and DDRM as tuned by LPIPS above.",
+        "trained on for 1200 steps from its adapter for four steps and is sampled in fewer too, K = 4 for 800 steps "
+        "for one; and DDRM as tuned by LPIPS above.",
     ),
     Section(
         "photographs_steps",
