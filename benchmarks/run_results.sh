@@ -508,7 +508,7 @@ photographs_bridges() {
     done
     evaluate photographs_bridges operators="[${OPERATORS// /,}]" prior=photographs_prior num_samples=2 \
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
-        methods="[\"ud2m target.model=photographs_{physics} label=UD2M,_as_shipped\",\"i2sb $bridge\",\"cddb $bridge tune={num_steps:[3,9],consistency:[0.3,1.0,3.0]}\",\"diffpir tune={zeta:[0.3,0.8],lambda_:[3.0,7.0,20.0]}\"]" \
+        methods="[\"ud2m target.model=photographs_{physics} label=UD2M,_as_shipped\",\"i2sb $bridge label=I2SB\",\"cddb $bridge label=CDDB tune={num_steps:[3,9],consistency:[0.3,1.0,3.0]}\",\"diffpir tune={zeta:[0.3,0.8],lambda_:[3.0,7.0,20.0]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
     collect photographs_bridges results/photographs_bridges --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_bridges"
 }
