@@ -241,7 +241,7 @@ SECTIONS = (
         "photographs_noise",
         "One model at many noise levels, trained on 1,250 photographs",
         "`photographs_general` at noise levels across its range, and LATINO with the last noise level that is best by "
-        "LPIPS of one sample each of 24 validation pieces at each level. 30 pieces of 128x128 as above, 4 samples.",
+        "LPIPS of one sample each of 24 validation pieces at each level. 30 pieces of 128x128 as above, 2 samples.",
     ),
     Section(
         "general",
