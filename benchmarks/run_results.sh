@@ -556,7 +556,7 @@ photographs_noise() {
     for level in 0.005 0.02 0.05 0.1; do
         evaluate "photographs_noise_$level" prior=photographs_prior num_samples=2 tune_by=lpips tune_samples=1 reference=UD2M \
             operators="[\"gaussian_blur sigma_y=$level\",\"motion_blur sigma_y=$level\",\"super_resolution sigma_y=$level\"]" \
-            methods='["ud2m target.model=photographs_general","latino tune={setting.tau_first:[0.4],setting.tau_last:[0.01,0.02,0.04,0.08,0.16],setting.width:[1.0]}"]' \
+            methods='["ud2m target.model=photographs_general label=UD2M","latino tune={setting.tau_first:[0.4],setting.tau_last:[0.01,0.02,0.04,0.08,0.16],setting.width:[1.0]}"]' \
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
         folders+=("results/photographs_noise_$level")
     done
