@@ -156,7 +156,7 @@ SECTIONS = (
     Section(
         "paper_losses",
         "The paper's losses, L2, LPIPS and adversarial",
-        "The shipped deblurring model before its last stage, which the energy score trained; as shipped, with the "
+        "A deblurring model that the energy score trained (the shipped one before its last two stages); with the "
         "energy score of VGG's features besides; and the first one trained on for 1500 steps by L2 + 0.5 LPIPS (vgg), "
         "and with the adversarial term beside them, which pulls 0.3 times and once as strongly as L2 "
         "(`loss.relative=true`; `discriminator=features`, which learns alone for 150 steps). 260 pieces of 64x64, "
