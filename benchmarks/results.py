@@ -14,6 +14,7 @@ between ``<!-- results:... -->`` and ``<!-- /results -->`` of ``PAGES``.
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -57,6 +58,8 @@ COST_FORMATS = {
 LEFT_OUT = ("peak_memory", "ssim_mean", "lpips_mean", "diversity_lpips", "residual_p")
 """Columns of evaluations that the document leaves out; the stored files have them."""
 NOT_MEASURED = "Not measured yet."
+FOLDERS = ("PHOTOGRAPHS", "CBSD68")
+"""Variables of ``run_results.sh`` whose folders are stored as FOLDER: they lie elsewhere on each machine."""
 MARKED = re.compile(
     r"(?P<head><!-- results:(?P<names>\S+)(?P<columns>[^>]*?) -->\n).*?(?P<foot><!-- /results -->)", re.DOTALL
 )
@@ -516,7 +519,7 @@ def store(
     folder: Path = RESULTS,
     where: str | None = None,
 ) -> Path:
-    """Write ``docs/results/NAME.json``; paths inside the repository become relative to it.
+    """Write ``docs/results/NAME.json``; paths inside the repository become relative to it, and those of FOLDERS FOLDER.
 
     ``where`` is the machine that was measured, where that is not this one.
 
@@ -528,7 +531,11 @@ def store(
         raise ValueError(f"no section of docs/results.md is called {name!r}; known: {', '.join(known)}")
     content = {"command": command, "config": dict(config), "rows": list(rows), "note": note}
     content |= {"machine": where or machine()}
-    content = json.loads(json.dumps(content).replace(f"{REPOSITORY}/", ""))
+    text = json.dumps(content)
+    for variable in FOLDERS:
+        if given := os.environ.get(variable):
+            text = text.replace(json.dumps(given.rstrip("/"))[1:-1], "FOLDER")
+    content = json.loads(text.replace(f"{REPOSITORY}/", ""))
     absolute = [text for text in _strings(content) if re.search(r"(^|[\s=])/\w", text)]
     if absolute:
         raise ValueError(f"a result must not name paths of this machine, got {absolute[0]!r}; use relative paths")

@@ -145,6 +145,15 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
     assert "77" not in text
 
 
+def test_folders_of_photographs_are_stored_by_no_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHOTOGRAPHS", f"{tmp_path}/photographs/")
+    rows = [{**ROWS[0], "data": f"folder root={tmp_path}/photographs crop_size=64"}]
+    path = results.store("prior", "python x.py", {"root": f"{tmp_path}/photographs"}, rows, folder=tmp_path)
+    content = json.loads(path.read_text())
+    assert content["rows"][0]["data"] == "folder root=FOLDER crop_size=64"
+    assert content["config"] == {"root": "FOLDER"}
+
+
 def test_what_must_not_be_stored_is_refused(tmp_path):
     with pytest.raises(ValueError, match="paths of this machine"):
         results.store("prior", "python x.py --prior /somewhere/else", {}, ROWS, folder=tmp_path)
