@@ -257,8 +257,8 @@ SECTIONS = (
     Section(
         "tradeoff",
         "Distortion against perception",
-        "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS "
-        "(of the models before their last stage), beside zero-shot LATINO and DDRM with the same prior at several "
+        "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS, "
+        "beside zero-shot LATINO and DDRM with the same prior at several "
         "settings, none of them chosen. 16 pieces of 128x128, evenly spaced over those of 118 test "
         "photographs; the LPIPS of means stands in `docs/results/tradeoff.json`. DDRM at eta 0.5 lies outside of the "
         "right figure."
