@@ -61,6 +61,7 @@ def test_the_page_asks_for_what_is_in_conf(name):
         assert OmegaConf.select(page, operator.key) == operator.default
 
 
+@pytest.mark.slow
 def test_pictures_and_files_are_those_of_the_command(model, picture, tmp_path):
     request = Request(model, picture, operator="Gaussian blur", setting=1.2, sigma_y=0.03, num_samples=3, seed=5)
     words = [f"model={model}", f"input='{picture}'", "num_samples=3", "seed=5", "physics=gaussian_blur", "lpips=null"]

@@ -81,6 +81,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
         assert_equal(everything(checkpoint(long_unbroken, name)), everything(checkpoint(tmp_path, name)))
 
 
+@pytest.mark.slow
 def test_checkpoints_between_validations(prior, long_unbroken, tmp_path):
     with pytest.raises(RuntimeError):
         long_run(prior, tmp_path, every=5, callbacks=(Break(1, 5),))
@@ -134,6 +135,7 @@ def test_float64_is_resumed_without_rounding(prior, tmp_path):
     assert_equal(everything(checkpoint(tmp_path / "unbroken")), everything(checkpoint(tmp_path / "broken")))
 
 
+@pytest.mark.slow
 def test_a_moved_run_resumes_with_its_best_score(prior, unbroken, tmp_path):
     with pytest.raises(RuntimeError):
         fit(distillation(prior), tmp_path / "here", callbacks=(Break(1, 0),))

@@ -151,6 +151,7 @@ def test_time_and_memory_of_a_device_follow():
     assert found.communicated == 440
 
 
+@pytest.mark.slow
 def test_a_step_holds_all_batches_and_all_outputs(prior, tmp_path):
     one = estimated(*TINY, f"prior={prior}", folder=tmp_path)
     two = estimated(*TINY, f"prior={prior}", "loss.energy=1", folder=tmp_path)

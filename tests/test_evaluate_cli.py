@@ -86,6 +86,7 @@ def measured(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_on_every_operator_and_everything_is_written(material, tmp_path, capsys):
     rows = run(material, tmp_path)
     assert [(row["method"], row["operator"].split()[0]) for row in rows] == [
@@ -278,6 +279,7 @@ def test_a_method_is_called_as_its_entry_says(material, tmp_path):
     assert [(row["method"], row["nfe"]) for row in rows] == [("mine, K=3", 3), ("A^dagger y", 0)]
 
 
+@pytest.mark.slow
 def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, tmp_path, capsys):
     changes = {"methods": "[pinv,ddrm]", "operators": '["gaussian_blur operator.boundary=zero"]', "tune": "false"}
     error = refusal(capsys, material, tmp_path, **changes)

@@ -64,6 +64,7 @@ def problem(blur: str, count: int = 2) -> tuple[LinearPhysics, Tensor, Tensor]:
 # --- samples of one batch ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_blur
 @pytest.mark.parametrize("gamma", [(64.0, 1600.0), (1600.0, 1.0), (1e-3, 1e6), (1e6, 30.0)])
 def test_different_weights_in_one_batch(blur, gamma):
@@ -88,6 +89,7 @@ def test_a_sample_does_not_know_the_others(blur):
         torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=2e-6 * gamma[b].item() ** 0.5)
 
 
+@pytest.mark.slow
 @each_blur
 def test_gradients_of_different_weights(blur):
     """Against those of the dense solution."""

@@ -173,6 +173,7 @@ def distance(prompt: Prompt, best, fisher) -> float:
     return torch.einsum("bi,ij,bj->b", offset, fisher, offset).sqrt().mean().item()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_estimated_prompt_is_the_maximum_of_the_likelihood():
     found = {"start": [], "likelihood": [], "transition": [], "averaged": [], "covariance": []}

@@ -26,6 +26,7 @@ def test_psld_without_glue_is_ldps_to_the_last_bit(prior):
     assert not torch.equal(Psld(prior, "a", STEPS, glue=0.1).draw(observation, streams()), ldps)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_p2l_that_moves_nothing_is_ldps_with_its_data_steps(prior):
     observation = observed()

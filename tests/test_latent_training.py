@@ -220,6 +220,7 @@ def test_a_training_begins_with_the_networks_of_a_pipeline_and_all_of_them_learn
     assert sum(bool(p.grad is not None and p.grad.any()) for p in learning) > 0.8 * len(learning)
 
 
+@pytest.mark.slow
 def test_a_training_does_not_begin_with_the_networks_of_other_latents_or_noise(vae_folder, tmp_path):
     pipe = tmp_path / "pipe"
     first = latent_module(vae_folder)

@@ -109,6 +109,7 @@ def test_two_processes_end_with_the_parameters_of_one(both, prior):
     assert moved == start.keys()
 
 
+@pytest.mark.slow
 def test_only_what_is_trained_is_sent_once_per_step(both, prior):
     _, two = both
     module = module_of(prior)

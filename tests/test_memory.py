@@ -115,6 +115,7 @@ class Watch(TorchDispatchMode):
 OPERATORS = [Inpainting(0.5), GaussianBlur(1.0), SuperResolution(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: type(operator).__name__)
 def test_prox_schedule_and_losses_stay_in_float32_under_autocast(operator, prior):
     module = module_of(prior, operator=operator)
@@ -129,6 +130,7 @@ def test_prox_schedule_and_losses_stay_in_float32_under_autocast(operator, prior
     assert {value.dtype for value in [total, *values.values()]} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_frozen_weights_in_bfloat16_are_half_the_bytes_and_train(prior, tmp_path):
     module = distillation(prior, frozen_bfloat16=True)
     plain = distillation(prior)

@@ -99,7 +99,7 @@ def help_of(name: str) -> str:
         textwrap.fill(f"{group}: {', '.join(pages[group])}", WIDTH, initial_indent="  ", subsequent_indent="      ")
         for group in sorted(chosen)
     ]
-    offered = ["Pages:", *names, ""] if names else []
+    offered = ["Pages:", *names] if names else []
     return "\n".join([*head, "", "Keys and defaults:", *keys, "", *offered, FLAGS])
 
 
