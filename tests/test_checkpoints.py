@@ -244,6 +244,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_one_of_the_highest_score(prior, tmp_path, monkeypatch):
     scores = iter([20.0, 22.0, 21.0])
     monkeypatch.setattr("ud2m.training.validation.Validation.result", lambda self: ({"r": None}, next(scores)))

@@ -57,6 +57,7 @@ def rival():
     return DiffPir(tiny_prior(), num_steps=3, chunk_size=4, precision="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "options"), [(ours, {"chunk_size": 4}), (rival, {})])
 def test_chunks_of_a_call_have_one_shape(make, options):
     sampler = make()

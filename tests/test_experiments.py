@@ -133,6 +133,7 @@ def test_the_operators_are_those_of_the_paper(page, operator, tmp_path):
     assert config["data"]["crop_size"] == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", PAPER, ids=" ".join)
 def test_settings_change_what_their_names_say(overrides, tmp_path):
     config, ram, energy = (
@@ -281,6 +282,7 @@ def test_in_miniature_data_sets_are_one(tmp_path):
         assert changed(first, tiny) <= {"name", "training.info.experiment", "architecture"}
 
 
+@pytest.mark.slow
 def test_the_experiment_with_digits_takes_a_step(tmp_path):
     prior = save_tiny_prior(tmp_path / "prior", in_channels=1, out_channels=1)
     overrides = ["experiment=mnist_sr4", f"prior={prior}", "loss/distance=prior"]

@@ -62,6 +62,7 @@ def test_treg_without_data_is_ddim(prior):
     torch.testing.assert_close(sampler.draw(observation, streams()), prior.decode(z), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tregs_guidance_leads_away_from_its_null_prompt(prior):
     """With G linear in what the network says: G_null + w (G - G_null), here by direct calls of the network."""

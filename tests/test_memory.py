@@ -74,6 +74,7 @@ def test_memory_is_flat_in_the_number_of_modules(prior):
     assert growth("modules", kept=2) < 1.25
 
 
+@pytest.mark.slow
 def test_residual_blocks_save_memory_beside_modules(prior):
     x0 = torch.rand(2, 3, SIZE, SIZE)
     modules, every = (

@@ -24,6 +24,7 @@ from ud2m.training.schedules import warmup_cosine
 # --- accumulation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [distillation, prior_module])
 def test_accumulation_equals_the_big_batch(make, prior, tmp_path):
     # float64, so that only another meaning can tell them apart; 3 steps, generator, discriminator and averages

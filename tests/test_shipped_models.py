@@ -112,6 +112,7 @@ def test_pictures_have_a_sheet_per_scene_and_a_row_per_operator(shipped, tmp_pat
     assert {path.stem for path in (REPOSITORY / "docs" / "images").glob("gallery-*")} <= sizes.keys()
 
 
+@pytest.mark.slow
 def test_pictures_that_would_be_large_are_compressed_more():
     gallery = importlib.import_module("gallery")
     noise = np.random.default_rng(0).integers(0, 256, (540, 540, 3), dtype=np.uint8)
