@@ -258,10 +258,9 @@ SECTIONS = (
         "tradeoff",
         "Distortion against perception",
         "What one picks with the number of samples that are averaged, and with `step_scale`: PSNR against LPIPS, "
-        "beside zero-shot LATINO and DDRM with the same prior at several "
-        "settings, none of them chosen. 16 pieces of 128x128, evenly spaced over those of 118 test "
-        "photographs; the LPIPS of means stands in `docs/results/tradeoff.json`. DDRM at eta 0.5 lies outside of the "
-        "right figure."
+        "beside zero-shot LATINO and DDRM with the same prior at several settings, none of them chosen. 16 pieces of "
+        "128x128, evenly spaced over those of 118 test photographs; the LPIPS of means stands in "
+        "`docs/results/tradeoff.json`. DDRM at eta 0.5 lies outside of the right figure."
         "\n\n![PSNR against LPIPS of single samples and of means](images/tradeoff.png)",
     ),
     Section(
@@ -531,11 +530,12 @@ def store(
         raise ValueError(f"no section of docs/results.md is called {name!r}; known: {', '.join(known)}")
     content = {"command": command, "config": dict(config), "rows": list(rows), "note": note}
     content |= {"machine": where or machine()}
-    text = json.dumps(content)
+    stored = json.dumps(content)
     for variable in FOLDERS:
-        if given := os.environ.get(variable):
-            text = text.replace(json.dumps(given.rstrip("/"))[1:-1], "FOLDER")
-    content = json.loads(text.replace(f"{REPOSITORY}/", ""))
+        given = Path(os.environ.get(variable, ""))
+        if given.is_absolute():  # a relative one may be part of other words, as photographs is of photographs_prior
+            stored = stored.replace(json.dumps(str(given))[1:-1], "FOLDER")
+    content = json.loads(stored.replace(f"{REPOSITORY}/", ""))
     absolute = [text for text in _strings(content) if re.search(r"(^|[\s=])/\w", text)]
     if absolute:
         raise ValueError(f"a result must not name paths of this machine, got {absolute[0]!r}; use relative paths")

@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 RUNS=runs/results      # trained models
 OUT=samples/results    # scores
+BUSY="Times are those of a busy machine."
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
 LATINO_GRID="setting.tau_first:[0.2,0.4],setting.tau_last:[0.01,0.02,0.04],setting.width:[1.0,1.4]" # on photographs
@@ -50,6 +51,13 @@ evaluate() {
 
 collect() {
     "$PYTHON" benchmarks/results.py collect "$@"
+}
+
+# collect_on VARIABLE NAME folders... [--note TEXT]: the result NAME of a part that needs the folder of photographs VARIABLE
+collect_on() {
+    local variable=$1
+    shift
+    collect "$@" --command "$variable=FOLDER bash benchmarks/run_results.sh ${FUNCNAME[1]}"
 }
 
 # pieces FOLDER SIZE LIMIT words...: the data set of LIMIT square test pieces of FOLDER's images
@@ -382,7 +390,7 @@ photographs() {
         methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=LATINO
-    collect photographs results/photographs --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs"
+    collect_on PHOTOGRAPHS photographs results/photographs
 }
 
 # Models for two operators more, each trained on from the one of the operator that is most like it, with the losses of their last stage.
@@ -394,7 +402,7 @@ photographs_more() {
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' reference=UD2M
-    collect photographs_more results/photographs_more --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_more"
+    collect_on PHOTOGRAPHS photographs_more results/photographs_more
 }
 
 # The general model on operators of its family, beside specialists, and on motion blur, on PHOTOGRAPHS.
@@ -418,7 +426,7 @@ mixture() {
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/general_$operator")
     done
-    collect general "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh mixture" --note "Times are those of a busy machine."
+    collect_on PHOTOGRAPHS general "${folders[@]}" --note "$BUSY"
 }
 
 # Distortion against perception on PHOTOGRAPHS: single samples and means, step_scale, and rivals at several settings.
@@ -442,7 +450,7 @@ tradeoff() {
             folders+=("results/tradeoff_${operator}_$number")
         done
     done
-    collect tradeoff "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh tradeoff" --note "Times are those of a busy machine."
+    collect_on PHOTOGRAPHS tradeoff "${folders[@]}" --note "$BUSY"
     "$PYTHON" benchmarks/plots.py
 }
 
@@ -451,8 +459,8 @@ calibration() {
     evaluate calibration_gaussian_blur operators='[gaussian_blur]' prior=photographs_prior num_samples=19 show=2 \
         methods='["ud2m target.model=photographs_gaussian_blur"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 8)\"]"
-    collect calibration results/calibration_gaussian_blur --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh calibration" \
-        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.010, 0.019, 0.037, 0.073: 0.011, 0.026, 0.032, 0.053, 0.085 (the plot of the report)."
+    collect_on PHOTOGRAPHS calibration results/calibration_gaussian_blur \
+        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.009, 0.019, 0.038, 0.073: 0.014, 0.025, 0.028, 0.047, 0.079 (the plot of the report)."
 }
 
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a model of the part `photographs` before its last stage, trained on by the energy score, and with the term beside it.
@@ -467,7 +475,7 @@ adversarial() {
         methods="[\"ud2m target.model=$RUNS/photographs_gaussian_blur/export label=shipped\",\"ud2m target.model=${folder}_0/export label=energy\",\"ud2m target.model=${folder}_0.3/export label=energy_and_adversarial_0.3\",\"ud2m target.model=${folder}_1/export label=energy_and_adversarial_1\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 40 val_limit=24)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' tune=false reference=shipped
-    collect adversarial results/adversarial --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh adversarial"
+    collect_on PHOTOGRAPHS adversarial results/adversarial
 }
 
 # The paper's losses on PHOTOGRAPHS: L2 + LPIPS, and the adversarial term at growing weights, each as large beside them as it says.
@@ -486,7 +494,7 @@ paper_losses() {
     evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 64 260)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,coverage,frechet_alex]' reference="'energy score alone'"
-    collect paper_losses results/paper_losses --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh paper_losses"
+    collect_on PHOTOGRAPHS paper_losses results/paper_losses
 }
 
 # Rivals on the new prior on PHOTOGRAPHS, all tuned by the PSNR of their mean and by LPIPS, random orientations included.
@@ -496,7 +504,7 @@ photographs_rivals() {
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
         methods="[\"$ours label=UD2M,_as_shipped\",\"$ours label=UD2M tune={step_scale:[0.7,1.0,1.4],eta:[0.0,1.0]}\",\"latino tune={$LATINO_WIDER,symmetries:[1,8]}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0],symmetries:[1,8]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]"
-    collect photographs_rivals results/photographs_rivals --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_rivals"
+    collect_on PHOTOGRAPHS photographs_rivals results/photographs_rivals
 }
 
 # Rivals that are trained, and one of a hundred evaluations, on fewer pieces of PHOTOGRAPHS, tuned as above.
@@ -510,7 +518,7 @@ photographs_bridges() {
         tune_by='[psnr_limit,lpips]' tune_samples=2 reference="'UD2M, as shipped'" metrics='[psnr,psnr_limit,lpips,r,energy]' \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M,_as_shipped\",\"i2sb $bridge label=I2SB\",\"cddb $bridge label=CDDB tune={num_steps:[3,9],consistency:[0.3,1.0,3.0]}\",\"diffpir tune={zeta:[0.3,0.8],lambda_:[3.0,7.0,20.0]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
-    collect photographs_bridges results/photographs_bridges --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_bridges"
+    collect_on PHOTOGRAPHS photographs_bridges results/photographs_bridges
 }
 
 # A trained warm start on PHOTOGRAPHS, three evaluations more, beside as many steps of training without it.
@@ -523,7 +531,7 @@ photographs_start() {
     evaluate photographs_start operators='[super_resolution]' prior=photographs_prior num_samples=4 \
         methods="[\"ud2m target.model=photographs_super_resolution label=as_shipped\"$methods]" reference="'as shipped'" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" metrics='[psnr,psnr_limit,lpips,r,energy]'
-    collect photographs_start results/photographs_start --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_start"
+    collect_on PHOTOGRAPHS photographs_start results/photographs_start
 }
 
 # One to 21 evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer and in more steps, models of one and of four modules, and DDRM.
@@ -538,7 +546,7 @@ photographs_few() {
     evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy]' reference="'K = 3, N = 5 (shipped)'"
-    collect photographs_few results/photographs_few --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_few"
+    collect_on PHOTOGRAPHS photographs_few results/photographs_few
 }
 
 # The shipped models on PHOTOGRAPHS in their three steps, and in five with more levels between the first and the last.
@@ -547,7 +555,7 @@ photographs_steps() {
     evaluate photographs_steps operators="[${OPERATORS// /,},uniform_blur,jpeg]" prior=photographs_prior num_samples=4 tune=false \
         methods="[\"$ours=3 target.grid_power=5.0 target.eta=1.0 label=N_=_3,_as_trained\",\"$ours=5 target.grid_power=2.0 target.eta=0.0 label=N_=_5,_grid_2,_eta_0\"]" \
         metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30)\"]" reference="'N = 3, as trained'"
-    collect photographs_steps results/photographs_steps --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_steps" --note "Times are those of a busy machine."
+    collect_on PHOTOGRAPHS photographs_steps results/photographs_steps --note "$BUSY"
 }
 
 # The general model on PHOTOGRAPHS at noise levels across its range.
@@ -560,7 +568,7 @@ photographs_noise() {
             metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30 val_limit=24)\"]"
         folders+=("results/photographs_noise_$level")
     done
-    collect photographs_noise "${folders[@]}" --command "PHOTOGRAPHS=FOLDER bash benchmarks/run_results.sh photographs_noise" --note "Times are those of a busy machine."
+    collect_on PHOTOGRAPHS photographs_noise "${folders[@]}" --note "$BUSY"
 }
 
 # The shipped models and their rivals at 256x256 on CBSD68, with the rivals' settings that were the best ones of `photographs_rivals` and `photographs_more`.
@@ -578,7 +586,7 @@ photographs_256() {
             datasets="[\"$(pieces "$CBSD68" 256 34 batch_size=2)\"]"
         folders+=("results/photographs_256_$operator")
     done
-    collect photographs_256 "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh photographs_256" --note "Times are those of a busy machine."
+    collect_on CBSD68 photographs_256 "${folders[@]}" --note "$BUSY"
 }
 
 # The shipped models on CBSD68, of which `ud2m models` tells: a folder as `data=folder` takes it, whose `test` holds the 68 images.
@@ -593,7 +601,7 @@ shipped() {
             datasets="[\"$(pieces "$CBSD68" 64 70)\"]" metrics='[psnr,psnr_limit,lpips,r,energy,residual]'
         folders+=("results/models_$operator")
     done
-    collect models "${folders[@]}" --command "CBSD68=FOLDER bash benchmarks/run_results.sh shipped" --note "Times are those of a busy machine."
+    collect_on CBSD68 models "${folders[@]}" --note "$BUSY"
 }
 
 PARTS="prior operators losses initialisation ablations general exact mnist latent rivals fewer cost picture"

@@ -57,6 +57,8 @@ def ship(source: Path, name: str, prior: str, replace: bool = False, options: Ma
     work.mkdir(parents=True)
     try:
         is_prior = "_class_name" in read_json(source / UNET_FILE)
+        if is_prior and options:
+            raise ValueError(f"{source} is a prior, which does not sample; leave out {', '.join(options)}")
         if is_prior:
             copy_prior(source, work)
         else:

@@ -152,6 +152,9 @@ def test_folders_of_photographs_are_stored_by_no_path_of_this_machine(tmp_path, 
     content = json.loads(path.read_text())
     assert content["rows"][0]["data"] == "folder root=FOLDER crop_size=64"
     assert content["config"] == {"root": "FOLDER"}
+    monkeypatch.setenv("PHOTOGRAPHS", "photographs")
+    path = results.store("prior", "python x.py", {"prior": "photographs_prior"}, ROWS, folder=tmp_path)
+    assert json.loads(path.read_text())["config"] == {"prior": "photographs_prior"}
 
 
 def test_what_must_not_be_stored_is_refused(tmp_path):

@@ -172,6 +172,8 @@ def test_a_model_ships_with_options_of_its_own(shipped, tmp_path):
     before = (shipped / "photographs_gaussian_blur" / "config.json").read_bytes()
     with pytest.raises(ValueError, match="step_scale"):
         ship("step_scale=0")
+    with pytest.raises(ValueError, match=r"is a prior.*num_steps"):
+        ship_model.ship(tmp_path / "prior", "photos_prior", "", True, {"num_steps": 5})
     for unknown in ("steps=5", "num_steps"):
         with pytest.raises(SystemExit):
             ship(unknown)

@@ -46,20 +46,10 @@ REFUSED = {
     "sample": [
         *("seed=abc", "seed=null", "seed=1.5", "seed=-1", "seed=true", "show=abc", "show=-1", "tile=abc", "tile=1"),
         *("sigma_y=[0.1]", "sigma_y=nan", "sigma_y=inf", "sigma_y=1e30", "sigma_y=true", "device=tpu", "device=null"),
-        *(
-            "crop=abc",
-            "crop=0",
-            "eta=true",
-            "eta=-0.1",
-            "eta=nan",
-            "step_scale=1e30",
-            "step_scale=0",
-            "grid_power=0",
-            "output=null",
-        ),
+        *("crop=abc", "crop=0", "eta=true", "eta=-0.1", "eta=nan", "step_scale=1e30", "step_scale=0", "output=null"),
         *("num_samples=1e9", "num_samples='8'", "symmetries=true", "symmetries=3", "overwrite=abc", "degraded=2"),
         *("input=", "input=''", "model=null", "lpips=none", "precision=double", "chunk_size=null", "methods=[pinv]"),
-        *("tune_samples=0", "num_steps=2.0", "compare=null", "prior=''"),
+        *("tune_samples=0", "num_steps=2.0", "grid_power=0", "compare=null", "prior=''"),
     ],
     "train": [
         *("steps=abc", "steps=0", "steps=2.5", "accumulate=true", "checkpoint_every=abc", "checkpoint_every=0"),
