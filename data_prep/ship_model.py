@@ -14,7 +14,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def copy_model(source: Path, work: Path, prior: str, options: Mapping[str, Any])
         raise ValueError(f"no shipped prior is called {prior!r}; ship it first")
     config = read_json(source / CONFIG_FILE)
     config["prior"]["reference"] = prior
-    config["sampler"] |= options
+    config["sampler"] = SamplerConfig(**config["sampler"]).with_options(**options).stored()
     write_json(work / CONFIG_FILE, config)
     copy(source / PSI_FILE, work / PSI_FILE)
     if config["lora"]["rank"] > 0:
@@ -145,8 +144,8 @@ def parser() -> argparse.ArgumentParser:
 def option(text: str) -> tuple[str, Any]:
     """Return key and value of an option of sampling."""
     key, separator, value = text.partition("=")
-    if key not in {field.name for field in fields(SamplerConfig)} or not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is no option of sampling, as num_steps=5")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} sets nothing; write a key and a value, as num_steps=5")
     return key, yaml.safe_load(value)
 
 

@@ -121,11 +121,37 @@ def test_a_run_whose_psi_has_more_features_begins_as_the_same_function(prior, tm
             distillation(prior, network=network(["level"]), start_from=str(tmp_path / "export"))
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_run_of_higher_rank_begins_as_the_same_function_and_trains_the_new_directions(prior, tmp_path, before):
+    first = distillation(prior, lora={**LORA, "rank": before})
+    with torch.no_grad():
+        for k, value in enumerate(p for p in first.network.parameters() if p.requires_grad):
+            value.add_(0.05 * torch.arange(1.0, value.numel() + 1).view_as(value) / value.numel() - 0.002 * k)
+    first.ema.update()
+    first.export(tmp_path / "export")
+    second = distillation(prior, lora={**LORA, "rank": 3, "alpha": 1.5}, start_from=str(tmp_path / "export"))
+    x0 = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    physics = Inpainting(0.4).draw(2, (3, 16, 16), torch.Generator().manual_seed(1))
+    observation = Observation(physics.A(x0), physics, torch.tensor([0.01, 0.2]))
+    with first.ema.applied():
+        one, other = (
+            module.network(x0, torch.tensor([0.1, 1.0]), observation, torch.Generator().manual_seed(2))
+            for module in (first, second)
+        )
+    torch.testing.assert_close(one, other)
+    other.square().sum().backward()
+    gradients = {name: p.grad for name, p in second.network.named_parameters() if "lora_B" in name}
+    assert gradients
+    assert all(gradient[:, before:].any() for gradient in gradients.values())
+
+
 def test_a_run_starts_from_no_other_kind_of_model(prior, tmp_path):
     distillation(prior).export(tmp_path / "export")
     start = {"start_from": str(tmp_path / "export")}
     with pytest.raises(ValueError, match=r"cannot start from the model .*it has another lora: "):
         distillation(prior, lora={**LORA, "rank": 1}, **start)
+    with pytest.raises(ValueError, match=r"cannot start from the model .*it has another lora: "):
+        distillation(prior, lora={**LORA, "rank": 4, "targets": ("to_q",)}, **start)
     with pytest.raises(ValueError, match=r"cannot start from the model .*does not fit"):
         distillation(save_tiny_prior(tmp_path / "wider", block_out_channels=(16, 32)), **start)
     (tmp_path / "export" / "psi.safetensors").unlink()

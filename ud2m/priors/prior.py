@@ -274,25 +274,35 @@ class Prior(nn.Module):
         """Add an adapter with what ``save_adapter`` wrote; errors as of ``read_adapter``."""
         return self.add_lora(spec).read_adapter(folder)
 
-    def read_adapter(self, folder: Path) -> "Prior":
+    def read_adapter(self, folder: Path, of: LoraSpec | None = None) -> "Prior":
         """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
 
+        Args:
+            folder: where it is.
+            of: its ``LoraSpec``, where its rank is lower than this one's. Its factors become the first rows of A and
+                columns of B, scaled so that the product is the same; the others stay (B is 0 at first). None: as this.
+
         Raises:
-            ValueError: when it is damaged, or not an adapter of this one's ``LoraSpec``.
+            ValueError: when it is damaged, or not an adapter of that ``LoraSpec``.
             OSError: when a file is missing.
         """
         spec = self.lora
-        if isinstance(self.unet, peft.PeftModel) and spec is not None:
+        of = of or spec
+        if isinstance(self.unet, peft.PeftModel) and spec is not None and of is not None and of.rank > 0:
             # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
             stored = read_object(Path(folder) / CONFIG_NAME)
             state = read_weights(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-            if (stored.get("r"), stored.get("lora_alpha")) != (spec.rank, spec.alpha):
-                raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {spec}")
-            expected = peft.get_peft_model_state_dict(self.unet)
-            if state.keys() != expected.keys() or any(state[k].shape != expected[k].shape for k in expected):
-                odd = sorted(state.keys() ^ expected.keys())
+            if (stored.get("r"), stored.get("lora_alpha")) != (of.rank, of.alpha):
+                raise ValueError(f"the adapter in {folder} does not fit its config: {CONFIG_NAME} is not of {of}")
+            own = {name: value.clone() for name, value in peft.get_peft_model_state_dict(self.unet).items()}
+            parts = {name: _begin(value, name, of.rank) for name, value in own.items()}
+            if state.keys() != own.keys() or any(state[name].shape != parts[name].shape for name in own):
+                odd = sorted(state.keys() ^ own.keys())
                 raise ValueError(f"the adapter in {folder} does not fit its config: unmatched tensors {odd[:4]}")
-            peft.set_peft_model_state_dict(self.unet, state)
+            scale = (of.alpha / of.rank) / (spec.alpha / spec.rank)
+            for name, part in parts.items():
+                part.copy_(state[name] * scale if ".lora_B." in name else state[name])
+            peft.set_peft_model_state_dict(self.unet, own)
         return self
 
     def merge_adapter(self) -> "Prior":
@@ -330,6 +340,14 @@ class Prior(nn.Module):
 
 
 @torch.no_grad()
+def _begin(value: Tensor, name: str, rank: int) -> Tensor:
+    """Return the view of a tensor of an adapter that one of lower rank has: the first rows of A, columns of B."""
+    for dimension, factor in enumerate((".lora_A.", ".lora_B.")):
+        if factor in name:
+            return value.narrow(dimension, 0, min(rank, value.shape[dimension]))
+    return value
+
+
 def _without_adapter(network: nn.Module) -> UNet2DModel:
     """Return the network inside an adapted one: the same parameters, other modules."""
     common: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(network.parameters(), network.buffers())}

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +98,8 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
             a learned warm start goes on from the model's where that has the same weights, and else begins anew. So may
             be the prior's weights, as after its own training went on, and the number of modules, the rule or the
             features of psi. psi is taken with slopes of 0 for new features, and begins by its rule where it means
-            something else; a warning says so.
+            something else; a warning says so. The rank of the adapter may be higher than the model's
+            (``Prior.read_adapter``).
 
     Raises:
         FileNotFoundError: when nothing is there.
@@ -106,15 +108,15 @@ def start_from(network: UnfoldedNetwork, reference: str | Path) -> None:
     folder = _export_folder(str(reference))
     content = _read_config(folder)
     prior = cast(Prior, network.denoiser)
-    lora = (prior.lora or LoraSpec(rank=0)).to_dict()
+    lora = prior.lora or LoraSpec(rank=0)
     try:
-        theirs, theirs_lora = content["prior"]["fingerprint"], LoraSpec(**content["lora"]).to_dict()
-        if theirs_lora != lora:
-            raise ValueError(f"it has another lora: {theirs_lora}")
+        theirs, theirs_lora = content["prior"]["fingerprint"], LoraSpec(**content["lora"])
+        if theirs_lora.rank > lora.rank or replace(theirs_lora, rank=lora.rank, alpha=lora.alpha) != lora:
+            raise ValueError(f"it has another lora: {theirs_lora.to_dict()}")
         features = tuple(content["network"].get("conditioning", ()))
         other = [part for part in PSI_MEANS if content["network"].get(part) != network.spec.get(part)]
         other += ["conditioning"] if set(features) - set(network.conditioning) else []
-        prior.read_adapter(folder)
+        prior.read_adapter(folder, theirs_lora)
         if not other:
             network.load_own_state(network.fitted(read_weights(folder / PSI_FILE), features))
     except (KeyError, TypeError, ValueError, OSError) as error:
