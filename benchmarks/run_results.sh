@@ -12,6 +12,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 RUNS=runs/results      # trained models
 OUT=samples/results    # scores
+SHARP_STEPS="steps=700 validate_every=350"
+MORE_LEVELS="num_steps=5 grid_power=2.0 eta=0.0"
 BUSY="Times are those of a busy machine."
 declare -A SEARCH=([32]=32 [128]=4) # validation images, by size, on which LATINO's best setting is searched
 OPERATORS="gaussian_blur super_resolution inpainting"
@@ -356,36 +358,46 @@ picture() {
     "$PYTHON" benchmarks/gallery.py
 }
 
-# features NAME START overrides...: the model START trained on with the energy score of VGG's features besides, shipped as NAME
+# stage NAME SETTINGS START overrides...: the run NAME_SETTINGS, which trains the model START on
+stage() {
+    local name=$1 settings=$2 start=$3
+    shift 3
+    train "${name}_$settings" experiment=photographs settings="$settings" training.start_from="$start" \
+        training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
+}
+
+# features NAME START overrides...: the model START trained on with the energy score of VGG's features besides
 features() {
     local name=$1 start=$2
     shift 2
-    train "${name}_features" experiment=photographs settings=features training.start_from="$start" \
-        steps=800 validate_every=800 training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
-    ship "$RUNS/${name}_features/export" "$name" --prior photographs_prior
+    stage "$name" features "$start" steps=800 validate_every=800 "$@"
 }
 
-# sharp NAME START overrides...: the model START trained on for sharper single samples, shipped as NAME, with more levels
-# between the first and the last
+# sharp NAME OPTIONS overrides...: the run NAME_features trained on for sharper single samples, shipped as NAME, which
+# samples with OPTIONS, as they were chosen on validation pieces: more levels between the first and the last
 sharp() {
-    local name=$1 start=$2
+    local name=$1 options=$2
     shift 2
-    train "${name}_sharp" experiment=photographs settings=sharp training.start_from="$start" \
-        steps=700 validate_every=350 training.optimizer.lr=4e-4 data.root="$PHOTOGRAPHS" "$@"
-    [ -d "$RUNS/${name}_sharp/export-last" ] || "$PYTHON" train.py export=last.ckpt run_dir="$RUNS/${name}_sharp"
-    ship "$RUNS/${name}_sharp/export-last" "$name" --prior photographs_prior --options num_steps=5 grid_power=2.0 eta=0.0
+    stage "$name" sharp "$RUNS/${name}_features/export" $SHARP_STEPS "$@"
+    last "${name}_sharp"
+    ship "$RUNS/${name}_sharp/export-last" "$name" --prior photographs_prior --options $options
+}
+
+# last NAME: the last checkpoint of the run NAME, where the score of pixels would choose another one, as its export-last
+last() {
+    [ -d "$RUNS/$1/export-last" ] || "$PYTHON" train.py export=last.ckpt run_dir="$RUNS/$1"
 }
 
 # Models trained on a folder of photographs with train, val and test, PHOTOGRAPHS.
 photographs() {
     local operator
+    local -A first=([inpainting]="steps=1200") second=([gaussian_blur]="loss.feature_energy=1 steps=600 validate_every=600")
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
-            data.root="$PHOTOGRAPHS"
-        [ "$operator" = gaussian_blur ] && set -- loss.feature_energy=1 steps=600 validate_every=600 || set --
-        features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" "$@"
+            data.root="$PHOTOGRAPHS" ${first[$operator]:-}
+        features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" ${second[$operator]:-}
+        sharp "photographs_$operator" "$MORE_LEVELS" physics="$operator"
     done
-    sharp photographs_gaussian_blur "$RUNS/photographs_gaussian_blur_features/export" physics=gaussian_blur
     evaluate photographs operators="[${OPERATORS// /,}]" prior=photographs_prior tune_by=lpips tune_samples=1 \
         methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
@@ -395,9 +407,11 @@ photographs() {
 
 # Models for two operators more, each trained on from the one of the operator that is most like it, with the losses of their last stage.
 photographs_more() {
-    features photographs_jpeg photographs_super_resolution physics=jpeg loss.feature_energy=1 \
+    features photographs_jpeg "$RUNS/photographs_super_resolution_features/export" physics=jpeg loss.feature_energy=1 \
         steps=1400 validate_every=700 training.optimizer.lr=6e-4
     features photographs_uniform_blur "$RUNS/photographs_gaussian_blur_features/export" physics=uniform_blur loss.feature_energy=1
+    sharp photographs_jpeg "$MORE_LEVELS" physics=jpeg
+    sharp photographs_uniform_blur "num_steps=4 grid_power=3.0 eta=0.0" physics=uniform_blur
     evaluate photographs_more operators='[jpeg,uniform_blur]' prior=photographs_prior num_samples=4 tune_by=lpips tune_samples=1 unsupported=skip \
         methods="[\"ud2m target.model=photographs_{physics} label=UD2M\",\"ud2m target.model=photographs_general label=UD2M,_general_model\",\"latino tune={$LATINO_WIDER}\",\"ddrm tune={eta:[0.5,0.85,1.0],power:[2.0,3.0]}\"]" \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59 val_limit=24)\"]" \
@@ -487,8 +501,7 @@ paper_losses() {
             data.root="$PHOTOGRAPHS" discriminator=features loss.relative=true loss.energy=0 loss.l2=1 loss.perceptual=0.5 \
             loss/distance=lpips loss.distance.net=vgg loss.adversarial="$weight" steps=1500 validate_every=500 \
             training.optimizer.lr=2e-4 training.optimizer.lr_discriminator=1e-3 training.optimizer.discriminator_warmup=150
-        # the last checkpoint: the best one by the energy score is the one that these losses changed least
-        [ -d "$RUNS/paper_$weight/export-last" ] || "$PYTHON" train.py export=last.ckpt run_dir="$RUNS/paper_$weight"
+        last "paper_$weight"
         methods+=",\"ud2m target.model=$RUNS/paper_$weight/export-last label=L2_+_LPIPS_+_${weight}_adversarial\""
     done
     evaluate paper_losses operators='[gaussian_blur]' prior=photographs_prior num_samples=13 methods="[$methods]" \
@@ -521,27 +534,29 @@ photographs_bridges() {
     collect_on PHOTOGRAPHS photographs_bridges results/photographs_bridges
 }
 
-# A trained warm start on PHOTOGRAPHS, three evaluations more, beside as many steps of training without it.
+# A trained warm start on PHOTOGRAPHS, one evaluation more per step, beside the same training without it, which is the shipped model.
 photographs_start() {
-    local name common="experiment=photographs settings=features physics=super_resolution training.start_from=photographs_super_resolution
-        steps=600 validate_every=600 training.optimizer.lr=4e-4 data.root=$PHOTOGRAPHS" methods=""
-    train photographs_no_start $common
-    train photographs_start $common network=learned training.optimizer.lr_start=1e-3
-    for name in no_start start; do methods+=",\"ud2m target.model=$RUNS/photographs_$name/export label=$name\""; done
+    stage photographs_start sharp "$RUNS/photographs_super_resolution_features/export" physics=super_resolution \
+        network=learned training.optimizer.lr_start=1e-3 $SHARP_STEPS
+    last photographs_start_sharp
     evaluate photographs_start operators='[super_resolution]' prior=photographs_prior num_samples=4 \
-        methods="[\"ud2m target.model=photographs_super_resolution label=as_shipped\"$methods]" reference="'as shipped'" \
-        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" metrics='[psnr,psnr_limit,lpips,r,energy]'
+        methods="[\"ud2m target.model=photographs_super_resolution label=UD2M\",\"ud2m target.model=$RUNS/photographs_start_sharp/export-last target.${MORE_LEVELS// / target.} label=UD2M,_trained_warm_start\"]" \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" metrics='[psnr,psnr_limit,lpips,r,energy]' reference=UD2M
     collect_on PHOTOGRAPHS photographs_start results/photographs_start
 }
 
 # One to 21 evaluations of deblurring on PHOTOGRAPHS: the shipped model in fewer and in more steps, models of one and of four modules, and DDRM.
 photographs_few() {
-    local common="experiment=photographs physics=gaussian_blur training.start_from=photographs_gaussian_blur" methods="" name steps
-    train photographs_K1 $common data.root="$PHOTOGRAPHS" network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
-    train photographs_K4 $common data.root="$PHOTOGRAPHS" network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
+    local methods="" steps levels="target.grid_power=2.0 target.eta=0.0"
+    stage photographs_K1 sharp photographs_gaussian_blur physics=gaussian_blur \
+        network.num_blocks=1 training.sampling.num_steps=4 steps=1200 validate_every=400
+    stage photographs_K4 sharp photographs_gaussian_blur physics=gaussian_blur \
+        network.num_blocks=4 training.sampling.num_steps=1 steps=800 validate_every=400
+    last photographs_K1_sharp
+    last photographs_K4_sharp
     for steps in 1 2 3 7; do methods+="\"ud2m target.model=photographs_gaussian_blur target.num_steps=$steps label=K_=_3,_N_=_$steps\","; done
-    for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1/export target.num_steps=$steps label=K_=_1,_N_=_$steps\","; done
-    methods+="\"ud2m target.model=$RUNS/photographs_K4/export label=K_=_4,_N_=_1\",$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS),"
+    for steps in 1 2 4; do methods+="\"ud2m target.model=$RUNS/photographs_K1_sharp/export-last target.num_steps=$steps $levels label=K_=_1,_N_=_$steps\","; done
+    methods+="\"ud2m target.model=$RUNS/photographs_K4_sharp/export-last label=K_=_4,_N_=_1\",$(ddrm 0.5 2.0 1 DDRM,_best_LPIPS),"
     methods+='"ud2m target.model=photographs_gaussian_blur label=K_=_3,_N_=_5_(shipped)"'
     evaluate photographs_few operators='[gaussian_blur]' prior=photographs_prior methods="[$methods]" num_samples=4 \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 59)\"]" \
