@@ -392,11 +392,12 @@ last() {
 photographs() {
     local operator
     local -A first=([inpainting]="steps=1200") second=([gaussian_blur]="loss.feature_energy=1 steps=600 validate_every=600")
+    local -A options=([inpainting]="num_steps=3")
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS" ${first[$operator]:-}
         features "photographs_$operator" "$RUNS/photographs_$operator/export" physics="$operator" ${second[$operator]:-}
-        sharp "photographs_$operator" "$MORE_LEVELS" physics="$operator"
+        sharp "photographs_$operator" "${options[$operator]:-$MORE_LEVELS}" physics="$operator"
     done
     evaluate photographs operators="[${OPERATORS// /,}]" prior=photographs_prior tune_by=lpips tune_samples=1 \
         methods="[\"ud2m target.model=photos_{physics} label=UD2M_(photos)\",\"ud2m target.model=$RUNS/photographs_{physics}/export label=UD2M_(photographs),_pixels_alone\",\"ud2m target.model=photographs_{physics} label=UD2M_(photographs)\",\"latino tune={$LATINO_GRID}\"]" \
