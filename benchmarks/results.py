@@ -215,8 +215,8 @@ SECTIONS = (
     Section(
         "photographs_start",
         "A trained warm start on photographs",
-        "Super-resolution, test pieces as above, 4 samples: the shipped model, and the same trained on for 600 steps "
-        "without and with a warm start that is a network, three evaluations more for its N = 3 steps.",
+        "Super-resolution, test pieces as above, 4 samples: the shipped model, and the same with a warm start that is "
+        "a network in its last 700 steps of training, one evaluation more for each of its five steps.",
     ),
     Section(
         "photographs_256",
@@ -229,15 +229,15 @@ SECTIONS = (
     Section(
         "photographs_few",
         "One to 21 evaluations on photographs",
-        "Deblurring, test pieces as above, 4 samples. The shipped model (K = 3) in N = 1 to 7 steps; K = 1 was "
-        "trained on for 1200 steps from its adapter for four steps and is sampled in fewer too, K = 4 for 800 steps "
-        "for one; and DDRM as tuned by LPIPS above.",
+        "Deblurring, test pieces as above, 4 samples. The shipped model (K = 3) in N = 1 to 7 steps; K = 1, trained "
+        "on from its adapter for 1200 steps and sampled in four steps and fewer; K = 4, for 800 steps and one step of "
+        "sampling; and DDRM as tuned by LPIPS above.",
     ),
     Section(
         "photographs_steps",
         "More steps, and levels between the first and the last",
-        "The models trained on 1,250 photographs in three steps at `grid_power=5 eta=1`, whose second and third level "
-        "lie near the lowest, and in five at `grid_power=2 eta=0`, without training again. 30 pieces of 128x128, "
+        "The models trained on 1,250 photographs in the three steps of their training at `grid_power=5 eta=1`, whose "
+        "second and third level lie near the lowest, and in four and five with levels between. 30 pieces of 128x128, "
         "evenly spaced over those of 118 test photographs, 4 samples.",
     ),
     Section(

@@ -565,12 +565,15 @@ photographs_few() {
     collect_on PHOTOGRAPHS photographs_few results/photographs_few
 }
 
-# The shipped models on PHOTOGRAPHS in their three steps, and in five with more levels between the first and the last.
+# The shipped models on PHOTOGRAPHS in three steps at the levels of their training, and in four and five with more levels
+# between the first and the last.
 photographs_steps() {
-    local ours="ud2m target.model=photographs_{physics} target.num_steps"
-    evaluate photographs_steps operators="[${OPERATORS// /,},uniform_blur,jpeg]" prior=photographs_prior num_samples=4 tune=false \
-        methods="[\"$ours=3 target.grid_power=5.0 target.eta=1.0 label=N_=_3,_as_trained\",\"$ours=5 target.grid_power=2.0 target.eta=0.0 label=N_=_5,_grid_2,_eta_0\"]" \
-        metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30)\"]" reference="'N = 3, as trained'"
+    local steps grid eta methods=""
+    while read -r steps grid eta; do
+        methods+=",\"ud2m target.model=photographs_{physics} target.num_steps=$steps target.grid_power=$grid target.eta=$eta label=N_=_$steps,_grid_$grid,_eta_$eta\""
+    done <<< $'3 5.0 1.0\n4 3.0 0.0\n5 2.0 0.0'
+    evaluate photographs_steps operators="[${OPERATORS// /,},uniform_blur,jpeg]" prior=photographs_prior num_samples=4 tune=false methods="[${methods#,}]" \
+        metrics='[psnr,psnr_limit,lpips,r,energy,residual]' datasets="[\"$(pieces "$PHOTOGRAPHS" 128 30)\"]" reference="'N = 3, grid 5.0, eta 1.0'"
     collect_on PHOTOGRAPHS photographs_steps results/photographs_steps --note "$BUSY"
 }
 
