@@ -427,6 +427,7 @@ mixture() {
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
     features photographs_general "$RUNS/photographs_general/export" physics=general network=conditioned \
         "physics.operator.weights=[2,1,1,1,5,1,1,1]" steps=1000 validate_every=1000
+    ship "$RUNS/photographs_general_features/export" photographs_general --prior photographs_prior
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
             valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;
