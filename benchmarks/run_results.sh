@@ -392,7 +392,7 @@ last() {
 photographs() {
     local operator
     local -A first=([inpainting]="steps=1200") second=([gaussian_blur]="loss.feature_energy=1 steps=600 validate_every=600")
-    local -A options=([inpainting]="num_steps=3")
+    local -A options=([inpainting]="num_steps=3" [super_resolution]="$MORE_LEVELS needs_float32=true")
     for operator in $OPERATORS; do
         train "photographs_$operator" experiment=photographs physics="$operator" training.start_from="photos_$operator" \
             data.root="$PHOTOGRAPHS" ${first[$operator]:-}
