@@ -272,23 +272,22 @@ class Prior(nn.Module):
 
     def load_adapter(self, folder: Path, spec: LoraSpec) -> "Prior":
         """Add an adapter with what ``save_adapter`` wrote; errors as of ``read_adapter``."""
-        return self.add_lora(spec).read_adapter(folder)
+        return self.add_lora(spec).read_adapter(folder, spec)
 
-    def read_adapter(self, folder: Path, of: LoraSpec | None = None) -> "Prior":
+    def read_adapter(self, folder: Path, of: LoraSpec) -> "Prior":
         """Take over an adapter written by ``save_adapter``; every tensor must fit and none may be missing.
 
         Args:
             folder: where it is.
-            of: its ``LoraSpec``, where its rank is lower than this one's. Its factors become the first rows of A and
-                columns of B, scaled so that the product is the same; the others stay (B is 0 at first). None: as this.
+            of: its ``LoraSpec``, whose rank may be lower than this one's. Its factors become the first rows of A and
+                columns of B, scaled so that the product is the same; the others stay (B is 0 at first).
 
         Raises:
             ValueError: when it is damaged, or not an adapter of that ``LoraSpec``.
             OSError: when a file is missing.
         """
         spec = self.lora
-        of = of or spec
-        if isinstance(self.unet, peft.PeftModel) and spec is not None and of is not None and of.rank > 0:
+        if isinstance(self.unet, peft.PeftModel) and spec is not None and of.rank > 0:
             # Not peft's own loader: it asks the hub for a missing file, and takes pickles.
             stored = read_object(Path(folder) / CONFIG_NAME)
             state = read_weights(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
@@ -339,7 +338,6 @@ class Prior(nn.Module):
         return self.unet.get_base_model() if isinstance(self.unet, peft.PeftModel) else self.unet
 
 
-@torch.no_grad()
 def _begin(value: Tensor, name: str, rank: int) -> Tensor:
     """Return the view of a tensor of an adapter that one of lower rank has: the first rows of A, columns of B."""
     for dimension, factor in enumerate((".lora_A.", ".lora_B.")):
@@ -348,6 +346,7 @@ def _begin(value: Tensor, name: str, rank: int) -> Tensor:
     return value
 
 
+@torch.no_grad()
 def _without_adapter(network: nn.Module) -> UNet2DModel:
     """Return the network inside an adapted one: the same parameters, other modules."""
     common: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(network.parameters(), network.buffers())}
