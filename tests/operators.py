@@ -64,6 +64,7 @@ CASES: dict[str, Callable[[], tuple[LinearPhysics, Shape]]] = {
     "motion blur": lambda: drawn(MotionBlur(5), (2, 8, 7)),
     "valid blur": lambda: drawn(GaussianBlur(0.6, boundary="valid"), (1, 10, 9)),
     "valid blur per sample": lambda: made(BoundedBlur, kernel(BATCH, 1, 5, 4), (2, 8, 9), "valid"),
+    "zero box": lambda: drawn(UniformBlur(2, "zero"), (2, 7, 9)),
     "zero blur": lambda: made(BoundedBlur, kernel(1, 1, 3, 5), (2, 7, 8), "zero"),
     "sr 2": lambda: drawn(SuperResolution(2), (2, 8, 10)),
     "sr 3": lambda: drawn(SuperResolution(3), (1, 12, 15)),

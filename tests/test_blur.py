@@ -18,8 +18,10 @@ from ud2m.physics import (
     GaussianBlur,
     KernelFile,
     MotionBlur,
+    Separable,
     SuperResolution,
     UniformBlur,
+    bounded_blur,
     observe,
 )
 from ud2m.physics.iterative import ConvergenceWarning
@@ -114,6 +116,53 @@ def test_bounded_blurs_are_plain_convolutions(taps):
     np.testing.assert_allclose(zero, convolve(x, h, "full")[..., top : top + 9, left : left + 8], rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("boundary", ["valid", "zero"])
+@pytest.mark.parametrize("family", [GaussianBlur((0.7, 1.2)), UniformBlur(4)])
+def test_blurs_along_rows_and_columns_are_solved_in_closed_form(family, boundary):
+    """They are scipy's convolutions, and their prox is that of conjugate gradients; in float32 too."""
+    shape, (h, w) = (2, 21, 18), family.taps
+    kernel = family.kernels(1)
+    closed, iterated = bounded_blur(kernel, shape, boundary), BoundedBlur(kernel, shape, boundary)
+    assert type(closed) is Separable
+    x, z = (torch.rand(BATCH, *shape, dtype=torch.float64, generator=generator(i)) for i in range(2))
+    y = closed.A(x)
+    full = convolve(x, kernel.expand(BATCH, -1, -1, -1), "full")
+    top, left = (h - 1, w - 1) if boundary == "valid" else (h // 2, w // 2)
+    window = full[..., top : top + y.shape[-2], left : left + y.shape[-1]]
+    assert y.shape == iterated.A(x).shape
+    np.testing.assert_allclose(y, window, rtol=0, atol=1e-12)
+    y = y + 0.01 * torch.randn(y.shape, dtype=torch.float64, generator=generator(2))
+    torch.testing.assert_close(closed.A_adjoint(y), iterated.A_adjoint(y), rtol=0, atol=1e-6)
+    for gamma in (0.1, 1600.0):
+        expected = iterated.prox_l2(z, y, gamma)
+        torch.testing.assert_close(closed.prox_l2(z, y, gamma), expected, rtol=0, atol=2e-6)
+        single = closed.prox_l2(z.float(), y.float(), gamma)
+        torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_blur_in_closed_form_without_noise_leaves_out_what_it_hardly_sees():
+    """Rounding of y must not grow by 1 / gains of 1e-15: the prox at gamma = inf corrects as A^dagger does."""
+    physics = GaussianBlur(2.5, boundary="valid").draw(1, (1, 40, 36))
+    x, z = (torch.rand(1, 1, 40, 36, generator=generator(i)) for i in range(2))
+    y = physics.A(x)
+    projected = physics.prox_l2(z, y, float("inf"))
+    torch.testing.assert_close(projected, z + physics.A_dagger(y - physics.A(z)), rtol=0, atol=2e-2)
+    torch.testing.assert_close(physics.A(projected), y, rtol=0, atol=1e-5)
+    assert physics.A_dagger(y).abs().max() < 10
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        GaussianBlur((0.7, 1.2), angle=30).kernel,
+        GaussianBlur(0.8).kernel.expand(2, -1, -1, -1),
+        GaussianBlur(0.8).kernel.expand(-1, 2, -1, -1),
+    ],
+)
+def test_other_blurs_are_solved_by_conjugate_gradients(kernels):
+    assert type(bounded_blur(kernels, (2, 20, 20), "valid")) is BoundedBlur
+
+
 def test_valid_pixels_do_not_know_the_boundary():
     """They are those of the circular blur that lie far enough inside."""
     x = torch.rand(1, 1, 20, 22, dtype=torch.float64, generator=generator())
@@ -134,7 +183,7 @@ def test_image_shape_inverts_the_shape_of_y(family):
 
 
 def test_an_iteration_that_stops_early_says_so():
-    physics = GaussianBlur(1.6, boundary="valid").draw(1, (1, 32, 32))
+    physics = BoundedBlur(GaussianBlur(1.6).kernel, (1, 32, 32), "valid")
     x = torch.rand(1, 1, 32, 32, generator=generator())
     y = observe(physics, x, 0.01, generator(1))
     with warnings.catch_warnings():

@@ -80,9 +80,9 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_the_same_precisions_and_operators_are_never_rounded(name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    rounding, product = [], Separable._to
+    rounding, product = [], Separable._scene
     monkeypatch.setattr(
-        Separable, "_to", staticmethod(lambda *a: rounding.append(torch.is_autocast_enabled("cpu")) or product(*a))
+        Separable, "_scene", lambda *a: rounding.append(torch.is_autocast_enabled("cpu")) or product(*a)
     )
     physics = DdrmSuperResolution(2).draw(1, (3, 16, 16))
     y = observe(physics, torch.rand(1, 3, 16, 16), 0.05)

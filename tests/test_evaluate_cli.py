@@ -281,7 +281,8 @@ def test_a_method_is_called_as_its_entry_says(material, tmp_path):
 
 @pytest.mark.slow
 def test_methods_that_cannot_take_an_operator_stop_it_or_are_skipped(material, tmp_path, capsys):
-    changes = {"methods": "[pinv,ddrm]", "operators": '["gaussian_blur operator.boundary=zero"]', "tune": "false"}
+    operators = '["gaussian_blur operator.width=[0.6,1.2] operator.angle=30 operator.boundary=zero"]'
+    changes = {"methods": "[pinv,ddrm]", "operators": operators, "tune": "false"}
     error = refusal(capsys, material, tmp_path, **changes)
     assert "Ddrm cannot take the operator BoundedBlur; it takes operators with" in error
     assert "unsupported=skip" in error

@@ -56,7 +56,8 @@ def dense(matrix: Tensor, z: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
 
 def problem(blur: str, count: int = 2) -> tuple[LinearPhysics, Tensor, Tensor]:
     """Return (physics, z, y) in float64."""
-    physics = BLURS[blur].draw(1, SHAPE, generator(3))
+    family = BLURS[blur]
+    physics = BoundedBlur(family.kernels(1, generator(3)), SHAPE, family.boundary)
     z, x0 = (torch.rand(count, *SHAPE, generator=generator(i), dtype=torch.float64) for i in range(2))
     return physics, z, observe(physics, x0, 0.01, generator(2))
 

@@ -314,7 +314,7 @@ def test_a_network_that_prefers_a_direction_is_seen_in_all_orientations(make):
     ("method", "family", "words"),
     [
         (Ddrm, Colorization(), "Ddrm cannot take the operator Luminance; it takes .* blur, super-resolution, masks"),
-        (Ddrm, GaussianBlur(0.8, boundary="valid"), "Ddrm cannot take the operator BoundedBlur"),
+        (Ddrm, GaussianBlur((0.6, 1.2), 30, "valid"), "Ddrm cannot take the operator BoundedBlur"),
         (DiffPir, Jpeg(), "DiffPir cannot take the operator JpegCodec; it takes every linear operator"),
         (Dps, Jpeg(), "Dps cannot take the operator JpegCodec"),
         (PnpFlow, Jpeg(), "PnpFlow cannot take the operator JpegCodec"),

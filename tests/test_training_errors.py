@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(term, prior, tmp_pat
 
 
 def test_a_network_that_gives_nan_to_the_solver_stops_with_the_step(prior, tmp_path):
-    module = distillation(prior, operator=GaussianBlur(0.5, boundary="valid"))
+    module = distillation(prior, operator=GaussianBlur((0.4, 0.6), 30, "valid"))
     start = module.network.warm_start
     forward = start.forward
     start.forward = lambda *args: forward(*args) * (float("nan") if module.steps_done == 1 else 1)

@@ -2,7 +2,7 @@
 
 from ud2m.physics.adopted import Adopted, adopt, joined
 from ud2m.physics.blur import GaussianBlur, KernelFile, MotionBlur, RandomGaussianBlur, UniformBlur
-from ud2m.physics.boundary import BoundedBlur
+from ud2m.physics.boundary import BoundedBlur, bounded_blur
 from ud2m.physics.checks import NoiseLevelWarning, told_level
 from ud2m.physics.circular import CircularBlur, CircularDownsampling
 from ud2m.physics.data_term import DataTerm, prepared_prox
@@ -66,6 +66,7 @@ __all__ = [
     "VideoOperator",
     "adopt",
     "at_least_float32",
+    "bounded_blur",
     "estimate_sigma_y",
     "image_shape",
     "joined",

@@ -14,7 +14,7 @@ from deepinv.physics.generator import MotionBlurGenerator
 from torch import Tensor
 
 from ud2m.numbers import is_whole
-from ud2m.physics.boundary import BOUNDARIES, BoundedBlur
+from ud2m.physics.boundary import BOUNDARIES, bounded_blur
 from ud2m.physics.circular import CircularBlur, check_kernel, check_side
 from ud2m.physics.family import OperatorFamily
 from ud2m.random import Generators, rand
@@ -30,7 +30,7 @@ class Blur(OperatorFamily):
     Args:
         boundary: ``circular`` (the image repeats; exact in the Fourier domain), ``valid`` (y is smaller than x by the
             kernel's size less one, as a camera sees a larger scene) or ``zero`` (black outside); the last two are
-            solved by conjugate gradients.
+            solved in closed form where kernels allow it, and else by conjugate gradients (``bounded_blur``).
 
     Raises:
         ValueError: for another boundary.
@@ -64,7 +64,7 @@ class Blur(OperatorFamily):
         kernels = self.kernels(batch_size, generator)
         if self.boundary == "circular":
             return CircularBlur(kernels, image_shape, device)
-        return BoundedBlur(kernels, image_shape, self.boundary, device)
+        return bounded_blur(kernels, image_shape, self.boundary, device)
 
     def image_shape(self, y_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Return (C, H, W) of the image: with ``valid`` boundaries larger than y."""

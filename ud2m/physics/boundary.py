@@ -10,8 +10,11 @@ from torch.nn.functional import pad
 from ud2m.physics.circular import CircularBlur, check_kernel
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.iterative import ConjugateGradients
+from ud2m.physics.separable import Separable
 
 BOUNDARIES = ("circular", "valid", "zero")
+RANK_ONE = 1e-10
+"""The second singular value of a kernel over its first, below which its rows are multiples of each other."""
 
 
 class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
@@ -76,3 +79,43 @@ class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
                 f"the operator was made for {self.img_size[1]}x{self.img_size[2]} pixels and takes "
                 f"[B, C, {size[0]}, {size[1]}] here, got {list(image.shape)}"
             )
+
+
+def bounded_blur(
+    kernel: Tensor, image_shape: tuple[int, int, int], boundary: str, device: torch.device | str = "cpu"
+) -> Separable | BoundedBlur:
+    """Return the blur of ``BoundedBlur``, in closed form where one kernel a b^T serves all samples and channels.
+
+    Boxes are such kernels, and Gaussians whose axes are those of the image. Columns and rows are then convolved one
+    after the other, by matrices whose singular values give the prox without iterations (``Separable``).
+
+    Args and errors: as for ``BoundedBlur``.
+    """
+    check_kernel(kernel, image_shape)
+    factors = _factors(kernel) if kernel.shape[:2] == (1, 1) else None
+    if factors is None:
+        return BoundedBlur(kernel, image_shape, boundary, device)
+    down, across = (convolution_matrix(t, n, boundary) for t, n in zip(factors, image_shape[1:], strict=True))
+    return Separable(down, image_shape, device=device, across=across)
+
+
+def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a and b of a kernel [1, 1, h, w] = a b^T in float64, None where there are none."""
+    u, s, vt = torch.linalg.svd(kernel[0, 0].double().cpu(), full_matrices=False)
+    if s[1:].sum() > RANK_ONE * s[0]:
+        return None
+    return s[0].sqrt() * u[:, 0], s[0].sqrt() * vt[0]
+
+
+def convolution_matrix(taps: Tensor, side: int, boundary: str) -> Tensor:
+    """Return the convolution of ``side`` numbers with k taps as a matrix: [side - k + 1, side] or [side, side] (zero).
+
+    Raises:
+        ValueError: for another boundary than ``valid`` and ``zero``.
+    """
+    if boundary not in BOUNDARIES[1:]:
+        raise ValueError(f"boundary must be valid or zero here, got {boundary!r}")
+    first, count = (len(taps) - 1, side - len(taps) + 1) if boundary == "valid" else (len(taps) // 2, side)
+    lag = first + torch.arange(count).unsqueeze(1) - torch.arange(side)
+    inside = (lag >= 0) & (lag < len(taps))
+    return torch.where(inside, taps[lag.clamp(0, len(taps) - 1)], 0.0)

@@ -1,33 +1,39 @@
 """Operators that act on rows and columns, solved exactly by singular values."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
+from ud2m.physics.circular import RELATIVE_RANK_TOLERANCE
 from ud2m.physics.immutable import Immutable
 from ud2m.physics.rows import at_least_float32, per_sample
 
 
 class Separable(Immutable, LinearPhysics):
-    """A X = U (W o (V^T X V)) U^T for each channel, with the same U and V for rows and columns of square images.
+    """A X = M X N^T for each channel: M acts on the columns of an image, N on its rows.
 
-    With M = U S V^T and W = s s^T this is M X M^T; other gains W can be given.
+    With the singular value decompositions M = U S V^T and N = P T Q^T this is U (W o (V^T X Q)) P^T, W = s t^T. Other
+    gains W can be given.
 
     Args:
-        matrix: M, [m, n], m <= n.
-        image_shape: (C, n, n).
-        threshold: singular values of M below it become 0.
-        gains: a function of s s^T [m, m] that returns W, [C, m, m]; default: the same for all channels.
+        matrix: M, [h, H], h <= H.
+        image_shape: (C, H, W).
+        threshold: singular values of M and N below it become 0.
+        gains: a function of s t^T [h, w] that returns W, [C, h, w]; default: the same for all channels.
         device: where the operator lives.
+        across: N, [w, W], w <= W; default: M.
 
     Raises:
-        ValueError: when the image is not n x n.
+        ValueError: when the matrices do not suit the image.
     """
 
-    rows: Tensor
-    columns: Tensor
+    u: Tensor
+    v: Tensor
+    p: Tensor
+    q: Tensor
     weights: Tensor
 
     def __init__(
@@ -35,66 +41,84 @@ class Separable(Immutable, LinearPhysics):
         matrix: Tensor,
         image_shape: tuple[int, int, int],
         threshold: float = 0.0,
-        gains: Any = None,
+        gains: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",
+        across: Tensor | None = None,
     ):
-        if image_shape[1:] != (matrix.shape[1],) * 2:
-            raise ValueError(f"this operator is for images of {matrix.shape[1]}x{matrix.shape[1]}, got {image_shape}")
+        across = matrix if across is None else across
+        size = (matrix.shape[1], across.shape[1])
+        if image_shape[1:] != size:
+            raise ValueError(f"this operator is for images of {size[0]}x{size[1]}, got {image_shape}")
         super().__init__(img_size=tuple(image_shape))
         self.img_size = tuple(image_shape)
-        u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-        s = torch.where(s < threshold, 0.0, s)
-        product = torch.outer(s, s)
-        for name, value in {
-            "rows": u,
-            "columns": vt.T,
-            "weights": product.unsqueeze(0) if gains is None else gains(product),
-        }.items():
+        u, s, v = _decomposed(matrix, threshold)
+        p, t, q = (u, s, v) if across is matrix else _decomposed(across, threshold)
+        product = torch.outer(s, t)
+        weights = product.unsqueeze(0) if gains is None else gains(product)
+        for name, value in {"u": u, "v": v, "p": p, "q": q, "weights": weights}.items():
             self.register_buffer(name, value)
         self.to(device)
 
     def A(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return A x: [B, C, n, n] -> [B, C, m, m]."""
+        """Return A x: [B, C, H, W] -> [B, C, h, w]."""
         self.update_parameters(**kwargs)
         dtype = at_least_float32(x)
-        return self._to(self.rows, self.weights.to(dtype) * self._from(self.columns, x.to(dtype))).to(x.dtype)
+        return self._image(self.weights.to(dtype) * self._seen(x.to(dtype))).to(x.dtype)
 
     def A_adjoint(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """Return A^T y: [B, C, m, m] -> [B, C, n, n]."""
+        """Return A^T y: [B, C, h, w] -> [B, C, H, W]."""
         self.update_parameters(**kwargs)
         dtype = at_least_float32(y)
-        return self._to(self.columns, self.weights.to(dtype) * self._from(self.rows, y.to(dtype))).to(y.dtype)
+        return self._scene(self.weights.to(dtype) * self._measured(y.to(dtype))).to(y.dtype)
 
     def A_dagger(self, y: Tensor, **kwargs: Any) -> Tensor:
-        """Return A^dagger y; gains that are 0 stay 0."""
+        """Return A^dagger y; gains below 1e-5 of the largest count as 0."""
         self.update_parameters(**kwargs)
-        dtype = at_least_float32(y)
-        inverse = torch.where(self.weights > 0, 1 / self.weights, 0.0).to(dtype)
-        return self._to(self.columns, inverse * self._from(self.rows, y.to(dtype))).to(y.dtype)
+        data = y.to(at_least_float32(y))
+        return self._scene(self._gain(torch.zeros_like(data[:, :1, :1, :1])) * self._measured(data)).to(y.dtype)
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
-        """Return argmin_u gamma |A u - y|^2 / 2 + |u - z|^2 / 2 = z + V (G o (U^T y U - W o (V^T z V))) V^T.
+        """Return argmin_u gamma |A u - y|^2 / 2 + |u - z|^2 / 2 = z + V (G o (U^T y P - W o (V^T z Q))) Q^T.
 
         G = W / (W^2 + 1 / gamma), entry by entry.
 
-        ``gamma``: number, or tensor of one element, [B] or [B, 1, 1, 1]; infinity is allowed.
+        ``gamma``: number, or tensor of one element, [B] or [B, 1, 1, 1]; at infinity G is that of ``A_dagger``.
         """
         self.update_parameters(**kwargs)
         mean = z.to(at_least_float32(z, y))
-        weights = self.weights.to(mean.dtype)
-        mismatch = self._from(self.rows, y.to(mean.dtype)) - weights * self._from(self.columns, mean)
-        ridge = 1 / per_sample(gamma, mean)
-        gain = weights / (weights**2 + ridge).clamp_min(torch.finfo(mean.dtype).tiny)
-        return (mean + self._to(self.columns, gain * mismatch)).to(z.dtype)
+        mismatch = self._measured(y.to(mean.dtype)) - self.weights.to(mean.dtype) * self._seen(mean)
+        return (mean + self._scene(self._gain(1 / per_sample(gamma, mean)) * mismatch)).to(z.dtype)
 
-    @staticmethod
-    def _from(basis: Tensor, image: Tensor) -> Tensor:
-        if image.shape[-2:] != (len(basis),) * 2:
-            raise ValueError(f"this operator needs {len(basis)}x{len(basis)} pixels here, got {list(image.shape)}")
-        matrix = basis.to(image.dtype)
-        return matrix.T @ image @ matrix
+    def _gain(self, ridge: Tensor) -> Tensor:
+        """Return W / (W^2 + ridge), and 0 for the W that count as 0 where the ridge is 0."""
+        weights = self.weights.to(ridge.dtype)
+        kept = weights > RELATIVE_RANK_TOLERANCE * weights.amax((-2, -1), keepdim=True)
+        gain = weights / (weights**2 + ridge).clamp_min(torch.finfo(ridge.dtype).tiny)
+        return torch.where(kept | (ridge > 0), gain, 0.0)
 
-    @staticmethod
-    def _to(basis: Tensor, coefficients: Tensor) -> Tensor:
-        matrix = basis.to(coefficients.dtype)
-        return matrix @ coefficients @ matrix.T
+    def _seen(self, x: Tensor) -> Tensor:
+        """Return V^T x Q."""
+        return _product(self.v.T, x, self.q)
+
+    def _scene(self, coefficients: Tensor) -> Tensor:
+        """Return V c Q^T."""
+        return _product(self.v, coefficients, self.q.T)
+
+    def _measured(self, y: Tensor) -> Tensor:
+        """Return U^T y P."""
+        return _product(self.u.T, y, self.p)
+
+    def _image(self, coefficients: Tensor) -> Tensor:
+        """Return U c P^T."""
+        return _product(self.u, coefficients, self.p.T)
+
+
+def _decomposed(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u, torch.where(s < threshold, 0.0, s), vt.T
+
+
+def _product(left: Tensor, image: Tensor, right: Tensor) -> Tensor:
+    if image.shape[-2:] != (left.shape[1], right.shape[0]):
+        raise ValueError(f"this operator needs {left.shape[1]}x{right.shape[0]} pixels here, got {list(image.shape)}")
+    return left.to(image.dtype) @ image @ right.to(image.dtype)

@@ -193,24 +193,27 @@ def decomposition(physics: DecomposablePhysics) -> Decomposition:
 
 @decomposition.register
 def _(physics: Separable) -> Decomposition:
-    rows, columns = physics.rows, physics.columns
-    side, rank = columns.shape
-    complete, _ = torch.linalg.qr(columns, mode="complete")
-    basis = torch.cat([columns, complete[:, rank:]], 1)
-    room = (0, side - rank, 0, side - rank)
+    """V and Q are completed to bases: what A does not see has the gain 0."""
+    v, q = _completed(physics.v), _completed(physics.q)
+    room = (0, len(q) - physics.q.shape[1], 0, len(v) - physics.v.shape[1])
 
     def u_adjoint(y: Tensor) -> Tensor:
-        matrix = rows.to(y.dtype)
-        return nn.functional.pad(matrix.T @ y @ matrix, room)
+        return nn.functional.pad(physics.u.to(y.dtype).T @ y @ physics.p.to(y.dtype), room)
 
     def v_adjoint(x: Tensor) -> Tensor:
-        return basis.to(x.dtype).T @ x @ basis.to(x.dtype)
+        return v.to(x.dtype).T @ x @ q.to(x.dtype)
 
-    def v(coefficients: Tensor) -> Tensor:
-        return basis.to(coefficients.dtype) @ coefficients @ basis.to(coefficients.dtype).T
+    def synthesis(coefficients: Tensor) -> Tensor:
+        return v.to(coefficients.dtype) @ coefficients @ q.to(coefficients.dtype).T
 
     gains = nn.functional.pad(physics.weights, room).unsqueeze(0)
-    return Decomposition(gains, u_adjoint, v_adjoint, v, is_complex=False)
+    return Decomposition(gains, u_adjoint, v_adjoint, synthesis, is_complex=False)
+
+
+def _completed(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis [n, n] that begins with the orthonormal columns [n, rank]."""
+    complete, _ = torch.linalg.qr(columns, mode="complete")
+    return torch.cat([columns, complete[:, columns.shape[1] :]], 1)
 
 
 @decomposition.register
