@@ -3,13 +3,14 @@
     python benchmarks/plots.py [--output docs/images]
 
 ``tradeoff.png``: PSNR against LPIPS of single samples and of means (``tradeoff``); ``evaluations.png``: LPIPS against
-network evaluations (``photographs_rivals`` and ``photographs_bridges``), which a sample's time is proportional to.
+network evaluations (``photographs_rivals`` and ``photographs_bridges``), which a sample's time is proportional to;
+``spatial.png``: the error of the mean against the samples' standard deviation, in bins of pixels (``calibration``).
 """
 
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,25 @@ def draw_evaluations(tables: Sequence[Mapping[str, Rows]]) -> Figure:
     return figure
 
 
-def panels(operators: Mapping[str, Rows]) -> tuple[Figure, list[Axes]]:
+def draw_spatial(rows: Rows) -> Figure:
+    """Return the error of the mean against the samples' standard deviation, a line per operator.
+
+    A point is a bin of pixels, and the larger the more pixels it holds.
+    """
+    figure, (axis,) = panels(["error of the mean, by place"])
+    ends = [value for row in rows for triple in row["spatial"] for value in triple[:2]]
+    axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color="gray", label="calibrated")
+    for colour, row in zip(COLOURS, rows, strict=False):
+        deviations, errors, shares = zip(*row["spatial"], strict=True)
+        colour = colour.replace("currentColor", "black")
+        axis.plot(deviations, errors, color=colour, linewidth=1, label=row["operator"].replace("_", " "))
+        axis.scatter(deviations, errors, s=[200 * share for share in shares], color=colour)
+    axis.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="error of their mean (RMS)")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def panels(operators: Collection[str]) -> tuple[Figure, list[Axes]]:
     """Return an empty panel for each operator, side by side."""
     figure, axes = plt.subplots(
         1, len(operators), figsize=(3.6 * len(operators), 3.8), squeeze=False, layout="constrained"
@@ -159,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     for name, drawn in {
         "tradeoff": draw_tradeoff(by_operator("tradeoff")),
+        "spatial": draw_spatial([row for rows in by_operator("calibration").values() for row in rows]),
         "evaluations": draw_evaluations([by_operator("photographs_rivals"), by_operator("photographs_bridges")]),
     }.items():
         content = io.BytesIO()

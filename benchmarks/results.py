@@ -57,6 +57,8 @@ COST_FORMATS = {
 }
 LEFT_OUT = ("peak_memory", "ssim_mean", "lpips_mean", "diversity_lpips", "residual_p")
 """Columns of evaluations that the document leaves out; the stored files have them."""
+CURVES = ("spatial",)
+"""Curves of evaluations that are stored with their rows, since a figure shows them (``plots.py``)."""
 NOT_MEASURED = "Not measured yet."
 FOLDERS = ("PHOTOGRAPHS", "CBSD68")
 """Variables of ``run_results.sh`` whose folders are stored as FOLDER: they lie elsewhere on each machine."""
@@ -266,9 +268,9 @@ SECTIONS = (
     Section(
         "calibration",
         "Coverage, and error against standard deviation",
-        "The shipped deblurring model with 19 samples on 8 pieces of 128x128, evenly spaced over those of 118 test "
+        "The shipped models with 19 samples on 16 pieces of 128x128, evenly spaced over those of 118 test "
         "photographs. `spatial_error` is the distance between the samples' standard deviation and the error of their "
-        "mean, place by place, in octaves.",
+        "mean, place by place, in octaves; docs/images/spatial.png shows one against the other.",
     ),
     Section(
         "models",
@@ -589,10 +591,20 @@ def collect(sources: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any
         found = _read(folder / "metrics.json")
         evaluated = (folder / "settings.json").is_file()
         config = _read(folder / "settings.json")["config"] if evaluated else _read(folder / "config.json")
-        for row in [found[-1] | {"method": label}] if label else found:
+        measured = [row | drawn_curves(folder, row) for row in found] if evaluated else found
+        for row in [measured[-1] | {"method": label}] if label else measured:
             rows.append({"method": row["method"]} | ({} if evaluated else setting(config)) | row)
         configs[folder.name] = {key: value for key, value in config.items() if key != "output"}
     return rows, configs
+
+
+def drawn_curves(folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the curves of a row of an evaluation that figures draw: what of ``CURVES`` its cell holds."""
+    for path in folder.glob("cells/*.json"):
+        cell = _read(path)
+        if cell["row"] and cell["row"].items() <= row.items():
+            return {name: cell["curves"][name] for name in CURVES if name in cell["curves"]}
+    return {}
 
 
 def setting(config: Mapping[str, Any]) -> dict[str, Any]:

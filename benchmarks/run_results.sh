@@ -71,11 +71,11 @@ pieces() {
 
 # latino FIRST LAST WIDTH ORIENTATIONS LABEL, ddrm ETA POWER ORIENTATIONS LABEL: these methods at one setting, as a list holds them
 latino() {
-    echo "\"latino target.setting.tau_first=$1 target.setting.tau_last=$2 target.setting.width=$3 target.symmetries=$4 label=$5\""
+    echo "\"latino target.setting.tau_first=$1 target.setting.tau_last=$2 target.setting.width=$3 target.symmetries=$4 tune=null label=$5\""
 }
 
 ddrm() {
-    echo "\"ddrm target.eta=$1 target.power=$2 target.symmetries=$3 label=$4\""
+    echo "\"ddrm target.eta=$1 target.power=$2 target.symmetries=$3 tune=null label=$4\""
 }
 
 ship() {
@@ -427,7 +427,11 @@ mixture() {
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
     features photographs_general "$RUNS/photographs_general/export" physics=general network=conditioned \
         "physics.operator.weights=[2,1,1,1,5,1,1,1]" steps=1000 validate_every=1000
-    ship "$RUNS/photographs_general_features/export" photographs_general --prior photographs_prior
+    stage photographs_general sharp "$RUNS/photographs_general_features/export" physics=general network=conditioned \
+        lora.rank=32 lora.alpha=32 "physics.operator.weights=[3,1,1,3,6,1,1,1]" training.optimizer.lr_psi=3e-2 \
+        loss.terms.feature_energy.term.spread=0.85 steps=3000 validate_every=1500
+    last photographs_general_sharp
+    ship "$RUNS/photographs_general_sharp/export-last" photographs_general --prior photographs_prior --options num_steps=4 grid_power=3.0 eta=0.0
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
             valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;
@@ -470,13 +474,13 @@ tradeoff() {
     "$PYTHON" benchmarks/plots.py
 }
 
-# Coverage, and error against standard deviation, on PHOTOGRAPHS; the curve stands in the report.
+# Coverage, and error against standard deviation, on PHOTOGRAPHS.
 calibration() {
-    evaluate calibration_gaussian_blur operators='[gaussian_blur]' prior=photographs_prior num_samples=19 show=2 \
-        methods='["ud2m target.model=photographs_gaussian_blur"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
-        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 8)\"]"
-    collect_on PHOTOGRAPHS calibration results/calibration_gaussian_blur \
-        --note "Root mean square error of the mean where the standard deviation is 0.005, 0.009, 0.019, 0.038, 0.073: 0.014, 0.025, 0.028, 0.047, 0.079 (the plot of the report)."
+    evaluate calibration operators="[${OPERATORS// /,},uniform_blur,jpeg]" prior=photographs_prior num_samples=19 show=2 \
+        methods='["ud2m target.model=photographs_{physics} label=UD2M"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
+        datasets="[\"$(pieces "$PHOTOGRAPHS" 128 16)\"]"
+    collect_on PHOTOGRAPHS calibration results/calibration --note "$BUSY"
+    "$PYTHON" benchmarks/plots.py
 }
 
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a model of the part `photographs` before its last stage, trained on by the energy score, and with the term beside it.

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -143,6 +144,27 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
         "lpips: network alex 1; data photos, size 32x32, sigma_y 0.01, images 5, samples 2, seed 0; in brackets" in text
     )
     assert "77" not in text
+
+
+def test_curves_of_an_evaluation_are_stored_with_their_rows_for_figures(tmp_path):
+    plots = importlib.import_module("plots")
+    cells = tmp_path / "evaluated" / "cells"
+    cells.mkdir(parents=True)
+    rows = [{"method": "UD2M", "operator": name, "energy": energy} for name, energy in (("blur", 1.0), ("jpeg", 2.0))]
+    curves = {1.0: [[0.01, 0.02, 0.75], [0.1, 0.1, 0.25]], 2.0: [[0.02, 0.02, 1.0]]}
+    (tmp_path / "evaluated" / "metrics.json").write_text(json.dumps(rows))
+    (tmp_path / "evaluated" / "settings.json").write_text(json.dumps({"config": {}}))
+    (cells / "settings_tried.json").write_text(json.dumps({"row": {}, "curves": {"rows": [], "spatial": [[1, 1, 1]]}}))
+    for energy, curve in curves.items():
+        cell = {"row": {"energy": energy}, "curves": {"spatial": curve, "energy_values": [3.0]}}
+        (cells / f"{energy}.json").write_text(json.dumps(cell))
+    found, _ = results.collect([str(tmp_path / "evaluated")])
+    assert [row["spatial"] for row in found] == list(curves.values())
+    assert "energy_values" not in found[0]
+    (axis,) = plots.draw_spatial(found).axes
+    lines = {line.get_label(): np.array(line.get_xydata()).tolist() for line in axis.lines}
+    assert lines["blur"] == [[0.01, 0.02], [0.1, 0.1]]
+    assert lines["calibrated"] == [[0.01, 0.01], [0.1, 0.1]]
 
 
 def test_folders_of_photographs_are_stored_by_no_path_of_this_machine(tmp_path, monkeypatch):
