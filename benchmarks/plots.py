@@ -3,7 +3,8 @@
     python benchmarks/plots.py [--output docs/images]
 
 ``tradeoff.png``: PSNR against LPIPS of single samples and of means (``tradeoff``); ``evaluations.png``: LPIPS against
-network evaluations (``photographs_rivals`` and ``photographs_bridges``), which a sample's time is proportional to;
+network evaluations (``photographs_rivals``, ``photographs_bridges``, and hollow ``photographs_few``), which a sample's
+time is proportional to;
 ``spatial.png``: the error of the mean against the samples' standard deviation, in bins of pixels (``calibration``).
 """
 
@@ -109,23 +110,31 @@ def relative_lpips(rows: Rows) -> list[tuple[str, float, float]]:
     return [(row["method"], row["nfe"], row["lpips"] / one) for row in chosen]
 
 
-def draw_evaluations(tables: Sequence[Mapping[str, Rows]]) -> Figure:
-    """Return a panel per operator: LPIPS over ours against network evaluations for one sample."""
+def draw_evaluations(tables: Sequence[Mapping[str, Rows]], ours: Mapping[str, Rows]) -> Figure:
+    """Return a panel per operator: LPIPS over that of the shipped model against network evaluations for one sample.
+
+    Args:
+        tables: rows of all methods by operator.
+        ours: rows of our models in other numbers of modules and steps, of some of these operators.
+    """
     points = {
         operator: list({point[0]: point for table in tables for point in relative_lpips(table[operator])}.values())
         for operator in tables[0]
     }
     figure, axes = panels(points)
     methods = list(dict.fromkeys(point[0] for found in points.values() for point in found))
-    for axis, found in zip(axes, points.values(), strict=True):
+    for axis, (operator, found) in zip(axes, points.items(), strict=True):
         for name, evaluations, ratio in found:
             colour = COLOURS[methods.index(name)].replace("currentColor", "black")
             marker = "*" if name.startswith("UD2M") else "o"
             axis.plot(evaluations, ratio, marker, color=colour, label=name, markersize=8)
+        for k, (_, evaluations, ratio) in enumerate(relative_lpips(ours[operator]) if operator in ours else ()):
+            label = "" if k else "UD2M, other modules and steps"
+            axis.plot(evaluations, ratio, "*", color=COLOURS[0], fillstyle="none", label=label, markersize=8)
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(xlim=(0, None), xlabel="network evaluations for a sample")
     axes[0].set_ylabel("LPIPS over that of UD2M (less is better)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods) + 1, fontsize=7)
     return figure
 
 
@@ -145,6 +154,14 @@ def draw_spatial(rows: Rows) -> Figure:
     axis.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="error of their mean (RMS)")
     axis.legend(fontsize=7)
     return figure
+
+
+def fewer() -> dict[str, list[Mapping[str, Any]]]:
+    """Return the rows of ``photographs_few`` that are ours."""
+    return {
+        operator: [row for row in rows if row["method"].startswith("K =")]
+        for operator, rows in by_operator("photographs_few").items()
+    }
 
 
 def panels(operators: Collection[str]) -> tuple[Figure, list[Axes]]:
@@ -179,7 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, drawn in {
         "tradeoff": draw_tradeoff(by_operator("tradeoff")),
         "spatial": draw_spatial([row for rows in by_operator("calibration").values() for row in rows]),
-        "evaluations": draw_evaluations([by_operator("photographs_rivals"), by_operator("photographs_bridges")]),
+        "evaluations": draw_evaluations(
+            [by_operator("photographs_rivals"), by_operator("photographs_bridges")], fewer()
+        ),
     }.items():
         content = io.BytesIO()
         drawn.savefig(content, format="png", dpi=110, metadata={"Software": None})

@@ -232,8 +232,8 @@ SECTIONS = (
         "photographs_few",
         "One to 21 evaluations on photographs",
         "Deblurring, test pieces as above, 4 samples. The shipped model (K = 3) in N = 1 to 7 steps; K = 1, trained "
-        "on from its adapter for 1200 steps and sampled in four steps and fewer; K = 4, for 800 steps and one step of "
-        "sampling; and DDRM as tuned by LPIPS above.",
+        "on from its adapter for 1200 steps (`settings=sharp`) and sampled in four steps and fewer; K = 4, for 800 "
+        "steps and one step of sampling; and DDRM as tuned by LPIPS above.",
     ),
     Section(
         "photographs_steps",

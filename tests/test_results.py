@@ -234,8 +234,10 @@ def test_the_figure_of_evaluations_compares_lpips_with_ours_on_the_same_pictures
     first = table(0.1, ("DDRM, best PSNR", 0.4), ("DDRM, best LPIPS", 0.05))
     other = table(0.2, ("I2SB", 0.3))
     assert [point[0] for point in plots.relative_lpips(first["blur"])] == ["UD2M", "DDRM, best LPIPS"]
-    axis = plots.draw_evaluations([first, other]).axes[0]
-    heights = {line.get_label(): float(line.get_ydata()[0]) for line in axis.lines[:-1]}
+    axis = plots.draw_evaluations([first, other], {"blur": table(0.1, ("UD2M, one step", 0.15))["blur"]}).axes[0]
+    hollow = [float(line.get_ydata()[0]) for line in axis.lines if line.get_fillstyle() == "none"]
+    assert hollow == pytest.approx([1.0, 1.5])
+    heights = {line.get_label(): float(line.get_ydata()[0]) for line in axis.lines[:3]}
     assert heights == pytest.approx(
         {
             "UD2M": 1.0,
