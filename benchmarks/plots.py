@@ -132,9 +132,11 @@ def draw_evaluations(tables: Sequence[Mapping[str, Rows]], ours: Mapping[str, Ro
             label = "" if k else "UD2M, other modules and steps"
             axis.plot(evaluations, ratio, "*", color=COLOURS[0], fillstyle="none", label=label, markersize=8)
         axis.axhline(1, color="gray", linewidth=0.8)
-        axis.set(xlim=(0, None), xlabel="network evaluations for a sample")
+        axis.set(xscale="log", xlim=(0.8, 125), xlabel="network evaluations for a sample")
+        axis.set_xticks([1, 2, 4, 9, 20, 100], labels=["1", "2", "4", "9", "20", "100"], minor=False)
+        axis.set_xticks([], minor=True)
     axes[0].set_ylabel("LPIPS over that of UD2M (less is better)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods) + 1, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
