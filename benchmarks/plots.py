@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from results import load
 from ud2m.files import write_bytes
-from ud2m.reports.plots import COLOURS
+from ud2m.reports.plots import COLOURS, colour_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 Rows = Sequence[Mapping[str, Any]]
@@ -125,7 +125,7 @@ def draw_evaluations(tables: Sequence[Mapping[str, Rows]], ours: Mapping[str, Ro
     methods = list(dict.fromkeys(point[0] for found in points.values() for point in found))
     for axis, (operator, found) in zip(axes, points.items(), strict=True):
         for name, evaluations, ratio in found:
-            colour = COLOURS[methods.index(name)].replace("currentColor", "black")
+            colour = colour_of(methods.index(name)).replace("currentColor", "black")
             marker = "*" if name.startswith("UD2M") else "o"
             axis.plot(evaluations, ratio, marker, color=colour, label=name, markersize=8)
         for k, (_, evaluations, ratio) in enumerate(relative_lpips(ours[operator]) if operator in ours else ()):
@@ -148,9 +148,9 @@ def draw_spatial(rows: Rows) -> Figure:
     figure, (axis,) = panels(["error of the mean, by place"])
     ends = [value for row in rows for triple in row["spatial"] for value in triple[:2]]
     axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color="gray", label="calibrated")
-    for colour, row in zip(COLOURS, rows, strict=False):
+    for k, row in enumerate(rows):
         deviations, errors, shares = zip(*row["spatial"], strict=True)
-        colour = colour.replace("currentColor", "black")
+        colour = colour_of(k)
         axis.plot(deviations, errors, color=colour, linewidth=1, label=row["operator"].replace("_", " "))
         axis.scatter(deviations, errors, s=[200 * share for share in shares], color=colour)
     axis.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="error of their mean (RMS)")

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ud2m.evaluation.cells import CellStore
 from ud2m.evaluation.differences import DIFFERENCE
 from ud2m.evaluation.table import SETTING, Column, best_cells, format_value, markdown_line, meanings, table_columns
 from ud2m.files import write_bytes, write_json
@@ -590,21 +591,22 @@ def collect(sources: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any
         folder = Path(path)
         found = _read(folder / "metrics.json")
         evaluated = (folder / "settings.json").is_file()
-        config = _read(folder / "settings.json")["config"] if evaluated else _read(folder / "config.json")
-        measured = [row | drawn_curves(folder, row) for row in found] if evaluated else found
-        for row in [measured[-1] | {"method": label}] if label else measured:
+        if evaluated:
+            settings = _read(folder / "settings.json")
+            config, store = settings["config"], CellStore(folder / "cells")
+            found = [row | drawn_curves(store, cell) for row, cell in zip(found, settings["cells"], strict=True)]
+        else:
+            config = _read(folder / "config.json")
+        for row in [found[-1] | {"method": label}] if label else found:
             rows.append({"method": row["method"]} | ({} if evaluated else setting(config)) | row)
         configs[folder.name] = {key: value for key, value in config.items() if key != "output"}
     return rows, configs
 
 
-def drawn_curves(folder: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the curves of a row of an evaluation that figures draw: what of ``CURVES`` its cell holds."""
-    for path in folder.glob("cells/*.json"):
-        cell = _read(path)
-        if cell["row"] and cell["row"].items() <= row.items():
-            return {name: cell["curves"][name] for name in CURVES if name in cell["curves"]}
-    return {}
+def drawn_curves(cells: CellStore, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the curves of a cell that figures draw: what it holds of ``CURVES``, nothing where it is gone."""
+    result = cells.load(settings)
+    return {} if result is None else {name: result.curves[name] for name in CURVES if name in result.curves}
 
 
 def setting(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -471,7 +471,6 @@ tradeoff() {
         done
     done
     collect_on PHOTOGRAPHS tradeoff "${folders[@]}" --note "$BUSY"
-    "$PYTHON" benchmarks/plots.py
 }
 
 # Coverage, and error against standard deviation, on PHOTOGRAPHS.
@@ -480,7 +479,6 @@ calibration() {
         methods='["ud2m target.model=photographs_{physics} label=UD2M"]' metrics='[psnr_limit,r,coverage,spatial,energy]' \
         datasets="[\"$(pieces "$PHOTOGRAPHS" 128 16)\"]"
     collect_on PHOTOGRAPHS calibration results/calibration --note "$BUSY"
-    "$PYTHON" benchmarks/plots.py
 }
 
 # The adversarial term with a discriminator that learns, on PHOTOGRAPHS: a model of the part `photographs` before its last stage, trained on by the energy score, and with the term beside it.
@@ -637,4 +635,5 @@ for part in "$@"; do
         *) echo "error: unknown part $part" >&2 && exit 2 ;;
     esac
 done
+"$PYTHON" benchmarks/plots.py
 "$PYTHON" benchmarks/results.py render

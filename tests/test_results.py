@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from ud2m.evaluation.cells import CellStore, Result
+
 sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "data_prep")]
 results = importlib.import_module("results")
 
@@ -133,7 +135,7 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
     folder = tmp_path / "evaluated"
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(rows))
-    (folder / "settings.json").write_text(json.dumps({"config": {"name": "evaluated"}, "cells": []}))
+    (folder / "settings.json").write_text(json.dumps({"config": {"name": "evaluated"}, "cells": [{}] * 4}))
     found, configs = results.collect([str(folder)])
     assert found == rows
     assert configs == {"evaluated": {"name": "evaluated"}}
@@ -148,16 +150,16 @@ def test_an_evaluation_is_collected_and_shown_with_its_intervals(tmp_path):
 
 def test_curves_of_an_evaluation_are_stored_with_their_rows_for_figures(tmp_path):
     plots = importlib.import_module("plots")
-    cells = tmp_path / "evaluated" / "cells"
-    cells.mkdir(parents=True)
+    (tmp_path / "evaluated").mkdir()
+    cells = CellStore(tmp_path / "evaluated" / "cells")
     rows = [{"method": "UD2M", "operator": name, "energy": energy} for name, energy in (("blur", 1.0), ("jpeg", 2.0))]
     curves = {1.0: [[0.01, 0.02, 0.75], [0.1, 0.1, 0.25]], 2.0: [[0.02, 0.02, 1.0]]}
     (tmp_path / "evaluated" / "metrics.json").write_text(json.dumps(rows))
-    (tmp_path / "evaluated" / "settings.json").write_text(json.dumps({"config": {}}))
-    (cells / "settings_tried.json").write_text(json.dumps({"row": {}, "curves": {"rows": [], "spatial": [[1, 1, 1]]}}))
-    for energy, curve in curves.items():
-        cell = {"row": {"energy": energy}, "curves": {"spatial": curve, "energy_values": [3.0]}}
-        (cells / f"{energy}.json").write_text(json.dumps(cell))
+    settings = {"config": {}, "cells": [{"operator": row["operator"]} for row in rows]}
+    (tmp_path / "evaluated" / "settings.json").write_text(json.dumps(settings))
+    cells.save({"tuning": True}, Result({}, {"rows": [], "spatial": [[1, 1, 1]]}, {}))
+    for cell, (energy, curve) in zip(settings["cells"], curves.items(), strict=True):
+        cells.save(cell, Result({"energy": energy}, {"spatial": curve, "energy_values": [3.0]}, {}))
     found, _ = results.collect([str(tmp_path / "evaluated")])
     assert [row["spatial"] for row in found] == list(curves.values())
     assert "energy_values" not in found[0]

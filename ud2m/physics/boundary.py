@@ -39,8 +39,7 @@ class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
     def __init__(
         self, kernel: Tensor, image_shape: tuple[int, int, int], boundary: str, device: torch.device | str = "cpu"
     ):
-        if boundary not in BOUNDARIES[1:]:
-            raise ValueError(f"boundary must be valid or zero here, got {boundary!r}; CircularBlur is circular")
+        check_boundary(boundary)
         check_kernel(kernel, image_shape)
         super().__init__(img_size=tuple(image_shape))
         self.img_size = tuple(image_shape)
@@ -91,11 +90,12 @@ def bounded_blur(
 
     Args and errors: as for ``BoundedBlur``.
     """
+    check_boundary(boundary)
     check_kernel(kernel, image_shape)
     factors = _factors(kernel) if kernel.shape[:2] == (1, 1) else None
     if factors is None:
         return BoundedBlur(kernel, image_shape, boundary, device)
-    down, across = (convolution_matrix(t, n, boundary) for t, n in zip(factors, image_shape[1:], strict=True))
+    down, across = (_convolution_matrix(t, n, boundary) for t, n in zip(factors, image_shape[1:], strict=True))
     return Separable(down, image_shape, device=device, across=across)
 
 
@@ -107,14 +107,14 @@ def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
     return s[0].sqrt() * u[:, 0], s[0].sqrt() * vt[0]
 
 
-def convolution_matrix(taps: Tensor, side: int, boundary: str) -> Tensor:
-    """Return the convolution of ``side`` numbers with k taps as a matrix: [side - k + 1, side] or [side, side] (zero).
-
-    Raises:
-        ValueError: for another boundary than ``valid`` and ``zero``.
-    """
+def check_boundary(boundary: str) -> None:
+    """Raise ValueError unless the boundary is ``valid`` or ``zero``."""
     if boundary not in BOUNDARIES[1:]:
-        raise ValueError(f"boundary must be valid or zero here, got {boundary!r}")
+        raise ValueError(f"boundary must be valid or zero here, got {boundary!r}; CircularBlur is circular")
+
+
+def _convolution_matrix(taps: Tensor, side: int, boundary: str) -> Tensor:
+    """Return the convolution of n numbers with k taps as a matrix: [n - k + 1, n], or [n, n] for ``zero``."""
     first, count = (len(taps) - 1, side - len(taps) + 1) if boundary == "valid" else (len(taps) // 2, side)
     lag = first + torch.arange(count).unsqueeze(1) - torch.arange(side)
     inside = (lag >= 0) & (lag < len(taps))

@@ -75,7 +75,7 @@ class Separable(Immutable, LinearPhysics):
         """Return A^dagger y; gains below 1e-5 of the largest count as 0."""
         self.update_parameters(**kwargs)
         data = y.to(at_least_float32(y))
-        return self._scene(self._gain(torch.zeros_like(data[:, :1, :1, :1])) * self._measured(data)).to(y.dtype)
+        return self._scene(self._gain(data.new_zeros(())) * self._measured(data)).to(y.dtype)
 
     def prox_l2(self, z: Tensor, y: Tensor, gamma: Tensor | float, **kwargs: Any) -> Tensor:
         """Return argmin_u gamma |A u - y|^2 / 2 + |u - z|^2 / 2 = z + V (G o (U^T y P - W o (V^T z Q))) Q^T.
