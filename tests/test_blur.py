@@ -117,11 +117,17 @@ def test_bounded_blurs_are_plain_convolutions(taps):
 
 
 @pytest.mark.parametrize("boundary", ["valid", "zero"])
-@pytest.mark.parametrize("family", [GaussianBlur((0.7, 1.2)), UniformBlur(4)])
-def test_blurs_along_rows_and_columns_are_solved_in_closed_form(family, boundary):
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        GaussianBlur((0.7, 1.2)).kernel,
+        UniformBlur(4).kernels(1),
+        torch.outer(torch.tensor([0.2, -1.0, 0.5]).double(), torch.tensor([0.0, 0.8, -0.3, 0.1]).double())[None, None],
+    ],
+)
+def test_blurs_along_rows_and_columns_are_solved_in_closed_form(kernel, boundary):
     """They are scipy's convolutions, and their prox is that of conjugate gradients; in float32 too."""
-    shape, (h, w) = (2, 21, 18), family.taps
-    kernel = family.kernels(1)
+    shape, (h, w) = (2, 21, 18), kernel.shape[-2:]
     closed, iterated = bounded_blur(kernel, shape, boundary), BoundedBlur(kernel, shape, boundary)
     assert type(closed) is Separable
     x, z = (torch.rand(BATCH, *shape, dtype=torch.float64, generator=generator(i)) for i in range(2))
@@ -157,6 +163,8 @@ def test_a_blur_in_closed_form_without_noise_leaves_out_what_it_hardly_sees():
         GaussianBlur((0.7, 1.2), angle=30).kernel,
         GaussianBlur(0.8).kernel.expand(2, -1, -1, -1),
         GaussianBlur(0.8).kernel.expand(-1, 2, -1, -1),
+        torch.tensor([[[[1.0, 2.0], [0.0, 1.0]]]]),  # its largest tap does not know the other corner
+        torch.tensor([[[[0.2, -1.0, 0.0], [0.1, -0.5, 1e-6]]]]),
     ],
 )
 def test_other_blurs_are_solved_by_conjugate_gradients(kernels):

@@ -14,7 +14,7 @@ from ud2m.physics.separable import Separable
 
 BOUNDARIES = ("circular", "valid", "zero")
 RANK_ONE = 1e-10
-"""The second singular value of a kernel over its first, below which its rows are multiples of each other."""
+"""How far, over the largest tap, a tap may lie off a b^T in a kernel whose rows count as multiples of each other."""
 
 
 class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
@@ -100,11 +100,19 @@ def bounded_blur(
 
 
 def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return a and b of a kernel [1, 1, h, w] = a b^T in float64, None where there are none."""
-    u, s, vt = torch.linalg.svd(kernel[0, 0].double().cpu(), full_matrices=False)
-    if s[1:].sum() > RANK_ONE * s[0]:
+    """Return a and b of a kernel [1, 1, h, w] = a b^T in float64, None where there are none.
+
+    Then a is the column of the tap of largest modulus, and b its row over that tap: no decomposition is needed.
+    """
+    taps = kernel[0, 0].double().cpu()
+    row, column = divmod(int(taps.abs().argmax()), taps.shape[1])
+    largest = taps[row, column]
+    if largest == 0:
         return None
-    return s[0].sqrt() * u[:, 0], s[0].sqrt() * vt[0]
+    a, b = taps[:, column], taps[row] / largest
+    if (taps - torch.outer(a, b)).abs().max() > RANK_ONE * largest.abs():
+        return None
+    return a, b
 
 
 def check_boundary(boundary: str) -> None:
