@@ -1,11 +1,12 @@
 """Measure priors as Gaussian denoisers on CBSD68, the field's usual colour test set, beside published figures.
 
-    python benchmarks/cbsd68.py FOLDER [--prior NAME ...] [--samples PICTURE]
+    python benchmarks/cbsd68.py FOLDER [--prior NAME ...] [--averaged NAME ...] [--samples PICTURE]
 
 FOLDER holds the 68 images (481x321 or 321x481) as ``cbsd68_*`` or alone. Writes ``docs/results/cbsd68.json``: the mean
 over images of the PSNR in dB at sigma = 15, 25 and 50 of 255, one network evaluation per image at full size. The noise
 of an image depends on its name and the level alone; nothing is clipped before, and the result is clipped to [0, 1].
-``--samples`` draws 16 pictures from the last prior alone by 50 DDIM steps of diffusers, to look at.
+``--averaged`` measures priors also by eight evaluations per image, in the orientations of the square. ``--samples``
+draws 16 pictures from the last prior alone by 50 DDIM steps of diffusers, to look at.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from prior_denoising import with_prior
+from prior_denoising import Denoiser, with_prior
 from results import store
 from ud2m.evaluation.metrics import psnr
 from ud2m.images import list_images, read_image, write_image
@@ -58,11 +59,24 @@ def noise_of(name: str, level: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def measure(prior: Prior, images: dict[str, Tensor]) -> dict[str, float]:
-    """Return the mean PSNR in dB by level."""
+def averaged(denoise: Denoiser) -> Denoiser:
+    """Return the mean of T^-1 denoise(T x) over the eight symmetries T of the square (self-ensemble)."""
+
+    def turned(noisy: Tensor) -> Tensor:
+        upright = [denoise(noisy.rot90(k, (-2, -1))).rot90(-k, (-2, -1)) for k in range(4)]
+        mirrored = [denoise(noisy.flip(-1).rot90(k, (-2, -1))).rot90(-k, (-2, -1)).flip(-1) for k in range(4)]
+        return torch.stack(upright + mirrored).mean(0)
+
+    return turned
+
+
+def measure(prior: Prior, images: dict[str, Tensor], ensemble: bool = False) -> dict[str, float]:
+    """Return the mean PSNR in dB by level, of one evaluation or of the mean of eight."""
     found = {}
     for level in LEVELS:
         denoise, values = with_prior(prior, level / 255), []
+        if ensemble:
+            denoise = averaged(denoise)
         for name, x0 in tqdm(images.items(), desc=f"sigma {level}", unit="image"):
             noisy = x0 + level / 255 * noise_of(name, level, x0.shape)
             values.append(psnr(denoise(noisy[None]).clamp(0, 1), x0[None]))
@@ -90,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the 68 images")
     parser.add_argument("--prior", nargs="+", default=["photos_prior"], help="shipped names, folders or hub ids")
+    parser.add_argument("--averaged", nargs="+", default=[], help="measured also as the mean of eight orientations")
     parser.add_argument("--samples", type=Path, help="picture of samples to write")
     return parser
 
@@ -106,10 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prior = Prior.from_pretrained(reference)
         millions = sum(p.numel() for p in prior.parameters()) / 1e6
         rows.append({"method": f"{reference} ({millions:.2f} M parameters)"} | measure(prior, images))
+        if reference in options.averaged:
+            rows.append({"method": f"{reference}, mean of 8 orientations"} | measure(prior, images, ensemble=True))
         config[reference] = prior.fingerprint
     if options.samples is not None:
         write_image(draw(prior), options.samples)
     command = f"python benchmarks/cbsd68.py FOLDER --prior {' '.join(options.prior)}"
+    if options.averaged:
+        command += f" --averaged {' '.join(options.averaged)}"
     print(store("cbsd68", command, {"prior": config}, rows, ""))
 
 
