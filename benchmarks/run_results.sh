@@ -427,11 +427,14 @@ mixture() {
         training.start_from=photos_general data.root="$PHOTOGRAPHS"
     features photographs_general "$RUNS/photographs_general/export" physics=general network=conditioned \
         "physics.operator.weights=[2,1,1,1,5,1,1,1]" steps=1000 validate_every=1000
-    stage photographs_general sharp "$RUNS/photographs_general_features/export" physics=general network=conditioned \
-        lora.rank=32 lora.alpha=32 "physics.operator.weights=[3,1,1,3,6,1,1,1]" training.optimizer.lr_psi=3e-2 \
-        loss.terms.feature_energy.term.spread=0.85 steps=3000 validate_every=1500
+    local wide="physics=general network=conditioned lora.rank=32 lora.alpha=32 training.optimizer.lr_psi=3e-2 loss.terms.feature_energy.term.spread=0.85"
+    stage photographs_general sharp "$RUNS/photographs_general_features/export" $wide \
+        "physics.operator.weights=[3,1,1,3,6,1,1,1]" steps=3000 validate_every=1500
     last photographs_general_sharp
-    ship "$RUNS/photographs_general_sharp/export-last" photographs_general --prior photographs_prior --options num_steps=4 grid_power=3.0 eta=0.0
+    stage photographs_general_more sharp "$RUNS/photographs_general_sharp/export-last" $wide \
+        "physics.operator.weights=[2,1,1,2,10,1,1,1]" steps=2500 validate_every=1250
+    last photographs_general_more_sharp
+    ship "$RUNS/photographs_general_more_sharp/export-last" photographs_general --prior photographs_prior --options num_steps=4 grid_power=3.25 eta=1.0
     for operator in $OPERATORS valid strokes motion_blur; do
         case $operator in
             valid) set -- '"gaussian_blur operator.boundary=valid"' gaussian_blur ;;
