@@ -127,7 +127,8 @@ SECTIONS = (
         "cbsd68",
         "Denoising CBSD68",
         "PSNR in dB of one network evaluation on the 68 test images at full size, one network for all levels, beside "
-        "published figures. The priors are diffusion networks that were trained for all levels.",
+        "published figures. The priors are diffusion networks that were trained for all levels. The last one is not "
+        "shipped: [what was tried](training.md#a-trained-model-in-the-box).",
     ),
     *_operator_sections(),
     Section(
