@@ -207,7 +207,9 @@ SECTIONS = (
         "photographs_bridges",
         "Models trained on 1,250 photographs, and rivals that are trained too",
         "As above, 30 pieces and 2 samples. I2SB and CDDB begin as the prior, and train all its weights for 1000 "
-        "steps of 36 crops of 48x48 of the same photographs; DiffPIR takes a hundred evaluations of the prior.",
+        "steps of 36 crops of 48x48 of the same photographs; DiffPIR takes a hundred evaluations of the prior. In a "
+        "search with lambda = 1 besides, inpainting alone, 3 was best in LPIPS again, and 1 in the PSNR of the mean "
+        "(27.43 dB, LPIPS 0.120, on these pieces).",
     ),
     Section(
         "photographs_more",
