@@ -60,14 +60,15 @@ def noise_of(name: str, level: int, shape: Sequence[int]) -> Tensor:
 
 
 def averaged(denoise: Denoiser) -> Denoiser:
-    """Return the mean of T^-1 denoise(T x) over the eight symmetries T of the square (self-ensemble)."""
+    """Return the mean of T^-1 denoise(T x) over the eight symmetries T of the square (self-ensemble).
+
+    Not by deepinv's ``Rotate``, which cuts what is not square to its shape when it is turned.
+    """
 
     def turned(noisy: Tensor) -> Tensor:
-        upright = [denoise(noisy.rot90(k, (-2, -1))).rot90(-k, (-2, -1)) for k in range(4)]
-        mirrored = [denoise(noisy.flip(-1).rot90(k, (-2, -1))).rot90(-k, (-2, -1)).flip(-1) for k in range(4)]
-        return torch.stack(upright + mirrored).mean(0)
+        return torch.stack([denoise(noisy.rot90(k, (-2, -1))).rot90(-k, (-2, -1)) for k in range(4)]).mean(0)
 
-    return turned
+    return lambda noisy: (turned(noisy) + turned(noisy.flip(-1)).flip(-1)) / 2
 
 
 def measure(prior: Prior, images: dict[str, Tensor], ensemble: bool = False) -> dict[str, float]:
@@ -112,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and store."""
     options = parser().parse_args(arguments)
+    if others := set(options.averaged) - set(options.prior):
+        raise ValueError(f"--averaged takes priors that --prior names, got {', '.join(sorted(others))}; add to --prior")
     images = images_of(options.folder)
     rows: list[dict[str, Any]] = [
         {"method": name} | dict(zip(map(heading, LEVELS), values, strict=True)) for name, values in PUBLISHED.items()

@@ -125,7 +125,7 @@ def draw_evaluations(tables: Sequence[Mapping[str, Rows]], ours: Mapping[str, Ro
     methods = list(dict.fromkeys(point[0] for found in points.values() for point in found))
     for axis, (operator, found) in zip(axes, points.items(), strict=True):
         for name, evaluations, ratio in found:
-            colour = colour_of(methods.index(name)).replace("currentColor", "black")
+            colour = ink(methods.index(name))
             marker = "*" if name.startswith("UD2M") else "o"
             axis.plot(evaluations, ratio, marker, color=colour, label=name, markersize=8)
         for k, (_, evaluations, ratio) in enumerate(relative_lpips(ours[operator]) if operator in ours else ()):
@@ -150,7 +150,7 @@ def draw_spatial(rows: Rows) -> Figure:
     axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color="gray", label="calibrated")
     for k, row in enumerate(rows):
         deviations, errors, shares = zip(*row["spatial"], strict=True)
-        colour = colour_of(k)
+        colour = ink(k)
         axis.plot(deviations, errors, color=colour, linewidth=1, label=row["operator"].replace("_", " "))
         axis.scatter(deviations, errors, s=[200 * share for share in shares], color=colour)
     axis.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="error of their mean (RMS)")
@@ -164,6 +164,11 @@ def fewer() -> dict[str, list[Mapping[str, Any]]]:
         operator: [row for row in rows if row["method"].startswith("K =")]
         for operator, rows in by_operator("photographs_few").items()
     }
+
+
+def ink(k: int) -> str:
+    """Return the colour of the k-th curve as matplotlib takes it, which has no colour of the page's text."""
+    return colour_of(k).replace("currentColor", "black")
 
 
 def panels(operators: Collection[str]) -> tuple[Figure, list[Axes]]:

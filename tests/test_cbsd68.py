@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import pytest
 import torch
 from conftest import REPOSITORY
 
@@ -29,3 +30,8 @@ def test_the_mean_of_eight_orientations_is_that_over_the_group_of_the_square():
     expected = torch.stack([turned_back(lopsided(turned(x, *coins)), *coins) for coins in group]).mean(0)
     torch.testing.assert_close(cbsd68.averaged(lopsided)(x), expected)
     assert not torch.allclose(lopsided(x), expected)
+
+
+def test_priors_to_average_are_among_those_to_measure(tmp_path):
+    with pytest.raises(ValueError, match="got photographs_prior; add to --prior"):
+        cbsd68.main([str(tmp_path), "--prior", "photos_prior", "--averaged", "photographs_prior"])

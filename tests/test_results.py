@@ -164,6 +164,7 @@ def test_curves_of_an_evaluation_are_stored_with_their_rows_for_figures(tmp_path
     assert [row["spatial"] for row in found] == list(curves.values())
     assert "energy_values" not in found[0]
     (axis,) = plots.draw_spatial(found).axes
+    assert len(plots.draw_spatial(found * 4).axes) == 1  # more operators than colours that are not the page's own
     lines = {line.get_label(): np.array(line.get_xydata()).tolist() for line in axis.lines}
     assert lines["blur"] == [[0.01, 0.02], [0.1, 0.1]]
     assert lines["calibrated"] == [[0.01, 0.01], [0.1, 0.1]]

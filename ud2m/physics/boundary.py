@@ -39,7 +39,7 @@ class BoundedBlur(ConjugateGradients, Immutable, LinearPhysics):
     def __init__(
         self, kernel: Tensor, image_shape: tuple[int, int, int], boundary: str, device: torch.device | str = "cpu"
     ):
-        check_boundary(boundary)
+        _check_boundary(boundary)
         check_kernel(kernel, image_shape)
         super().__init__(img_size=tuple(image_shape))
         self.img_size = tuple(image_shape)
@@ -90,7 +90,7 @@ def bounded_blur(
 
     Args and errors: as for ``BoundedBlur``.
     """
-    check_boundary(boundary)
+    _check_boundary(boundary)
     check_kernel(kernel, image_shape)
     factors = _factors(kernel) if kernel.shape[:2] == (1, 1) else None
     if factors is None:
@@ -115,7 +115,7 @@ def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
     return a, b
 
 
-def check_boundary(boundary: str) -> None:
+def _check_boundary(boundary: str) -> None:
     """Raise ValueError unless the boundary is ``valid`` or ``zero``."""
     if boundary not in BOUNDARIES[1:]:
         raise ValueError(f"boundary must be valid or zero here, got {boundary!r}; CircularBlur is circular")
